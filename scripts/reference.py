@@ -97,7 +97,9 @@ def _commands() -> str:
     from cyclopts import App
 
     from dual_lora.lab.cli import COMMANDS
-    from dual_lora.lab.commands.plain import PLAIN_FLAGS
+    from dual_lora.lab.commands.plain import PLAIN_FLAGS, show_all
+
+    show_all(True)
 
     app = App(name="dual-lora", help_format="markdown", help_flags=(), version_flags=(), default_parameter=PLAIN_FLAGS)
     for name, target, _ in COMMANDS:

@@ -135,7 +135,7 @@ def lm_values(tiny_lm, questions):
     """Values of a recipe that trains the language model with LoRA for a few steps."""
     return {
         "name": "tiny",
-        "model": {"path": str(tiny_lm)},
+        "model": {"path": str(tiny_lm), "dtype": "float32"},
         "method": {"name": "lora", "r": 4, "lora_dropout": 0.1},
         "data": {"train": str(questions / "train.json"), "test": str(questions / "test.json")},
         "train": {"steps": 6, "batch_size": 4, "checkpoint_every": 2, "log_every": 1, "learning_rate": 0.01},
@@ -148,7 +148,7 @@ def tiny_values(tiny_lm, questions):
     """Values of a recipe for `faulty.trained`, which says the rest."""
     return {
         "name": "tiny",
-        "model": {"path": str(tiny_lm)},
+        "model": {"path": str(tiny_lm), "dtype": "float32"},
         "data": {"train": str(questions / "train.json"), "test": str(questions / "test.json")},
         "train": {"batch_size": 8},
     }
@@ -159,7 +159,7 @@ def encoder_values(tiny_encoder, reviews):
     """Values of a recipe that trains the classifier with LoRA."""
     return {
         "name": "tiny-reviews",
-        "model": {"path": str(tiny_encoder), "head": "classification"},
+        "model": {"path": str(tiny_encoder), "head": "classification", "dtype": "float32"},
         "method": {"name": "lora", "r": 4},
         "data": {
             "train": str(reviews / "train.tsv"), "test": str(reviews / "test.tsv"),

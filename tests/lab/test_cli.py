@@ -195,7 +195,10 @@ def test_recipes(call, tmp_path, monkeypatch):
         (["train", "--resume", "--out", "OUT"], "There is no run in"),
         (["train", "--model.path", "OUT/none", "--data.train", "OUT/none.json", "--out", "OUT"], "no data file"),
         (["evaluate", "OUT/none/of/this"], "no folder"),
-        (["evaluate", "OUT", "--dtype", "float8"], 'Invalid value "float8" for --dtype. Choose from: "float32"'),
+        (
+            ["evaluate", "OUT", "--dtype", "float8"],
+            'Invalid value "float8" for --dtype. Choose from: "auto"',
+        ),
         (["evaluate", "OUT", "--data.max-length", "2"], "data.max_length is 2"),
         (["evaluate", "OUT", "--recipe", "nosuch"], "no recipe 'nosuch'"),
         (["merge", "OUT"], "requires an argument"),

@@ -22,7 +22,7 @@ from dual_lora.lab.run import scoring
 from dual_lora.lab.run.choice import score_choice
 from dual_lora.lab.run.evaluate import evaluate
 from dual_lora.lab.run.figures import figures, summary
-from dual_lora.lab.run.scoring import Asked, _same, generate_all, score_loss, search_of
+from dual_lora.lab.run.scoring import Asked, generate_all, same_answer, score_loss, search_of
 from dual_lora.lab.run.train import run
 
 
@@ -330,7 +330,7 @@ def test_what_a_reference_answers(reference, written, pattern, right, loaded, mo
     ],
 )
 def test_json_is_compared_as_json(found, expected, same):
-    assert _same(found, expected, "json") is same
+    assert same_answer(found, expected, "json") is same
 
 
 def test_choices_of_a_model_with_a_state_are_read_one_by_one(loaded):

@@ -498,13 +498,13 @@ def test_training_options(options, lm_values, tmp_path):
 def test_loraplus_hurries_both_factors_on_the_output_s_side(lm_values):
     from dual_lora.lab.model.load import load_model
     from dual_lora.lab.model.methods import apply_method, method_config
-    from dual_lora.lab.run.loop import _optimizer
+    from dual_lora.lab.run.loop import optimizer_of
 
     lm_values["method"] = {"name": "dual_lora", "r": 4}
     lm_values["train"] |= {"optimizer": "loraplus", "loraplus_ratio": 8.0, "learning_rate": 0.01}
     recipe = build_recipe(lm_values)
     model = apply_method(load_model(recipe.model), method_config(recipe.method, "causal", 3, []), recipe.model, seed=0)
-    rates = {id(p): group["lr"] for group in _optimizer(model, recipe).param_groups for p in group["params"]}
+    rates = {id(p): group["lr"] for group in optimizer_of(model, recipe).param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert rates[id(parameter)] == pytest.approx(0.08 if name.split(".")[-2][-1] in "BD" else 0.01), name
@@ -651,7 +651,7 @@ def test_adalora_s_regulariser_is_part_of_its_loss(lm_values, tmp_path):
 @pytest.mark.parametrize("method", [{"name": "lora", "r": 4}, {"name": "dual_lora", "r": 4}])
 def test_lora_plus_has_the_recipe_s_decay_and_betas(method, lm_values, tmp_path):
     from dual_lora.lab.model.methods import apply_method, method_config
-    from dual_lora.lab.run.loop import _optimizer
+    from dual_lora.lab.run.loop import optimizer_of
     from dual_lora.lab.run.prepare import prepare
 
     lm_values["method"] = method | {"target_modules": ["q_proj", "embed_tokens"]}
@@ -662,7 +662,7 @@ def test_lora_plus_has_the_recipe_s_decay_and_betas(method, lm_values, tmp_path)
     recipe = build_recipe(lm_values)
     loaded = prepare(recipe).loaded
     model = apply_method(loaded, method_config(recipe.method, "causal", 6, loaded.fresh), recipe.model, 0)
-    groups = [group for group in _optimizer(model, recipe).param_groups if group["params"]]
+    groups = [group for group in optimizer_of(model, recipe).param_groups if group["params"]]
     assert {group["weight_decay"] for group in groups} == {0.5}
     assert {(group["betas"], group["eps"]) for group in groups} == {((0.5, 0.999), 1e-6)}
     assert min(group["lr"] for group in groups) == 0.01, "no group at PEFT's 1e-6"

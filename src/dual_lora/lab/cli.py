@@ -15,7 +15,7 @@ from rich.text import Text
 
 import dual_lora
 from dual_lora._warning import DualLoraWarning
-from dual_lora.lab.commands.plain import PLAIN_FLAGS
+from dual_lora.lab.commands.plain import HELP_ALL, PLAIN_FLAGS, show_all
 from dual_lora.lab.errors import UserError, described, is_disk_full, memory_full, suggest
 from dual_lora.lab.interrupt import exit_status, on_signals, stop_at_once
 from dual_lora.lab.permission import FLAG, allow
@@ -27,9 +27,15 @@ COMMANDS: list[tuple[str, str, str]] = [
     ("evaluate", "dual_lora.lab.commands.evaluate:evaluate", "Measure a run, an adapter or a model."),
     ("predict", "dual_lora.lab.commands.predict:predict", "Label or answer every record of a file."),
     ("generate", "dual_lora.lab.commands.generate:generate", "Answer a prompt, word by word."),
+    ("chat", "dual_lora.lab.commands.chat:chat", "Talk with a run, an adapter or a model."),
     ("merge", "dual_lora.lab.commands.export:merge", "Write the merged model as a plain folder."),
     ("export", "dual_lora.lab.commands.export:export", "Write an adapter for other programs: merged, GGUF, LoRA."),
     ("verify", "dual_lora.lab.commands.verify:verify", "Is an adapter on, and does what is served agree?"),
+    (
+        "check-data",
+        "dual_lora.lab.commands.check_data:check_data",
+        "What would be trained on: labels, lengths, duplicates, errors.",
+    ),
     ("compare", "dual_lora.lab.commands.compare:compare", "Compare methods by a study, with verdicts."),
     ("advise", "dual_lora.lab.commands.advise:advise", "Should I use Dual LoRA here? A small study on your data."),
     ("judge", "dual_lora.lab.commands.judge:judge", "Verdicts on scores that others made: CSV, lm-eval, PEFT."),
@@ -46,7 +52,12 @@ COMMANDS: list[tuple[str, str, str]] = [
     ("schema", "dual_lora.lab.commands.recipes:schema", "Print the JSON Schema of a recipe or a study, for editors."),
     ("card", "dual_lora.lab.commands.hub:card", "Write a run's card for a model hub."),
     ("push", "dual_lora.lab.commands.hub:push", "Upload a run's adapter and card to a model hub."),
-    ("recipes", "dual_lora.lab.commands.recipes:app", "List, show and copy the shipped recipes."),
+    ("completion", "dual_lora.lab.commands.completion:completion", "Complete commands and options with the tab key."),
+    (
+        "recipes",
+        "dual_lora.lab.commands.recipes:app",
+        "Begin a recipe for your data; list, show, copy shipped ones.",
+    ),
 ]
 
 # Libraries whose warnings are for programmers: of kernels that this machine does not have, of every retry.
@@ -65,14 +76,27 @@ ELSEWHERE = {
     "--target-modules": "--method.target_modules",
     "--seed": "--train.seed",
 }
+# Earlier spellings, which still work: one thing has one name in all commands.
+RENAMED = {
+    "estimate": {
+        "--batch": "--batch-size",
+        "--length": "--max-length",
+        "--checkpointing": "--gradient-checkpointing",
+        "--no-checkpointing": "--no-gradient-checkpointing",
+        "--quantisation": "--quantize",
+    },
+}
 EVERYWHERE = (
     f"Every command: `{FLAG} NAME` lets a recipe, a study or a run import the module NAME, and so run its code; "
     "`--debug` shows where an error comes from."
 )
 
 
-def build_app(wanted: str | None = None) -> App:
-    """The application. Only the module of the command ``wanted`` is imported, the others show their line of help."""
+def build_app(wanted: str | None = None, everything: bool = False) -> App:
+    """The application. Only the module of the command ``wanted`` is imported, the others show their line of help.
+
+    everything: all of them, for what lists every option.
+    """
     app = App(
         name="dual-lora",
         help="Dual LoRA: fine-tune, evaluate and compare. Example: `dual-lora train boolq-smollm2`",
@@ -85,7 +109,7 @@ def build_app(wanted: str | None = None) -> App:
         print_error=False,
     )
     for name, target, text in COMMANDS:
-        if name == wanted:
+        if everything or name == wanted:
             module, _, function = target.partition(":")
             app.command(getattr(import_module(module), function), name=name)
         else:
@@ -99,6 +123,8 @@ def main(arguments: list[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["help"]:
         given = [*given[1:], "--help"]
+    show_all(HELP_ALL in given)
+    given = ["--help" if a == HELP_ALL else a for a in given]
     debug = "--debug" in given
     given, modules = _modules(a for a in given if a != "--debug")
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries would tear ours
@@ -118,7 +144,7 @@ def main(arguments: list[str] | None = None) -> None:
         for module in modules:
             allow(module)
         with on_signals(stop_at_once):
-            build_app(wanted)(given)
+            build_app(wanted)(_renamed(given, RENAMED.get(wanted or "", {})))
     except KeyboardInterrupt as error:
         _fail(str(error) or "Interrupted.", given, exit_status(error))
     except BrokenPipeError:  # the reader of our output has gone, as in `dual-lora recipes list | head -1`
@@ -177,6 +203,12 @@ def _modules(given: Iterable[str]) -> tuple[list[str], list[str]]:
         else:
             kept.append(argument)
     return kept, modules
+
+
+def _renamed(given: Iterable[str], names: dict[str, str]) -> list[str]:
+    """The arguments with today's names of options."""
+    parts = (argument.partition("=") for argument in given)
+    return [f"{names.get(name, name)}{sign}{value}" for name, sign, value in parts]
 
 
 def _said(error: CycloptsError, command: str | None) -> str:

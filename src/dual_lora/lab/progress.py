@@ -10,7 +10,9 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.spinner import Spinner
 from rich.text import Text
 
 from dual_lora.lab.terminal import Console
@@ -40,13 +42,33 @@ def lines(said: Callable[[], str], shown: bool = True) -> Iterator[None]:
         speaker.join()
 
 
+class Working(Live):
+    """A spinner and what goes on. rich's own takes over standard output and error, through which our guard against
+    control characters would write the spinner's as text."""
+
+    def __init__(self, what: str = ""):
+        self.shown = Spinner("dots", Text(what))
+        super().__init__(
+            self.shown,
+            console=console,
+            refresh_per_second=12.5,
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+
+    def say(self, what: str) -> None:
+        """Change what goes on."""
+        self.shown.update(text=Text(what))
+
+
 @contextlib.contextmanager
 def stage(what: str, shown: bool = True) -> Iterator[None]:
     """Say what goes on before or after a bar: a spinner on a terminal, a line in a log."""
     if not shown or os.environ.get("RANK", "0") != "0":
         yield
     elif console.is_terminal:
-        with console.status(Text(what)):
+        with Working(what):
             yield
     else:
         print(what, file=sys.stderr, flush=True)

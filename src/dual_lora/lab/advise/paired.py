@@ -68,6 +68,8 @@ def paired_study(source: str | Path, minutes: float, metric: str | None = None, 
     over: dict[str, Any] = {"train": {"steps": planned_steps(recipe, fetch=True)}}
     if recipe.train.validate_every:
         over["train"]["validate_every"] = None  # nobody reads it here, and it takes time
+        if recipe.train.patience or recipe.train.keep_best:  # which go by it
+            over["train"] |= {"patience": None, "keep_best": False}
         if recipe.train.arguments.get("eval_on_start"):
             over["train"]["arguments"] = {"eval_on_start": False}
     if recipe.evaluate.forgetting is not None:

@@ -53,7 +53,14 @@ class OpenedRun:
     def step_batches(self) -> list[dict[str, Any]]:
         """The micro-batches of the first optimizer step, as training got them; "items" counts all their labels."""
         part, examples = self.recipe.train, load_split(self.recipe.data, "train")
-        ready = in_order(self.recipe, examples, self.tokenizer, self.classes, _processes(self.record))
+        ready = in_order(
+            self.recipe,
+            examples,
+            self.tokenizer,
+            self.classes,
+            _processes(self.record),
+            self.record.get("extended") or (),
+        )
         made_of_the_same(RunFolder(self.path), {"rows": print_of_rows(ready.rows)})
         collate = collator(self.tokenizer, bool(self.classes), self.model)
         wanted = ready.order[: ready.rows_a_step]
@@ -116,7 +123,14 @@ def open_run(path: str | Path, device: str | None = None) -> OpenedRun:
         return OpenedRun(folder.path, recipe, record, loaded.model, loaded.tokenizer, classes)
     before = _sizes(loaded.model)
     if wants_gradients(config):  # those of the same first rows, or the method would start elsewhere
-        ready = in_order(recipe, load_split(recipe.data, "train"), loaded.tokenizer, classes, _processes(record))
+        ready = in_order(
+            recipe,
+            load_split(recipe.data, "train"),
+            loaded.tokenizer,
+            classes,
+            _processes(record),
+            record.get("extended") or (),
+        )
         collate = collator(loaded.tokenizer, bool(classes), loaded.model)
         show_gradients(loaded.model, config, ready, recipe.train.batch_size, collate)
     model = apply_method(loaded, config, recipe.model, recipe.train.seed)

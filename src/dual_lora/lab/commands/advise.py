@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from dual_lora.lab.commands.card import finish, finish_forecast, size
-from dual_lora.lab.commands.parameters import DryRun, Json
+from dual_lora.lab.commands.parameters import Device, DryRun, Json
 from dual_lora.lab.interrupt import resumable
 from dual_lora.lab.terminal import figures
 
@@ -17,8 +17,13 @@ if TYPE_CHECKING:
 
 
 def advise(
-    recipe: Annotated[str, Parameter(help="Recipe file, or the name of a shipped recipe.")],
+    recipe: Annotated[
+        str | None, Parameter(help="Recipe file, shipped recipe, or run folder. [default: written from the options]")
+    ] = None,
     *,
+    base: Annotated[str | None, Parameter(help="Model, in place of the recipe's.")] = None,
+    data: Annotated[str | None, Parameter(help="Training records, in place of the recipe's.")] = None,
+    test: Annotated[str | None, Parameter(help="Test records, in place of the recipe's.")] = None,
     minutes: Annotated[float, Parameter(help="About how long it may take; steps and seeds are fitted to it.")] = 20,
     out: Annotated[
         Path | None, Parameter(help="Folder of its study. [default: studies/advise-NAME-MINUTESmin]")
@@ -33,6 +38,7 @@ def advise(
     update: Annotated[
         bool, Parameter(help="Go on although the recipe's data or the code have changed; what is valid is kept.")
     ] = False,
+    device: Device = None,
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
@@ -40,20 +46,26 @@ def advise(
 
     Example: `dual-lora advise sst2-minilm --minutes 20`
 
-    Your own data: `dual-lora advise my-recipe.yaml --minutes 60 --margin 0.005`
+    Your own recipe, or a run: `dual-lora advise my-recipe.yaml --minutes 60 --margin 0.005`
+
+    Without a recipe: `dual-lora advise --base ./my-model --data my.csv --test my-test.csv`
 
     LoRA, Dual LoRA and Dual LoRA without Sign get equal parameters, equal tuning and the same seeds. Stopped at any
     moment, the same command goes on where it was; `dual-lora report` shows the study with all its figures.
     """
     from dual_lora.lab.advise.advise import advise as run
     from dual_lora.lab.advise.advise import plan
+    from dual_lora.lab.advise.source import source_of
+    from dual_lora.lab.model.device import use_device
 
+    use_device(device)
+    source = source_of(recipe, base, data, test, out)
     question: dict[str, Any] = {"metric": metric, "margin": margin}
     if dry_run:
-        finish_forecast(plan(recipe, minutes, out, **question), json)
+        finish_forecast(plan(source, minutes, out, **question), json)
         return
     with resumable():
-        advice = run(recipe, minutes, out, update=update, **question)
+        advice = run(source, minutes, out, update=update, **question)
     finish(advice.plain(), _card(advice), json)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from dual_lora.lab.commands.card import finish
-from dual_lora.lab.commands.parameters import Json
+from dual_lora.lab.commands.parameters import Device, Json
 from dual_lora.lab.terminal import Console, printed
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def analyze(
         bool, Parameter(help="Take a gradient pass at every state.", negative="--no-gradients")
     ] = True,
     held_out: Annotated[int, Parameter(help="Records for what each group contributes; 0: leave that out.")] = 64,
-    device: Annotated[str | None, Parameter(help="Where to compute. [default: the best there is]")] = None,
+    device: Device = None,
     json: Json = False,
 ) -> None:
     """Look into what runs did to the weights: signs, zeros, ranks, gradients, likeness to full fine-tuning.
@@ -53,11 +53,13 @@ def analyze(
     from dual_lora.lab.analysis.analyze import analyze as run_analysis
     from dual_lora.lab.analysis.analyze import check_free, save
     from dual_lora.lab.analysis.walk import Options
+    from dual_lora.lab.model.device import use_device
 
+    use_device(device)
     options = Options(states, layers, ranks, gradients, held_out)
     out = out or runs[0] / "analysis" / "analysis.json"
     check_free(out)
-    analysis = run_analysis([*runs], reference, options, device)
+    analysis = run_analysis([*runs], reference, options)
     file, rows = save(analysis, out), _overview(analysis)
     result = {"file": str(file), "runs": rows}
     if page is not None:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from dual_lora.lab.commands.card import finish, finish_forecast
-from dual_lora.lab.commands.parameters import DryRun, Json, ReportTo
+from dual_lora.lab.commands.parameters import Device, DryRun, Json, ReportTo
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.interrupt import resumable
 from dual_lora.lab.terminal import figures
@@ -33,6 +33,7 @@ def compare(
         bool, Parameter(help="Go on although the study or its code has changed; what is valid is kept.")
     ] = False,
     report_to: ReportTo = (),
+    device: Device = None,
     dry_run: DryRun = False,
     on: Annotated[
         str | None,
@@ -51,8 +52,10 @@ def compare(
 
     Stopped at any moment, the same command goes on where it was; nothing finished is repeated.
     """
+    from dual_lora.lab.model.device import use_device
     from dual_lora.lab.study.read import read_study, shipped_studies
 
+    use_device(device)
     if list or study is None:
         questions = {name: read_study(name).question for name in shipped_studies()}
         table = figures(

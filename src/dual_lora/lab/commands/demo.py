@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dual_lora.lab.commands.card import duration, facts_card, finish, size
-from dual_lora.lab.commands.parameters import Json
+from dual_lora.lab.commands.parameters import Device, Json
 from dual_lora.lab.terminal import figures
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def demo(
     seed: Annotated[int, Parameter(help="Seed of the factors and of the order of the examples.")] = 0,
     out: Annotated[Path | None, Parameter(help="Folder of the demo. [default: demo-output/seed-SEED]")] = None,
     overwrite: Annotated[bool, Parameter(help="Start anew instead of using what is there.")] = False,
+    device: Device = None,
     json: Json = False,
 ) -> None:
     """Fine-tune a small model to turn English requests into JSON tool calls, in minutes on a CPU.
@@ -48,7 +49,9 @@ def demo(
     Shows answers before and after, exact match on three test sets, and merges. What is there already is used again.
     """
     from dual_lora.lab import demo as work
+    from dual_lora.lab.model.device import use_device
 
+    use_device(device)
     folder = out or Path("demo-output") / f"seed-{seed}"
     if ask is None or overwrite or work.read_result(folder) is None:
         result = work.run(folder, seed=seed, overwrite=overwrite)

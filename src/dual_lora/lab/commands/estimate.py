@@ -15,6 +15,9 @@ from dual_lora.lab.errors import UserError, suggest
 from dual_lora.lab.recipe.schema import Quantize, spelled
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from dual_lora.lab.cost.lengths import Lengths
     from dual_lora.lab.cost.options import StepOptions
     from dual_lora.lab.cost.side_by_side import Column
 
@@ -34,8 +37,8 @@ def estimate(
         str | None,
         Parameter(help="Names separated by commas, or all-linear. [default: all-linear]"),
     ] = None,
-    batch: Annotated[int | None, Parameter(help="Rows per device and forward pass.")] = None,
-    length: Annotated[int | None, Parameter(help="Tokens of a row, padding included.")] = None,
+    batch: Annotated[int | None, Parameter(name="--batch-size", help="Rows per device and forward pass.")] = None,
+    length: Annotated[int | None, Parameter(name="--max-length", help="Tokens of a row, padding included.")] = None,
     logits: Annotated[
         int | None,
         Parameter(help="Last positions whose logits are computed (answers only). [default: all]"),
@@ -44,12 +47,17 @@ def estimate(
     quantisation: Annotated[
         Quantize | None,
         Parameter(
-            name=("--quantize", "--quantisation"),
+            name="--quantize",
             help="How the base is packed, as model.quantize. [default: the recipe's, or none]",
         ),
     ] = None,
     checkpointing: Annotated[
-        bool | None, Parameter(help="Recompute activations in backward.", negative="--no-checkpointing")
+        bool | None,
+        Parameter(
+            name="--gradient-checkpointing",
+            help="Recompute activations in backward.",
+            negative="--no-gradient-checkpointing",
+        ),
     ] = None,
     optimizer: Annotated[
         Literal["adamw", "adamw_8bit", "lion", "sgd", "momentum", "adafactor"] | None,
@@ -75,11 +83,11 @@ def estimate(
 ) -> None:
     """Memory, arithmetic and time of a training step before it runs, without weights and without a device.
 
-    Example: `dual-lora estimate llama-3-8b --length 2048 --batch 1 --checkpointing --on gpu`
+    Example: `dual-lora estimate llama-3-8b --max-length 2048 --batch-size 1 --gradient-checkpointing --on gpu`
 
     Many devices: `dual-lora estimate llama-3-70b-eight-cards --devices 8 --strategy fsdp2 --on gpu`
 
-    What fits: `dual-lora estimate qwen3-4b --fits 24GB --checkpointing --on gpu`
+    What fits: `dual-lora estimate qwen3-4b --fits 24GB --gradient-checkpointing --on gpu`
 
     Your recipe: `dual-lora estimate boolq-smollm2`
     """
@@ -90,15 +98,15 @@ def estimate(
         raise UserError("Say what to estimate: a recipe, a model folder, or a built-in model (--models lists them).")
     from dual_lora.lab.cost import calibrate as speed
     from dual_lora.lab.cost.side_by_side import largest, parse_size, side_by_side
-    from dual_lora.lab.progress import console, lines
+    from dual_lora.lab.progress import Working, lines
 
     doing = ""
-    with console.status("") as status, lines(lambda: doing):
+    with Working() as working, lines(lambda: doing):
 
         def say(text: str) -> None:
             nonlocal doing
             doing = text
-            status.update(text)
+            working.say(text)
 
         rates = speed.calibrate(lambda text: say(f"calibrating: {text}")) if calibrate else speed.known_rates()
         if what is None:
@@ -109,7 +117,7 @@ def estimate(
             "optimizer": optimizer, "accumulate": accumulate, "head": head, "classes": classes,
             "quantisation": quantisation, "on": on or speed.this_device(),
         }  # fmt: skip
-        options = _options(what, {k: v for k, v in given.items() if v is not None})
+        options, rows = _options(what, {k: v for k, v in given.items() if v is not None}, say)
         limit = parse_size(fits) if fits else 0.0  # before it takes a minute
         steps = [_with_method(options, name, rank, target_modules) for name in _chosen(methods, options)]
         columns, refused = side_by_side(steps, devices, strategy, rates, lambda t: say(f"simulating {t}"))
@@ -122,6 +130,8 @@ def estimate(
         "on": options.on,
         "batch": options.batch,
         "length": options.length,
+        "logits": options.logits,
+        "rows": rows._asdict() if not isinstance(rows, str) else None,
         "dtype": options.dtype,
         "quantisation": options.quantisation,
         "checkpointing": options.checkpointing,
@@ -133,16 +143,27 @@ def estimate(
     }
     if proposals:
         result["fits"] = {"bytes": round(limit), **proposals}
-    finish(result, _card(columns, refused, rates is not None, strategy, fits, proposals), json)
+    finish(result, _card(columns, refused, rates is not None, strategy, fits, proposals, rows), json)
 
 
-def _options(what: str, given: dict[str, Any]) -> StepOptions:
+def _options(what: str, given: dict[str, Any], say: Callable[[str], None]) -> tuple[StepOptions, Lengths | str]:
+    """The step, and what is known of the rows' lengths: of a recipe whose records are here the longest one counts."""
     from dual_lora.lab.cost.options import from_model, from_recipe
     from dual_lora.lab.recipe.read import read_recipe, shipped_recipes
 
     if what in shipped_recipes() or what.endswith((".yaml", ".yml")) or (Path(what) / "recipe.yaml").is_file():
-        return from_recipe(read_recipe(what), **given)
-    return from_model(what, **given)
+        recipe = read_recipe(what)
+        if "length" in given:
+            return from_recipe(recipe, **given), ""
+        say("reading the records")
+        from dual_lora.lab.cost.lengths import lengths_of
+
+        if isinstance(rows := lengths_of(recipe), str):
+            return from_recipe(recipe, **given), f"Rows are taken as long as data.max_length: {rows}."
+        logits = None if rows.logits is None else min(rows.logits, rows.longest)
+        seen = {"length": rows.longest} | ({"logits": logits} if logits and "head" not in given else {})
+        return from_recipe(recipe, **{**seen, **given}), rows
+    return from_model(what, **given), ""
 
 
 def _with_method(options: StepOptions, name: str, rank: int | None, targets: str | None) -> StepOptions:
@@ -193,24 +214,28 @@ def _card(
     strategy: str,
     fits: str | None,
     proposals: dict[str, dict[str, Any]],
+    rows: Lengths | str = "",
 ) -> Group:
     methods = [column.method for column in columns]
-    parts: list[Any] = [_memory_table(columns, calibrated)]
+    usual = None if isinstance(rows, str) else rows.usual / rows.longest
+    parts: list[Any] = [_memory_table(columns, calibrated, usual)]
     if len(columns[0].memory) > 1:
-        rows = [[str(n), *(size(c.memory[n].peak) for c in columns)] for n in columns[0].memory]
-        parts.append(figures_table(f"Peak of each device, {strategy}", ["devices", *methods], rows))
+        peaks = [[str(n), *(size(c.memory[n].peak) for c in columns)] for n in columns[0].memory]
+        parts.append(figures_table(f"Peak of each device, {strategy}", ["devices", *methods], peaks))
     if proposals:
         largest = ("batch", "length", "rank")
-        rows = [[f"largest {what}", *(str(proposals[m][what] or "–") for m in methods)] for what in largest]
-        parts.append(figures_table(f"What fits into {fits}, the other two as above", ["", *methods], rows))
+        fitting = [[f"largest {what}", *(str(proposals[m][what] or "–") for m in methods)] for what in largest]
+        parts.append(figures_table(f"What fits into {fits}, the other two as above", ["", *methods], fitting))
     parts += [f"{name}: {reason}" for name, reason in refused.items()]
+    if rows:
+        parts.append(rows if isinstance(rows, str) else f"Length: {rows.words}. --max-length N estimates longer ones.")
     if not calibrated:
         parts.append("No time: `dual-lora estimate --calibrate` measures this machine once, in a minute.")
     return Group(*parts)
 
 
-def _memory_table(columns: list[Column], calibrated: bool) -> Table:
-    """The columns' steps on one device."""
+def _memory_table(columns: list[Column], calibrated: bool, usual: float | None) -> Table:
+    """The columns' steps on one device. usual: the length of the mean row, as a share of the longest."""
     options, one = columns[0].options, [column.memory[1] for column in columns]
     checkpointing = ", checkpointing" if options.checkpointing else ""
     packed = f" ({options.quantisation})" if options.quantisation != "none" else ""
@@ -232,6 +257,9 @@ def _memory_table(columns: list[Column], calibrated: bool) -> Table:
     ]
     if calibrated:
         rows.append(["time of a step, this machine", *(duration(c.seconds) if c.seconds else "–" for c in columns)])
+        if usual is not None:
+            shares = [duration(c.seconds * usual) if c.seconds else "–" for c in columns]
+            rows.append(["… of rows of mean length", *shares])
         rows.append(["tokens a second", *(f"{c.tokens_a_second:,.0f}" if c.tokens_a_second else "–" for c in columns)])
     return figures_table(title, ["one device", *(c.method for c in columns)], rows)
 

@@ -8,7 +8,7 @@ from cyclopts import Parameter
 from pydantic import create_model
 
 from dual_lora.lab.commands.card import duration, figures_table, finish
-from dual_lora.lab.commands.parameters import Base, Dtype, Json, Source, flag_values, flags
+from dual_lora.lab.commands.parameters import AutoDtype, Base, Device, Json, Source, flag_values, flags
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.recipe.read import build_recipe, merged, read_recipe
 from dual_lora.lab.recipe.schema import DataSection, EvaluateSection
@@ -22,7 +22,8 @@ def evaluate(
     *,
     recipe: Annotated[str | None, Parameter(help="Recipe with the data; left out: the run's own.")] = None,
     base: Base = None,
-    dtype: Dtype = None,
+    dtype: AutoDtype = None,
+    device: Device = None,
     out: Annotated[Path | None, Parameter(help="Folder for the results of every item. [default: in the run]")] = None,
     json: Json = False,
     given: Annotated[
@@ -36,6 +37,7 @@ def evaluate(
 
     An adapter from elsewhere: `dual-lora evaluate my-adapter --recipe boolq-smollm2 --data.test-limit 200`
     """
+    from dual_lora.lab.model.device import use_device
     from dual_lora.lab.model.opened import open_tuned
     from dual_lora.lab.run.evaluate import evaluate as run_evaluation
     from dual_lora.lab.run.evaluate import otherwise, write_result
@@ -44,7 +46,8 @@ def evaluate(
     overrides = flag_values(given)
     build_recipe({"model": {"path": source}, **overrides}, "flags")
     ground = read_recipe(recipe) if recipe else None
-    tuned = open_tuned(source, base, dtype)
+    use_device(device)
+    tuned = open_tuned(source, base, dtype, unsaid="auto")
     ground = ground or tuned.recipe
     data, spec = (ground.data, ground.evaluate) if ground else (DataSection(), EvaluateSection())
     values = merged({"data": data.model_dump(), "evaluate": spec.model_dump()}, overrides)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from dual_lora.lab.commands.card import facts_card, figures_table, finish, size
-from dual_lora.lab.commands.parameters import Base, Dtype, Json
+from dual_lora.lab.commands.parameters import Base, Device, Dtype, Json
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.recipe.schema import Precision
 
@@ -28,14 +28,17 @@ def merge(
     dtype: Annotated[
         Precision | None, Parameter(help="Precision of the merged weights. [default: the run's, else float32]")
     ] = None,
+    device: Device = None,
     json: Json = False,
 ) -> None:
     """Merge an adapter into its base and write a plain model folder, which loads without this package.
 
     Example: `dual-lora merge runs/boolq-smollm2 merged --dtype bfloat16`
     """
+    from dual_lora.lab.model.device import use_device
     from dual_lora.lab.model.export import merge as run_merge
 
+    use_device(device)
     result = run_merge(source, out, base=base, dtype=dtype)
     facts = {
         "folder": result.folder,
@@ -74,6 +77,7 @@ def export(
     converter: Annotated[str | None, Parameter(help="gguf: llama.cpp's folder or convert_hf_to_gguf.py.")] = None,
     base: Base = None,
     dtype: Dtype = None,
+    device: Device = None,
     json: Json = False,
 ) -> None:
     """Write an adapter for other programs: merged, as GGUF or as LoRA; or a LoRA as the start of a Dual LoRA.
@@ -91,6 +95,9 @@ def export(
     if "energy" in OPTIONS[to] and (rank is None) == (energy is None):
         raise UserError("Say how much of the update to keep: --rank 64 for every layer, or --energy 0.9.")
     options |= {"base": base, "dtype": dtype}
+    from dual_lora.lab.model.device import use_device
+
+    use_device(device)
     if to == "merged":
         return merge(source, out, json=json, **options)
     from dual_lora.lab.model import export as adapters

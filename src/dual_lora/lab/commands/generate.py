@@ -6,7 +6,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from dual_lora.lab.commands.card import finish
-from dual_lora.lab.commands.parameters import Base, Source
+from dual_lora.lab.commands.parameters import AutoDtype, Base, Device, Source
 from dual_lora.lab.errors import UserError
 
 
@@ -21,6 +21,8 @@ def generate(
     temperature: Annotated[float, Parameter(help="0: always the most probable token.")] = 0.0,
     seed: Annotated[int, Parameter(help="Seed for a temperature above 0.")] = 0,
     base: Base = None,
+    dtype: AutoDtype = None,
+    device: Device = None,
     without_adapter: Annotated[bool, Parameter(help="Let the untrained base answer.")] = False,
     json: Annotated[bool, Parameter(help="End with one line of JSON instead of streaming.")] = False,
 ) -> None:
@@ -37,10 +39,12 @@ def generate(
     assert prompt is not None
     if not prompt.strip():
         raise UserError("The prompt is empty.")
+    from dual_lora.lab.model.device import use_device
     from dual_lora.lab.model.generate import generate as answer
     from dual_lora.lab.model.opened import open_tuned
 
-    tuned = open_tuned(source, base)
+    use_device(device)
+    tuned = open_tuned(source, base, dtype, unsaid="auto")
     pieces = answer(
         tuned, prompt, system=system, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
         variant="base" if without_adapter else None,

@@ -9,7 +9,7 @@ from cyclopts import Parameter
 from pydantic import create_model
 
 from dual_lora.lab.commands.card import duration, facts_card, finish
-from dual_lora.lab.commands.parameters import Base, Dtype, Json, Source, flag_values, flags
+from dual_lora.lab.commands.parameters import AutoDtype, Base, Device, Json, Source, flag_values, flags
 from dual_lora.lab.data.questions import read_questions
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.progress import stage
@@ -37,7 +37,8 @@ def predict(
     limit: Annotated[int | None, Parameter(help="Only the first so many records.")] = None,
     without_adapter: Annotated[bool, Parameter(help="Let the untrained base answer.")] = False,
     base: Base = None,
-    dtype: Dtype = None,
+    dtype: AutoDtype = None,
+    device: Device = None,
     overwrite: Annotated[bool, Parameter(help="Begin anew, and replace a file of results.")] = False,
     json: Json = False,
     given: Annotated[
@@ -66,10 +67,12 @@ def predict(
     check_out(target, overwrite)
     check_columns(records, ("predicted", "probability", "probabilities"))
     with stage(f"{source}: {len(records):,} records of {file}, into {target}"):
+        from dual_lora.lab.model.device import use_device
         from dual_lora.lab.model.opened import open_tuned
         from dual_lora.lab.run.predict import predict as run_prediction
     with stage(f"loading {source}"):
-        tuned = open_tuned(source, base, dtype)
+        use_device(device)
+        tuned = open_tuned(source, base, dtype, unsaid="auto")
     result = run_prediction(
         tuned, file, records, examples, target, settings.data, settings.evaluate,
         variant="base" if without_adapter else None, overwrite=overwrite,

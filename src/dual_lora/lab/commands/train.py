@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from dual_lora.lab.commands.card import duration, facts_card, finish, size
-from dual_lora.lab.commands.parameters import Json, ReportTo, flag_values, flags
+from dual_lora.lab.commands.parameters import Device, Json, ReportTo, flag_values, flags
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.interrupt import Stopped, exit_status
 from dual_lora.lab.progress import stage
@@ -38,6 +38,7 @@ def train(
         ),
     ] = None,
     report_to: ReportTo = (),
+    device: Device = None,
     json: Json = False,
     given: Annotated[
         RecipeFlags | None,
@@ -53,13 +54,18 @@ def train(
     After an interruption: `dual-lora train --resume --out runs/mine`
 
     On several devices: `accelerate launch -m dual_lora.lab.cli train boolq-smollm2`.
+
+    Every field of a recipe is an option; below are the usual ones, and `dual-lora train --help-all` shows all.
     """
     chosen = _chosen(recipe, flag_values(given), out, resume)
     folder = out or Path("runs") / chosen.name
     early.check(chosen, folder, resume, overwrite)
     with stage(f"{chosen.name}: {chosen.method['name']} on {chosen.model.path}, into {folder}"):
+        from dual_lora.lab.model.device import use_device
         from dual_lora.lab.run.hub_card import too_long
         from dual_lora.lab.run.train import run
+
+        use_device(device)
 
     looks = _looks(chosen, folder, analyze_every)
     result = run(chosen, folder, resume=resume, overwrite=overwrite, callbacks=looks, report_to=report_to)

@@ -8,7 +8,7 @@ from cyclopts import Parameter
 from rich.panel import Panel
 
 from dual_lora.lab.commands.card import duration, facts_card, finish
-from dual_lora.lab.commands.parameters import Base, Dtype, Json
+from dual_lora.lab.commands.parameters import Base, Device, Dtype, Json
 
 if TYPE_CHECKING:
     from dual_lora.lab.verify.verify import Report
@@ -33,6 +33,7 @@ def verify(
     timeout: Annotated[float, Parameter(help="Seconds that the server may take for each answer.")] = 60.0,
     base: Base = None,
     dtype: Dtype = None,
+    device: Device = None,
     json: Json = False,
 ) -> None:
     """Is an adapter on? Is it the one that was trained? Does what is served agree with it?
@@ -47,8 +48,10 @@ def verify(
     dropped, wrong chat template, other tokenizer, undecided. docs/how-to/verify.md explains each. A server's token is
     read from DUAL_LORA_API_KEY or OPENAI_API_KEY.
     """
+    from dual_lora.lab.model.device import use_device
     from dual_lora.lab.verify.verify import verify as run_verification
 
+    use_device(device)
     report = run_verification(
         source, against=against, adapter=adapter, endpoint=endpoint, model=model, prompts=prompts, base=base,
         dtype=dtype, timeout=timeout,

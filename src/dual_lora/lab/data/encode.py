@@ -129,6 +129,8 @@ class Prompter:
         The tokenizer's end is what each answer is taught to end with. Where the template ends a turn with another token
         (Gemma's, Phi's), later turns are read after that one. Raises UserError for a template that rewrites a turn.
         """
+        if example.whole:
+            return self.pieces(example, None)[0]
         ids: list[int] = []
         labels: list[int] = []
         written = ""
@@ -163,13 +165,26 @@ class Prompter:
         labels[:1] = [IGNORED]  # nothing stands before it; in a padded row that would be padding
         return Encoded(example.where, ids, labels)
 
+    def pieces(self, example: Example, length: int | None) -> list[Encoded]:
+        """A text without a prompt, all of it learned, in rows of at most so many tokens; other examples as they are."""
+        if not example.whole:
+            return [self.encode(example)]
+        begin: list[int] = self.tokenizer("").input_ids  # what this tokenizer puts before every text
+        begin = begin[:-1] if begin and begin[-1] == self.tokenizer.eos_token_id else begin
+        ids = [*begin, *self.answer_ids(example.answer)]
+        size = length or len(ids)
+        parts = [ids[i : i + size] for i in range(0, len(ids), size)]
+        kept = [part for part in parts if len(part) > 1]  # nothing stands before a token alone
+        return [Encoded(example.where, part, [IGNORED, *part[1:]]) for part in kept]
+
 
 def encode_all(examples: list[Example], prompter: Prompter, max_length: int) -> tuple[list[Encoded], int]:
     """Encoded training examples and how many were longer than ``max_length`` tokens and left out.
 
+    Texts without a prompt are cut into rows instead.
     Raises UserError if none is left.
     """
-    encoded = [prompter.encode(example) for example in examples]
+    encoded = [row for example in examples for row in prompter.pieces(example, max_length)]
     kept = [e for e in encoded if len(e.input_ids) <= max_length]
     if not kept:
         shortest = min(encoded, key=lambda e: len(e.input_ids))

@@ -1,16 +1,16 @@
 """Examples: what a record asks and what the right answer is, whatever format it came in."""
 
 import itertools
-import math
 import random
 import re
 from collections import Counter
 from collections.abc import Callable, Container
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dual_lora._warning import warn
-from dual_lora.lab.data.records import Record, read_records
+from dual_lora.lab.data.records import Record, read_records, whole_text
+from dual_lora.lab.data.values import is_missing, list_in, text_in, value_of, written
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.recipe.schema import DataSection
 
@@ -29,6 +29,8 @@ class Example:
     label: str = ""
     part: str = ""  # the test set among several (data.tests)
     group: str = ""  # what it belongs to (data.group)
+    rejected: str = field(default="", repr=False)  # an answer that is worse (preference)
+    whole: bool = field(default=False, repr=False)  # a text without a prompt, learned from its beginning
 
     @property
     def prompt(self) -> tuple[dict[str, Any], ...]:
@@ -76,10 +78,12 @@ def read_examples(source: str, data: DataSection, records: list[Record] | None =
     """
     if records is None and " + " in source:
         return [example for one in source.split(" + ") for example in read_examples(one.strip(), data)]
-    records = read_records(source, data.columns) if records is None else records
+    records = records_of(source, data) if records is None else records
     if data.fields:
         free = {o for o, t in data.fields.items() if o in _FREE and any(t in r.values for r in records)}
-        renamed = [{o: r.values.get(t) if o in free else _field(r, t) for o, t in data.fields.items()} for r in records]
+        renamed = [
+            {o: r.values.get(t) if o in free else value_of(r, t) for o, t in data.fields.items()} for r in records
+        ]
         records = [replace(r, values=r.values | values) for r, values in zip(records, renamed, strict=True)]
     form, _ = _FORMATS[data.format if data.format != "auto" else _guess(records[0], data.fields)]
     examples = [form(record) for record in records]
@@ -90,9 +94,18 @@ def read_examples(source: str, data: DataSection, records: list[Record] | None =
     if data.group == "prompt":
         examples = [replace(e, group=item_of(e)) for e in examples]
     elif data.group is not None:
-        groups = (as_whole(_written(_field(r, data.group), f"{r.where}: field {data.group!r}")) for r in records)
+        groups = (as_whole(written(value_of(r, data.group), f"{r.where}: field {data.group!r}")) for r in records)
         examples = [replace(e, group=group) for e, group in zip(examples, groups, strict=True)]
     return examples
+
+
+def records_of(source: str, data: DataSection) -> list[Record]:
+    """The records of one source; a text file that is no list of facts is one text."""
+    records = read_records(source, data.columns)
+    if not source.endswith(".txt"):
+        return records
+    form = guess_format(records[0], data) if data.format == "auto" else data.format
+    return whole_text(source) if form == "document" else records
 
 
 def as_whole(text: str) -> str:
@@ -147,63 +160,33 @@ def _limited(examples: list[Example], limit: int | None, seed: int) -> list[Exam
     return [examples[i] for i in sorted(random.Random(seed).sample(range(len(examples)), limit))]
 
 
-def _is_missing(value: Any) -> bool:
-    """Null, empty, or NaN, as a table's empty cell is written."""
-    return value is None or value in ("", []) or value != value
-
-
-def _field(record: Record, name: str) -> Any:
-    if name in record.values and record.values[name] is None:
-        raise UserError(f"{record.where}: field {name!r} is null.")
-    if name not in record.values:
-        raise UserError(
-            f"{record.where}: field {name!r} is missing, found {', '.join(map(str, record.values)) or 'none'}."
-        )
-    return record.values[name]
-
-
-def _text(record: Record, name: str) -> str:
-    if record.cells and record.values.get(name, "x") == "":
-        raise UserError(
-            f"{record.where}: the cell {name!r} is empty. Fill it, take the line out, or give records as JSON, where "
-            "an empty text differs from a missing one."
-        )
-    return _written(_field(record, name), f"{record.where}: field {name!r}")
-
-
-def _written(value: Any, what: str) -> str:
-    """A value as text; true and false as JSON writes them. Raises UserError for one that is no text."""
-    if not isinstance(value, str | int | float):
-        raise UserError(f"{what} is a {type(value).__name__}, expected text.")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{what} is {value}, which is what a missing value becomes; expected text.")
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _list(record: Record, name: str) -> list[Any]:
-    """A list that a record may have."""
-    value = record.values.get(name) or []
-    if not isinstance(value, list):
-        raise UserError(f"{record.where}: field {name!r} is a {type(value).__name__}, expected a list.")
-    return value
-
-
 _FREE = {"input", "tools", "choices"}  # fields that a record need not have
+
+
+def guess_format(record: Record, data: DataSection) -> str:
+    """The format that records like this one have. Raises UserError where none fits."""
+    values = record.values | {
+        ours: record.values[theirs] for ours, theirs in data.fields.items() if theirs in record.values
+    }
+    return _guess(replace(record, values=values), data.fields)
 
 
 def _guess(record: Record, named: Container[str]) -> str:
     """The format of a record: one of which a field was named in data.fields, before any other that fits."""
+    if set(record.values) == {"line"}:
+        return "facts" if "||" in str(record.values["line"]) else "document"
     fitting = [form for form, (_, keys) in _FORMATS.items() if keys <= set(record.values)]
     if fitting:
         return min(fitting, key=lambda form: not any(key in named for key in _FORMATS[form][1]))
     raise UserError(
         f"{record.where}: fields {', '.join(map(str, record.values))} fit no format; expected messages, or "
-        "instruction and output, or prompt and answer, or text and label. Map names with data.fields: {text: sentence}."
+        "instruction and output, or prompt and answer, or text and label, or text. Map names with "
+        "data.fields: {text: sentence}."
     )
 
 
 def _chat(record: Record) -> Example:
-    messages = _field(record, "messages")
+    messages = value_of(record, "messages")
     if not isinstance(messages, list) or not all(
         isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages
     ):
@@ -211,7 +194,7 @@ def _chat(record: Record) -> Example:
     if not messages or messages[-1]["role"] != "assistant":
         raise UserError(f"{record.where}: the last message has to be the assistant's, it is the answer to learn.")
     answer = answer_of(messages[-1], record.where)
-    return _generation(record, tuple(messages), answer, tuple(_list(record, "tools")))
+    return _generation(record, tuple(messages), answer, tuple(list_in(record, "tools")))
 
 
 # What an assistant's message may hold next to its content. Templates write it, or leave it out, each in its own way.
@@ -233,14 +216,14 @@ def answer_of(message: dict[str, Any], where: str) -> str:
 
 def _says_more(value: Any) -> bool:
     """Whether it is more than a blank, an empty list or mapping, or false."""
-    return not _is_missing(value.strip() if isinstance(value, str) else value or None)
+    return not is_missing(value.strip() if isinstance(value, str) else value or None)
 
 
 def text_of(message: dict[str, Any], where: str) -> str:
     """What a message says, of which text is made. Raises UserError for one that is no text."""
     content = message["content"]
     if isinstance(content, str | int | float):
-        return _written(content, where)
+        return written(content, where)
     raise UserError(
         f"{where}: the content of the message of role {message['role']!r} is "
         f"{'null' if content is None else type(content).__name__}, expected text. Calls of tools (tool_calls) and "
@@ -249,20 +232,20 @@ def text_of(message: dict[str, Any], where: str) -> str:
 
 
 def _instruction(record: Record) -> Example:
-    text = _text(record, "instruction")
-    if not _is_missing(record.values.get("input")):
-        text = f"{text}\n\n{_text(record, 'input')}"
-    answer = _text(record, "output")
+    text = text_in(record, "instruction")
+    if not is_missing(record.values.get("input")):
+        text = f"{text}\n\n{text_in(record, 'input')}"
+    answer = text_in(record, "output")
     return _generation(record, _turn(text, answer), answer)
 
 
 def _prompt(record: Record) -> Example:
-    answer = _text(record, "answer")
-    return _generation(record, _turn(_text(record, "prompt"), answer), answer)
+    answer = text_in(record, "answer")
+    return _generation(record, _turn(text_in(record, "prompt"), answer), answer)
 
 
 def _facts(record: Record) -> Example:
-    facts, bar, sentence = str(_field(record, "line")).partition("||")
+    facts, bar, sentence = str(value_of(record, "line")).partition("||")
     if not bar or not sentence.strip():
         raise UserError(f"{record.where}: expected facts||sentence, found {record.values['line'][:60]!r}.")
     return _generation(record, _turn(facts.strip(), sentence.strip()), sentence.strip())
@@ -273,12 +256,12 @@ def _generation(record: Record, messages: tuple[Any, ...], answer: str, tools: t
         raise UserError(f"{record.where}: the answer is empty, there is nothing to learn from.")
     before = {name: record.values.get(name) for name in ("system", "history")}
     said = [message["content"] for message in messages]
-    if unread := [name for name, value in before.items() if not _is_missing(value) and value not in said]:
+    if unread := [name for name, value in before.items() if not is_missing(value) and value not in said]:
         warn(f"Records hold {' and '.join(unread)}, which is not read: write it as one of the messages.", stacklevel=2)
     target = record.values.get("answer")
-    target = answer if _is_missing(target) else _text(record, "answer")
-    choices = _list(record, "choices") or _choices_in(str(messages[-2]["content"]) if len(messages) > 1 else "")
-    named = tuple(_written(choice, f"{record.where}: a choice") for choice in choices)
+    target = answer if is_missing(target) else text_in(record, "answer")
+    choices = list_in(record, "choices") or _choices_in(str(messages[-2]["content"]) if len(messages) > 1 else "")
+    named = tuple(written(choice, f"{record.where}: a choice") for choice in choices)
     return Example(record.where, messages, tools, answer, target, named)
 
 
@@ -317,13 +300,32 @@ def in_words(example: Example) -> Example:
 
 
 def _labelled_text(record: Record) -> Example:
-    texts = [_text(record, "text")]
+    texts = [text_in(record, "text")]
     if "text_pair" in record.values:
-        texts.append(_text(record, "text_pair"))
-    label = _text(record, "label").strip()
+        texts.append(text_in(record, "text_pair"))
+    label = text_in(record, "label").strip()
     if not label:
         raise UserError(f"{record.where}: the label is empty: give this class a name, or leave the record out.")
     return Example(record.where, text=tuple(texts), label=label)
+
+
+def _document(record: Record) -> Example:
+    text = text_in(record, "text" if "text" in record.values else "line")
+    if not text.strip():
+        raise UserError(f"{record.where}: the text is empty, there is nothing to learn from.")
+    return Example(record.where, ({"role": "assistant", "content": text},), answer=text, target=text, whole=True)
+
+
+def _preference(record: Record) -> Example:
+    """Texts, or conversations of which the last messages differ."""
+    chosen, rejected = value_of(record, "chosen"), value_of(record, "rejected")
+    if isinstance(chosen, list) and isinstance(rejected, list):
+        before = record.values.get("prompt")
+        before = before if isinstance(before, list) else _turn(text_in(record, "prompt"), "")[:1] if before else ()
+        one, other = (_chat(replace(record, values={"messages": [*before, *m]})) for m in (chosen, rejected))
+        return replace(one, rejected=other.answer)
+    chosen, rejected = text_in(record, "chosen"), text_in(record, "rejected")
+    return replace(_generation(record, _turn(text_in(record, "prompt"), chosen), chosen), rejected=rejected)
 
 
 # Of each format what makes an example of a record, and the fields by which it is known.
@@ -333,4 +335,6 @@ _FORMATS: dict[str, tuple[Callable[[Record], Example], set[str]]] = {
     "prompt": (_prompt, {"prompt", "answer"}),
     "text": (_labelled_text, {"text", "label"}),
     "facts": (_facts, {"line"}),
+    "document": (_document, {"text"}),
+    "preference": (_preference, {"chosen", "rejected"}),
 }

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from dual_lora.lab.errors import UserError, described, suggest
-from dual_lora.lab.read import lines_of, parse_json
+from dual_lora.lab.read import lines_of, parse_json, regular
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,14 @@ def read_records(source: str, columns: list[str] | None = None) -> list[Record]:
         try:
             if path.suffix in (".tsv", ".csv"):
                 records = list(_table(path, columns))
+            elif path.suffix == ".parquet":
+                from dual_lora.lab.data.parquet import rows_of
+
+                records = [Record(row, f"{path}, row {number}") for number, row in enumerate(rows_of(path), 1)]
             elif path.suffix in readers:
                 records = list(readers[path.suffix](path))
             else:
-                raise UserError(f"{path}: unknown kind of data file, expected .json, .jsonl, .tsv, .csv or .txt.")
+                raise UserError(f"{path}: unknown kind of data file, not .json, .jsonl, .tsv, .csv, .parquet or .txt.")
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not text in UTF-8 (byte {error.start}).") from None
     if not records:
@@ -167,6 +171,18 @@ def _lines(path: Path) -> Iterator[Record]:
     for number, line in enumerate(lines_of(path.read_text(encoding="utf-8-sig")), 1):
         if line.strip():
             yield Record({"line": line}, f"{path}, line {number}")
+
+
+def whole_text(source: str) -> list[Record]:
+    """A text file as one record."""
+    path = find(source)
+    try:
+        text = regular(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not text in UTF-8 (byte {error.start}).") from None
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read: {error}.") from None
+    return [Record({"text": text}, str(path))]
 
 
 def hub_split(source: str) -> str:

@@ -4,11 +4,18 @@ import contextlib
 import math
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, NoRepeatNGramLogitsProcessor, TextIteratorStreamer
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
 
 from dual_lora.lab.data.batches import (
     check_padding,
@@ -125,6 +132,16 @@ class _NoRepeat(LogitsProcessor):
         return self.rule(input_ids[:, self.width :], scores)
 
 
+class _Asked(StoppingCriteria):
+    """Ends an answer when somebody asks for it."""
+
+    def __init__(self, stop: threading.Event):
+        self.stop = stop
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> Any:
+        return torch.full((input_ids.shape[0],), self.stop.is_set(), dtype=torch.bool, device=input_ids.device)
+
+
 def search_of(spec: EvaluateSection) -> dict[str, Any]:
     """The search for an answer in the terms of ``generate_all``; empty for a greedy one."""
     given: dict[str, Any] = {"num_beams": spec.beams, "length_penalty": spec.length_penalty} if spec.beams > 1 else {}
@@ -142,6 +159,26 @@ def generate(
     variant: str | None = None,
 ) -> Iterator[str]:
     """The answer in pieces as they come. variant: "base" for the untrained model. Written as the run's prompts were."""
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    return answer_to(
+        tuned, [*messages, {"role": "user", "content": prompt}], max_new_tokens=max_new_tokens,
+        temperature=temperature, seed=seed, variant=variant,
+    )  # fmt: skip
+
+
+def answer_to(
+    tuned: Tuned,
+    messages: Sequence[dict[str, Any]],
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    seed: int = 0,
+    variant: str | None = None,
+) -> Generator[str, None, None]:
+    """The answer to a conversation, in pieces as they come. Closed before its end, it stops the model.
+
+    Raises UserError for options out of range, a model that writes no text, and more than it can read.
+    """
     if temperature < 0:
         raise UserError(f"temperature is {temperature}, expected 0 or more.")
     if max_new_tokens < 1:
@@ -150,14 +187,19 @@ def generate(
         raise UserError(f"{tuned.source} is a classifier, it writes no text.")
     check_writes(tuned.model)
     prompter = Prompter(tuned.tokenizer, tuned.recipe.data.template if tuned.recipe else "auto")
-    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
-    ids = torch.tensor([prompter.prompt_ids((*messages, {"role": "user", "content": prompt}))])
+    ids = torch.tensor([prompter.prompt_ids(tuple(messages))])
+    known = getattr(unwrapped(tuned.model).config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(known, int) and 0 < known <= ids.shape[1]:
+        raise UserError(
+            f"The conversation has {ids.shape[1]:,} tokens, and the model reads {known:,}: ask less, or begin anew."
+        )
     choice: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature:
         choice = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}  # of all tokens
     shown = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     streamer = TextIteratorStreamer(tuned.tokenizer, skip_prompt=True, **shown)
     failed: list[BaseException] = []
+    stop = threading.Event()
 
     def work(model: Any) -> None:
         try:
@@ -169,6 +211,7 @@ def generate(
                     attention_mask=torch.ones_like(ids).to(model.device),
                     max_new_tokens=max_new_tokens,
                     streamer=streamer,
+                    stopping_criteria=StoppingCriteriaList([_Asked(stop)]),
                     eos_token_id=ends,
                     pad_token_id=tuned.tokenizer.pad_token_id,
                     **choice,
@@ -180,7 +223,10 @@ def generate(
     with tuned.as_variant(variant or tuned.variants[-1]) as model:
         thread = threading.Thread(target=work, args=(model,), daemon=True)
         thread.start()
-        yield from streamer
-        thread.join()
+        try:
+            yield from streamer
+        finally:
+            stop.set()  # where nobody waits for the rest
+            thread.join()
     if failed:
         raise failed[0]

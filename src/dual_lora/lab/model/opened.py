@@ -106,11 +106,12 @@ def open_tuned(
     device: str | None = None,
     *,
     whole: bool = False,
+    unsaid: str = "float32",
 ) -> Tuned:
     """Load a run folder, an adapter folder, or a model by folder, name, GGUF file or package.
 
     base: the base model, where the adapter's own note of it does not hold any more. dtype: precision of the base.
-    whole: the base as it was before `model.quantize` packed it.
+    whole: the base as it was before `model.quantize` packed it. unsaid: the precision of what is no run of ours.
     Raises UserError for folders that are neither, and runs that are not finished.
     """
     path = Path(source)
@@ -118,12 +119,16 @@ def open_tuned(
     if folder.is_run:
         result = result_of(folder)
         full = result == folder.full_model
-        tuned = _open_full(folder, dtype, device) if full else _open_adapter(result, base, dtype, device, path, whole)
+        tuned = (
+            _open_full(folder, dtype, device)
+            if full
+            else _open_adapter(result, base, dtype, device, path, whole, unsaid)
+        )
         tuned.given |= {"dtype": dtype} if dtype else {}
         return tuned
     if (path / "adapter_config.json").is_file():
-        return _open_adapter(path, base, dtype, device, whole=whole)
-    part = ModelSection(path=str(source), dtype=dtype or "float32")  # type: ignore[arg-type]
+        return _open_adapter(path, base, dtype, device, whole=whole, unsaid=unsaid)
+    part = ModelSection(path=str(source), dtype=dtype or unsaid)  # type: ignore[arg-type]
     loaded = load_model(part, device=device)
     check_finite_weights(dict(loaded.model.named_parameters()), f"The model {source}")
     return Tuned(loaded.model, loaded.tokenizer, str(source))
@@ -177,6 +182,7 @@ def _open_adapter(
     device: str | None,
     run: Path | None = None,
     whole: bool = False,
+    unsaid: str = "float32",
 ) -> Tuned:
     import dual_lora  # noqa: F401  (registers its method with PEFT)
 
@@ -190,7 +196,7 @@ def _open_adapter(
     except Exception as error:  # whatever a foreign file makes PEFT raise: KeyError, AttributeError, RecursionError
         raise UserError(f"The adapter {adapter} could not be read: {described(error)}") from error
     check_stored_numbers(adapter / "adapter_model.safetensors", f"The adapter {adapter}")
-    part = recipe.model if recipe else _part_of(config, adapter)
+    part = recipe.model if recipe else _part_of(config, adapter, unsaid)
     another = {"path": base, "revision": None} if base and base != part.path else {}
     unpacked = {"quantize": "none"} if whole else {}
     part = part.model_copy(update=another | ({"dtype": dtype} if dtype else {}) | unpacked)
@@ -253,13 +259,13 @@ def untrained_model(part: ModelSection, seed: int, num_labels: int | None, devic
         return load_base(part, seed, num_labels, device).model
 
 
-def _part_of(config: Any, adapter: Path) -> ModelSection:
+def _part_of(config: Any, adapter: Path, dtype: str) -> ModelSection:
     if not config.base_model_name_or_path:
         raise UserError(f"The adapter {adapter} does not name its base model: give --base.")
     head = "classification" if config.task_type == "SEQ_CLS" else "causal"
     path = config.base_model_name_or_path
     revision = None if is_here(path) else getattr(config, "revision", None)
-    return ModelSection(path=path, head=head, revision=revision)  # type: ignore[arg-type]
+    return ModelSection(path=path, head=head, revision=revision, dtype=dtype)  # type: ignore[arg-type]
 
 
 def _labels_in(adapter: Path) -> int:

@@ -123,7 +123,12 @@ def _replaced(recipe: Recipe, values: dict[tuple[str, str], str]) -> Recipe:
 
 
 def settled_here(recipe: Recipe) -> Recipe:
-    """The recipe with what this device is fast in; nothing is measured if it leaves nothing open."""
+    """The recipe with what this device is fast in; nothing is measured if it leaves nothing open.
+
+    Weights that are trained themselves stay fp32: in bf16 most steps of an optimizer are smaller than its rounding.
+    """
+    if recipe.method["name"] == "full":
+        recipe = _replaced(recipe, {("model", "dtype"): "float32"})
     return settled(recipe, fast_precision().precision) if leaves_open(recipe) else recipe
 
 

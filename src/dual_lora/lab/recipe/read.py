@@ -135,6 +135,8 @@ def identity(recipe: Recipe) -> dict[str, Any]:
             field = type(getattr(recipe, part)).model_fields[name]
             if values[part][name] == field.get_default(call_default_factory=True):
                 del values[part][name]
+    if recipe.objective.name == "sft":
+        del values["objective"]
     return values
 
 

@@ -8,24 +8,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from dual_lora.lab import yaml_text
 from dual_lora.lab.patterns import compiled
+from dual_lora.lab.recipe.objective import ObjectiveSection
+from dual_lora.lab.recipe.section import MOST
+from dual_lora.lab.recipe.section import Origin as Origin
+from dual_lora.lab.recipe.section import Section as Section
 
 NAME = r"^\.?[\w\-][\w.\-]*$"  # of a default folder: "." and ".." are other folders, not names
 Precision = Literal["float32", "bfloat16", "float16"]
 Quantize = Literal["none", "nf4", "fp4", "int8", "torchao-int8"]
-MOST = 10_000_000  # tokens of a text, rows of a batch: more is a slip or a trap
 
 
 Task = Literal["exact_match", "choice", "classification", "regression", "loss", "bleu", "nlg"]
-
-
-class Section(BaseModel):
-    """A part of a recipe: unknown fields are errors, so that a typing mistake never runs silently."""
-
-    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):
@@ -39,9 +36,10 @@ class ModelSection(Section):
         "causal", description="Language model, or an encoder with a fresh head for classes or for one number."
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "float32",
+        "auto",
         description="Precision of the base weights (factors of Dual LoRA stay float32). auto: bfloat16 where this "
-        "device is faster with it, float32 elsewhere; chosen once, when the run starts.",
+        "device is faster with it, float32 elsewhere and for method full, whose weights are trained; chosen once, when "
+        "the run starts.",
     )
     quantize: Quantize = Field(
         "none",
@@ -58,7 +56,7 @@ class ModelSection(Section):
 class DataSection(Section):
     train: str | None = Field(
         None,
-        description="Training records: a .json, .jsonl, .tsv, .csv or .txt file, or hub:NAME[,SUBSET][:SPLIT]. "
+        description="Training records: .json, .jsonl, .tsv, .csv, .parquet or .txt, or hub:NAME[,SUBSET][:SPLIT]. "
         "Relative paths are sought in the working folder, then in $DUAL_LORA_DATA (default ../shared/data). "
         "Several sources are joined by ' + '.",
     )
@@ -83,10 +81,11 @@ class DataSection(Section):
         description="How many records of a set may have their prompt (or text, or group) in another of train, "
         "validation and test. More of them: a study is refused, a run warns. all: for tasks of memorisation.",
     )
-    format: Literal["auto", "chat", "instruction", "prompt", "facts", "text"] = Field(
+    format: Literal["auto", "chat", "instruction", "prompt", "facts", "text", "document", "preference"] = Field(
         "auto",
         description="chat: messages; instruction: instruction, input, output[, answer]; prompt: prompt, answer; "
-        "facts: facts||sentence lines; text: text[, text_pair], label.",
+        "facts: facts||sentence lines; text: text[, text_pair], label; document: text alone; preference: "
+        "prompt, chosen, rejected.",
     )
     columns: list[str] | None = Field(
         None, description="Names of the columns of a .tsv or .csv file without a header line, in their order."
@@ -152,7 +151,8 @@ class DataSection(Section):
 
 
 FIELDS = (
-    "messages", "tools", "instruction", "input", "output", "prompt", "answer", "text", "text_pair", "label", "choices",
+    "messages", "tools", "instruction", "input", "output", "prompt", "answer", "chosen", "rejected", "text",
+    "text_pair", "label", "choices",
     "line",
 )  # fmt: skip
 """What records are read for; `data.fields` gives them the names that a file has."""
@@ -290,24 +290,6 @@ class EvaluateSection(Section):
         return value
 
 
-class Origin(Section):
-    """Where a recipe's settings come from, and which figures others report for the same run."""
-
-    sources: dict[str, str] = Field(
-        default_factory=dict, description="Name of a source: its kind (paper, predecessor, ours) and what it is."
-    )
-    settings: dict[str, list[str]] = Field(
-        default_factory=dict, description="Name of a source: the settings that it gives, e.g. train.learning_rate."
-    )
-    reported: dict[str, dict[str, float | str]] = Field(
-        default_factory=dict, description="Name of a source: metric: the figure that it reports."
-    )
-
-    def source_of(self, setting: str) -> str | None:
-        """The source of a setting like ``train.learning_rate``; None if it is the laboratory's default."""
-        return next((name for name, given in self.settings.items() if setting in given), None)
-
-
 class Recipe(Section):
     """A complete fine-tuning run."""
 
@@ -321,6 +303,9 @@ class Recipe(Section):
     )
     data: DataSection = Field(default_factory=DataSection, description="Records and how they become prompts.")
     train: TrainSection = Field(default_factory=TrainSection, description="The training loop.")
+    objective: ObjectiveSection = Field(
+        default_factory=ObjectiveSection, description="What training makes better: answers, preferences, rewards."
+    )
     evaluate: EvaluateSection = Field(default_factory=EvaluateSection, description="What is measured afterwards.")
     origin: Origin | None = Field(None, description="Who said each setting, and what others report.")
 

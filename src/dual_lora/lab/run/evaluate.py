@@ -239,6 +239,8 @@ def _tasks(asked: list[Task], examples: list[Example], tuned: Tuned) -> list[Tas
         if (task in _ENCODER) != encodes:
             found = "text and label" if encodes else "prompt and answer"
             raise UserError(f"The task {task} does not fit the records, which hold {found}.")
+        if task != "loss" and examples[0].whole:
+            raise UserError(f"The task {task} asks, and {examples[0].where} is text without a prompt: measure loss.")
         if task in _ENCODER and not tuned.classes:
             raise UserError(
                 f"{tuned.source} has no classes: only a run or its adapter with head classification can be evaluated."
@@ -252,6 +254,7 @@ def _long(examples: list[Example], prompter: Prompter, data: DataSection, tuned:
     """Examples longer than data.max_length: texts were cut to it, prompts were not."""
     if examples[0].text:
         return sum(len(tuned.tokenizer(*e.text).input_ids) > data.max_length for e in examples)
+    examples = [e for e in examples if not e.whole]  # which are cut into rows
     lengths = (len(prompter.prompt_ids(e.prompt, e.tools)) + len(prompter.answer_ids(e.answer)) for e in examples)
     return sum(length > data.max_length for length in lengths)
 

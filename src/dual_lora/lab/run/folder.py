@@ -228,9 +228,12 @@ def same_recipe(recipe: Recipe, folder: RunFolder) -> None:
         )
 
 
+_LENGTH = {"batch_size", "steps", "epochs", "patience"}  # a run may be made longer (`longer.py`)
+
+
 def _settings(recipe: Recipe) -> dict[str, Any]:
     """What training goes by; the batch size counts together with the number of processes."""
-    free: dict[str, Any] = {"evaluate": True, "about": True, "name": True, "origin": True, "train": {"batch_size"}}
+    free: dict[str, Any] = {"evaluate": True, "about": True, "name": True, "origin": True, "train": _LENGTH}
     parts = recipe.model_dump(mode="json", exclude=free)
     return {f"{part}.{key}": value for part, values in parts.items() for key, value in values.items()}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -45,11 +45,11 @@ def build_trainer(
 ) -> Trainer:
     """The Trainer for a run's steps over its rows, in their order. first: before `watch`. reports: see `reporting`."""
     held = _with_blanks(ready.validation, recipe.evaluate.batch_size * process_count() if process_count() > 1 else 1)
-    with _told(recipe) as precision:
+    with told(recipe) as precision:
         trainer = _Trainer(
             recipe.train.rates,
             model=model,
-            args=_arguments(recipe, precision, folder, ready.steps, bool(held), reports),
+            args=arguments_of(recipe, precision, folder, ready.steps, bool(held), reports),
             train_dataset=Ordered(ready.rows, ready.order),  # type: ignore[arg-type]
             eval_dataset=Ordered(held, list(range(len(held)))) if held else None,  # type: ignore[arg-type]
             data_collator=ready.collator(model),
@@ -57,7 +57,7 @@ def build_trainer(
                 watch, recipe.train.label_smoothing, _labels_in(ready.validation) / max(1, len(held))
             ),
             callbacks=[*first, watch, *callbacks],
-            optimizers=(_optimizer(model, recipe), None),
+            optimizers=(optimizer_of(model, recipe), None),
         )
     for noisy in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(noisy)
@@ -65,11 +65,8 @@ def build_trainer(
 
 
 @contextmanager
-def _told(recipe: Recipe) -> Iterator[str]:
-    """Inside, the recipe counts, whatever a launcher's configuration says to transformers and accelerate.
-
-    Yields the mixed precision for Trainer. DeepSpeed's alone is left to its own configuration: see `_mixed_precision`.
-    """
+def told(recipe: Recipe) -> Iterator[str]:
+    """Inside, the recipe counts, whatever a launcher says. Yields the precision for Trainer, see `_mixed_precision`."""
     under_deepspeed, asked = _deepspeed(), _mixed_precision(recipe)
     told = {"ACCELERATE_MIXED_PRECISION": "no" if asked == "none" else asked}
     if under_deepspeed:  # transformers refuses other values than the recipe's
@@ -101,7 +98,7 @@ def _deepspeed_file() -> bool:
 
 
 def check_precision(recipe: Recipe) -> None:
-    """Raise UserError for an autocast that DeepSpeed, which has none, would leave out."""
+    """Raise UserError for an autocast that DeepSpeed would leave out."""
     asked, launched = recipe.train.autocast, os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if _deepspeed() and not _deepspeed_file() and asked not in ("none", launched):
         raise UserError(
@@ -242,9 +239,11 @@ _ALLOWED = """
 ARGUMENTS = frozenset(_ALLOWED.split())
 
 
-def _arguments(
-    recipe: Recipe, precision: str, folder: RunFolder, steps: int, validating: bool, reports: dict[str, Any]
-) -> TrainingArguments:
+def arguments_of(
+    recipe: Recipe, precision: str, folder: RunFolder, steps: int, validating: bool, reports: dict[str, Any],
+    kind: type[TrainingArguments] = TrainingArguments, more: Mapping[str, Any] | None = None,
+) -> TrainingArguments:  # fmt: skip
+    """What Trainer, or a trainer of TRL's with arguments of that kind and more of them, is told."""
     part = recipe.train
     values: dict[str, Any] = {
         "output_dir": str(folder.checkpoints),
@@ -273,12 +272,12 @@ def _arguments(
         "dataloader_pin_memory": torch.cuda.is_available(),
         "disable_tqdm": True,
     }
-    known = TrainingArguments.__dataclass_fields__
-    if part.gradient_checkpointing:  # renamed within transformers 5
-        values["activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"] = True
+    known = kind.__dataclass_fields__
+    renamed = "activation_checkpointing" in known  # within transformers 5; TRL's default is on
+    values["activation_checkpointing" if renamed else "gradient_checkpointing"] = part.gradient_checkpointing
     try:
         asked = {name: value for name, value in reports.items() if name in known}
-        return TrainingArguments(**{**values, **part.arguments, **asked})
+        return kind(**{**values, **(more or {}), **part.arguments, **asked})
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"train: {described(error, Exception)}") from error
 
@@ -318,7 +317,7 @@ def _own_optimizer(name: str) -> Any:
     return found
 
 
-def _optimizer(model: Any, recipe: Recipe) -> torch.optim.Optimizer | None:
+def optimizer_of(model: Any, recipe: Recipe) -> torch.optim.Optimizer | None:
     """LoRA+'s optimizer, which PEFT builds, or the user's own; None leaves the choice to Trainer's ``optim``."""
     part = recipe.train
     if own := _own_optimizer(part.optimizer):

@@ -7,6 +7,7 @@ It averages those of the first batches of the run's own data order, and puts the
 import itertools
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from dual_lora.lab.progress import stage
 from dual_lora.lab.recipe.schema import Recipe
 
 GRADIENT_BATCHES = 8  # that LoRA-GA's start sees
+NEXT_SEED = 1_000_003  # between the orders of a run's passes before and after it was made longer
 MOST_ROWS = 50_000_000  # of a run, repeats counted; their order is a list in memory
 
 
@@ -49,6 +51,8 @@ class Prepared(InOrder):
     loaded: Loaded
     validation: list[Encoded]
     classes: list[str]
+    examples: list[Example]  # of the rows, as they were read
+    held: list[Example]  # of the validation rows
 
     @property
     def tokens(self) -> list[int]:
@@ -61,21 +65,37 @@ class Prepared(InOrder):
         return collator(self.loaded.tokenizer, bool(self.classes), model)
 
 
-def prepare(recipe: Recipe, progress: bool = False) -> Prepared:
-    """Read the data, load the model, fix the order. Raises UserError for records that do not fit the head."""
+def prepare(recipe: Recipe, progress: bool = False, ends: Sequence[int] = ()) -> Prepared:
+    """Read the data, load the model, fix the order (ends: see `in_order`).
+
+    Raises UserError for records that do not fit the head.
+    """
     part = recipe.train
     examples = load_split(recipe.data, "train")
     classes = classes_of(recipe.model.head, examples)
     held = load_split(recipe.data, "validation") if part.validate_every else []
     fit_head(held, recipe.model.head)
+    check_examples(recipe, [*examples, *held])
     set_seed(part.seed)
     with stage(f"loading {recipe.model.path}", progress):
         loaded = load_base(recipe.model, part.seed, len(classes) or None)
         name_classes(loaded.model, classes)
-        ordered = in_order(recipe, examples, loaded.tokenizer, classes, process_count())
+        ordered = in_order(recipe, examples, loaded.tokenizer, classes, process_count(), ends)
     _warn_of_positions(loaded.model.config, max(len(row.input_ids) for row in ordered.rows))
     validation = _validating(recipe, held, loaded.tokenizer, classes) if held else []
-    return Prepared(**vars(ordered), loaded=loaded, validation=validation, classes=classes)
+    kept = {row.where for row in ordered.rows}
+    own = [example for example in examples if example.where in kept]
+    return Prepared(**vars(ordered), loaded=loaded, validation=validation, classes=classes, examples=own, held=held)
+
+
+def check_examples(recipe: Recipe, examples: Sequence[Example]) -> None:
+    """Raise UserError for records without what the objective needs."""
+    name = recipe.objective.name
+    for example in examples if name != "sft" else ():
+        if example.whole or not example.prompt:
+            raise UserError(f"{example.where}: objective {name} needs a prompt.")
+        if name == "dpo" and not example.rejected:
+            raise UserError(f"{example.where}: objective dpo needs the fields prompt, chosen and rejected.")
 
 
 def _warn_of_positions(config: Any, longest: int) -> None:
@@ -89,11 +109,23 @@ def _warn_of_positions(config: Any, longest: int) -> None:
         )
 
 
-def in_order(recipe: Recipe, examples: list[Example], tokenizer: Any, classes: list[str], processes: int) -> InOrder:
-    """The rows of a run and the order in which so many processes together take them."""
+def in_order(
+    recipe: Recipe,
+    examples: list[Example],
+    tokenizer: Any,
+    classes: list[str],
+    processes: int,
+    ends: Sequence[int] = (),
+) -> InOrder:
+    """The rows of a run and the order in which so many processes together take them.
+
+    ends: the steps that a run was to have before it was made longer. What follows each of them begins a new pass.
+    """
     part = recipe.train
     rows, left_out = _encoded(recipe, examples, tokenizer, classes)
     rows_a_step = part.batch_size * part.accumulate * processes
+    if recipe.objective.name == "grpo":  # a prompt has several answers
+        rows_a_step = max(1, rows_a_step // recipe.objective.completions)
     asked = part.steps or len(rows) * part.epochs / rows_a_step
     if asked * rows_a_step > MOST_ROWS:
         raise UserError(
@@ -102,7 +134,10 @@ def in_order(recipe: Recipe, examples: list[Example], tokenizer: Any, classes: l
         )
     steps = math.ceil(asked)
     lengths = [len(row.input_ids) for row in rows]
-    order = training_order(lengths, steps * rows_a_step, part.batch_size * processes, part.seed)
+    order: list[int] = []
+    for number, end in enumerate([*(e for e in ends if e < steps), steps]):
+        rows_more = end * rows_a_step - len(order)
+        order += training_order(lengths, rows_more, part.batch_size * processes, part.seed + number * NEXT_SEED)
     return InOrder(rows, left_out, steps, order, rows_a_step)
 
 

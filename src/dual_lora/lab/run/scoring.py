@@ -61,8 +61,11 @@ class Asked:
 
 def score_loss(asked: Asked) -> Rows:
     """Summed negative log-likelihood (nats) of each answer and its number of tokens."""
-    encoded = [asked.prompter.encode(example) for example in asked.examples]
-    return loss_rows(asked.model, asked.tokenizer, encoded, asked.spec.batch_size, asked.advance)
+    parts = [asked.prompter.pieces(example, asked.max_length) for example in asked.examples]
+    encoded = [row for rows in parts for row in rows]
+    rows = iter(loss_rows(asked.model, asked.tokenizer, encoded, asked.spec.batch_size, asked.advance))
+    together = ([next(rows) for _ in part] for part in parts)  # a text without a prompt has several
+    return [part[0] if len(part) == 1 else {n: sum(row[n] for row in part) for n in part[0]} for part in together]
 
 
 def loss_rows(
@@ -102,7 +105,7 @@ def score_exact_match(asked: Asked) -> Rows:
         found = answer_in(text, spec.extract, example.target) if spec.extract else text.strip()
         expected = special.sub("", _expected(example, spec.extract) if spec.extract else example.answer)
         row = {
-            "correct": _same(found, expected.strip(), spec.compare),
+            "correct": same_answer(found, expected.strip(), spec.compare),
             "predicted": found,
             "expected": expected.strip(),
         }
@@ -240,7 +243,8 @@ def _encoder_logits(asked: Asked) -> Iterator[tuple[list[int], torch.Tensor, tor
         yield part, found.float(), labels
 
 
-def _same(found: str, expected: str, compare: str) -> bool:
+def same_answer(found: str, expected: str, compare: str) -> bool:
+    """Whether two answers are the same text, or the same JSON value."""
     # é in one sign or in two is the same text, and many tokenizers write one of them only.
     if compare == "text":
         return unicodedata.normalize("NFC", found) == unicodedata.normalize("NFC", expected)

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -22,8 +22,9 @@ from dual_lora.lab.model.note import name_in_adapter, write_note
 from dual_lora.lab.model.opened import Tuned, untrained_model
 from dual_lora.lab.model.weights import print_of_weights
 from dual_lora.lab.progress import Bar, console, stage
-from dual_lora.lab.read import read_object
 from dual_lora.lab.recipe.schema import Recipe
+from dual_lora.lab.run import longer
+from dual_lora.lab.run.aligned import build_aligned, check_objective
 from dual_lora.lab.run.best import Best, check_best, counts_from
 from dual_lora.lab.run.failures import Diverged as Diverged
 from dual_lora.lab.run.failures import check_finite, clear_failures, note_failure
@@ -40,8 +41,9 @@ from dual_lora.lab.run.loop import build_trainer, check_names, check_patterns, c
 from dual_lora.lab.run.prepare import prepare, save_as_change, show_gradients, wants_gradients
 from dual_lora.lab.run.record import peak_memory, read_metrics, reset_peak, surroundings
 from dual_lora.lab.run.reporting import check_reports, reported
-from dual_lora.lab.run.watch import SECONDS, RankAllocation, Watch
-from dual_lora.lab.run.write import json_text, write_atomically, write_folder_atomically, write_json
+from dual_lora.lab.run.session import begin, seconds_before
+from dual_lora.lab.run.watch import RankAllocation, Watch
+from dual_lora.lab.run.write import write_atomically, write_folder_atomically, write_json
 from dual_lora.lab.verify import fingerprint
 from dual_lora.verify.callback import VerifyAdapter
 
@@ -109,9 +111,10 @@ def run(
     asked = recipe
     try:
         if resume and folder.is_run:
-            recipe = asked = precision.settled_as(recipe, recipe_of_run(folder.path))
+            before = recipe_of_run(folder.path)
+            recipe = asked = precision.settled_as(recipe, before)
             same_recipe(recipe, folder)
-            if folder.result is not None and (finished := _finished(folder)):
+            if folder.result is not None and not longer.changed(recipe, before) and (finished := _finished(folder)):
                 return finished
         recipe = precision.settled_here(recipe)
         if precision.leaves_open(asked) and progress and main:
@@ -145,9 +148,12 @@ def _train(
     check_names(part)
     check_precision(recipe)
     check_best(part)
+    check_objective(recipe, method_config(recipe.method, recipe.model.head, steps=10**6, fresh=[]))
     if main and (why := undeclared(recipe.data)):
         warn(f"The sets are not apart: {why}", stacklevel=2)
-    ready = prepare(recipe, progress)
+    start, checkpoint = folder.last_checkpoint()
+    known = longer.ends_of(folder.recorded()) if checkpoint else []
+    ready = prepare(recipe, progress, known)
     loaded, steps, tokens = ready.loaded, ready.steps, ready.tokens
     config = method_config(recipe.method, recipe.model.head, steps, loaded.fresh)
     if any(is_kind(config, kind) for kind in OWN_LOSS):
@@ -160,7 +166,9 @@ def _train(
     model = apply_method(loaded, config, recipe.model, part.seed)
     check_patterns("train.rates", part.rates, model)
 
-    start, checkpoint = folder.last_checkpoint()
+    if checkpoint:
+        longer.check_longer(folder, steps, start, plain_config(config))
+    ends = [end for end in known if end < steps]
     if checkpoint and is_kind(config, "ADALORA"):
         warn(
             "AdaLoRA's checkpoints do not hold the averages by which it chooses ranks, so the run begins anew.",
@@ -182,14 +190,15 @@ def _train(
         made_of_the_same(folder, made_of, ", or begin anew with --overwrite or in another --out")
     record = {"state": "running", "method": plain_config(config), "seed": part.seed, "classes": ready.classes}
     record |= {"processes": processes, "rows_at_once": part.batch_size * processes, "made_of": made_of}
+    record |= {"extended": ends} if ends else {}
     if recipe.origin is not None:
         record["origin"] = recipe.origin.model_dump(mode="json")
     chosen = folder.recorded().get("precision") if folder.is_run else None  # by an earlier session of this run
     record["precision"] = chosen or precision.record_of(asked, recipe)
     record |= {"total_steps": steps, **counts, **surroundings()}
-    earlier = _seconds_before(folder, start)
+    earlier = seconds_before(folder, start)
     if main:
-        _begin(recipe, folder, record, start)
+        begin(recipe, folder, record, start)
         if wants_gradients(config):
             write_folder_atomically(folder.start, lambda part: model.save_pretrained(str(part)), listed=True)
 
@@ -198,8 +207,10 @@ def _train(
         best = Best(part, folder, counts_from(config), main) if part.patience or part.keep_best else None
         checks = [] if config is None else [VerifyAdapter(tokenizer=loaded.tokenizer)]
         callbacks = [*_callbacks_of(config), *checks, *more]
+        callbacks += [longer.Longer(ends[-1], progress and main)] if ends else []
         with _clear_beginning(watch, checkpoint, part.arguments):
-            trainer = build_trainer(model, recipe, folder, ready, watch, [best] if best else [], callbacks, reports)
+            build = build_trainer if recipe.objective.name == "sft" else build_aligned
+            trainer = build(model, recipe, folder, ready, watch, [best] if best else [], callbacks, reports)
             same_sharding(checkpoint, trainer)
             with watch.interruptible():
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -249,6 +260,8 @@ def _train(
             text = card_text(folder, recipe, card, record={**record, "result": result.summary()}, fresh=True)
             write_atomically(card, text)
 
+        if main and (ends or start):
+            longer.forget_scores(folder)
         noted = "" if ready.classes or config is None else ", fingerprint (for `dual-lora verify`)"
         with stage(f"saving {target}: weights{noted}, card", progress):
             _save(trainer, tuned, recipe, target, main, made_of["weights"], complete)
@@ -291,16 +304,6 @@ def _clear_beginning(watch: Watch, checkpoint: Path | None, arguments: Iterable[
         ) from error
 
 
-def _begin(recipe: Recipe, folder: RunFolder, record: dict[str, Any], start: int) -> None:
-    """Write recipe and record; of the metrics of an earlier session keep those up to the checkpoint."""
-    ours = not folder.is_run or folder.record.is_file()  # a recipe alone may be the user's own
-    write_json(folder.record, record)  # first, for the same reason
-    if ours:  # on resuming too: what may change then (evaluation, rows at once) is what record and adapter say
-        write_atomically(folder.recipe, recipe.to_yaml())
-    kept = [line for line in read_metrics(folder.metrics) if line["step"] <= start]
-    write_atomically(folder.metrics, "".join(json_text(line) + "\n" for line in kept))
-
-
 def _callbacks_of(config: Any) -> list[TrainerCallback]:
     """What a method needs to be told while it trains."""
     if is_kind(config, "DUAL_LORA"):
@@ -338,11 +341,3 @@ def _finished(folder: RunFolder) -> RunResult | None:
         return RunResult(**record["result"]) if record.get("state") == "finished" else None
     except (KeyError, TypeError):
         return None
-
-
-def _seconds_before(folder: RunFolder, step: int) -> float:
-    """Training time up to ``step`` in earlier sessions, as its checkpoint says, or metrics.jsonl tells."""
-    times = [line.get("seconds") for line in read_metrics(folder.metrics) if line["step"] <= step]
-    with suppress(OSError, ValueError):
-        times = [read_object(folder.checkpoints / f"checkpoint-{step}" / SECONDS).get("seconds")]
-    return max((float(t) for t in times if isinstance(t, int | float)), default=0.0)

@@ -127,7 +127,7 @@ def _answered(prompter: Prompter, example: Example) -> Probe | None:
     last = example.messages[-1:]
     if not places or not last or len(encoded.input_ids) > LONGEST:
         return None
-    start = len(prompter.prompt_ids(example.prompt, example.tools))
+    start = 0 if example.whole else len(prompter.prompt_ids(example.prompt, example.tools))
     messages = example.prompt if prompter.kind == "chat" and not example.tools else ()
     kept = [place for place in places if place >= start][:SCORED] or places[:SCORED]
     return Probe(tuple(encoded.input_ids), tuple(kept), start=start, messages=tuple(messages))

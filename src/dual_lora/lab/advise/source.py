@@ -1,0 +1,57 @@
+"""What an advice is about: a recipe, a run's folder, or a base and records, of which a recipe is written."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from dual_lora.lab.data.guess import guess
+from dual_lora.lab.data.records import read_records
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.recipe.read import read_recipe
+from dual_lora.lab.recipe.starter import read_starter, starter
+from dual_lora.lab.run.write import write_atomically
+
+
+def source_of(recipe: str | None, base: str | None, data: str | None, test: str | None, out: Path | None) -> str:
+    """The recipe's file or name. Of flags a recipe is written next to the study's folder, the same one each time.
+
+    Raises UserError for flags that name too little, and where another recipe lies there already.
+    """
+    folder = out.parent if out is not None else Path("studies")
+    if recipe is not None:
+        changed: dict[str, Any] = {"data": {k: v for k, v in (("train", data), ("test", test)) if v is not None}}
+        changed |= {"model": {"path": base}} if base else {}
+        if not changed["data"] and not base:
+            return recipe
+        found = read_recipe(recipe, changed)
+        return _written(folder / f"{found.name}-{_print(base, data, test)}.yaml", found.to_yaml())
+    missing = [flag for flag, value in (("--base", base), ("--data", data), ("--test", test)) if not value]
+    if missing or not (base and data and test):
+        raise UserError(
+            "Say what the advice is about: a recipe, a run's folder, or --base, --data and --test, the records that "
+            f"nothing is trained on. Missing here: {', '.join(missing)}."
+        )
+    records = read_records(data)
+    found_columns = guess(records)
+    lengths = sorted(sum(len(str(value)) for value in record.values.values()) for record in records)
+    name = re.sub(r"[^\w.-]+", "-", Path(data).stem).strip(".-") or "mine"
+    text = starter(name, base, data, test, found_columns, len(records), lengths[-1], None)
+    read_starter(text, Path(name))
+    return _written(folder / f"{name}-{_print(base, data, test)}.yaml", text)
+
+
+def _print(*given: str | None) -> str:
+    """Short letters that tell one base and records from others."""
+    import hashlib
+
+    return hashlib.sha256(repr(given).encode()).hexdigest()[:6]
+
+
+def _written(path: Path, text: str) -> str:
+    if path.exists():
+        if path.read_text(encoding="utf-8") == text:
+            return str(path)
+        raise UserError(f"{path} is there and differs from what these options make: give its name, or move it.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, text)
+    return str(path)

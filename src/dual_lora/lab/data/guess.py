@@ -1,0 +1,147 @@
+"""What records seem to be for: format, task, and which column is which. A person reads it before it counts."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from dual_lora.lab.data.records import Record
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.recipe.schema import FIELDS
+
+Head = Literal["causal", "classification", "regression"]
+SEEN = 2000  # records that are looked at
+MOST_CLASSES = 200
+# What people call the fields of a format, the likeliest first.
+NAMES = {
+    "messages": ("messages", "conversations", "conversation", "dialog", "dialogue", "chat"),
+    "instruction": ("instruction",),
+    "output": ("output",),
+    "prompt": ("prompt", "question", "query", "input", "request", "source", "user"),
+    "answer": ("answer", "completion", "response", "reply", "output", "assistant", "target", "summary", "chosen"),
+    "text": ("text", "sentence", "review", "content", "body", "comment", "message", "tweet", "document", "description"),
+    "label": ("label", "labels", "class", "category", "sentiment", "target", "rating", "stars", "score", "intent", "y"),
+    "text_pair": ("text_pair", "sentence2", "hypothesis", "text2"),
+}
+FIRST_OF_PAIR = ("sentence1", "premise", "text1")
+
+
+@dataclass(frozen=True)
+class Guess:
+    """format, head and fields: as a recipe has them. names: of the columns. classes: of a classification."""
+
+    format: str
+    head: Head
+    fields: dict[str, str] = field(default_factory=dict)  # ours: theirs
+    names: list[str] = field(default_factory=list)
+    classes: list[str] = field(default_factory=list)
+
+
+def guess(records: list[Record], given: Mapping[str, str] | None = None) -> Guess:
+    """The likeliest use of these records. given: ours: theirs, of fields that a person named.
+
+    Raises UserError where no two columns look like a question and its answer, naming the columns.
+    """
+    seen = records[:SEEN]
+    names = list(dict.fromkeys(str(name) for record in seen for name in record.values))
+    given = {ours: theirs for ours, theirs in (given or {}).items() if theirs}
+    for ours, theirs in given.items():
+        if theirs not in names:
+            raise UserError(f"There is no column {theirs!r} for {ours}: found {', '.join(names)}.")
+    if names == ["line"]:
+        facts = all("||" in str(record.values["line"]) for record in seen)
+        return Guess("facts" if facts else "document", "causal", {}, names)
+    found = {ours: _named(names, known) for ours, known in NAMES.items()} | given
+    if found["messages"] and isinstance(seen[0].values.get(found["messages"]), list):
+        return _made("chat", "causal", found, names, ("messages",))
+    if not given and {"chosen", "rejected"} <= set(names):
+        return Guess("preference", "causal", {}, names)
+    if not given and {"instruction", "output"} <= set(names):
+        return _made("instruction", "causal", found, names, ("instruction", "output"))
+    first = _named(names, FIRST_OF_PAIR)
+    if found["text_pair"] and first and "text" not in given:
+        found["text"] = first
+    labelled = _labelled(seen, found, names, given)
+    if labelled is not None:
+        return labelled
+    if found["prompt"] and found["answer"] and found["prompt"] != found["answer"]:
+        return _made("prompt", "causal", found, names, ("prompt", "answer"))
+    if len(names) == 1 and found["text"]:
+        return _made("document", "causal", found, names, ("text",))
+    return _by_values(seen, names)
+
+
+def _labelled(seen: list[Record], found: dict[str, str], names: list[str], given: Mapping[str, str]) -> Guess | None:
+    """A text with a class or a number; None where the columns do not look so."""
+    if not found["label"] or {"prompt", "answer"} & set(given):
+        return None
+    text = found["text"] or (found["prompt"] if found["label"] != found["answer"] else "")
+    if not text or text == found["label"]:
+        return None
+    pair = ("text_pair",) if found["text_pair"] and found["text_pair"] not in (text, found["label"]) else ()
+    head, classes = _kind_of(_values(seen, found["label"]))
+    if head == "causal":
+        return None
+    return _made("text", head, found | {"text": text}, names, ("text", "label", *pair), classes)
+
+
+def _by_values(seen: list[Record], names: list[str]) -> Guess:
+    """Of columns whose names say nothing: the longest texts, and a column of few different values or another text."""
+    texts = [name for name in names if all(isinstance(value, str) for value in _values(seen, name))]
+    by_length = sorted(texts, key=lambda name: -sum(map(len, _values(seen, name))))
+    if by_length:
+        longest = by_length[0]
+        for name in names:
+            head, classes = _kind_of(_values(seen, name))
+            if name != longest and head == "classification" and len(classes) * 5 <= len(seen):
+                return _made("text", head, {"text": longest, "label": name}, names, ("text", "label"), classes)
+        if len(names) == 2 and len(texts) == 2:
+            return _made("prompt", "causal", {"prompt": names[0], "answer": names[1]}, names, ("prompt", "answer"))
+    return _unknown(names)
+
+
+def _unknown(names: list[str]) -> Guess:
+    raise UserError(
+        f"What is to be learned is not clear from the columns {', '.join(names)}: name them, a text and its class with "
+        "--text and --label, or a prompt and its answer with --prompt and --answer."
+    )
+
+
+def _made(
+    form: str,
+    head: Head,
+    found: Mapping[str, str],
+    names: list[str],
+    used: Iterable[str],
+    classes: list[str] | None = None,
+) -> Guess:
+    assert set(used) <= set(FIELDS)
+    return Guess(form, head, {ours: found[ours] for ours in used if found[ours] != ours}, names, classes or [])
+
+
+def _named(names: list[str], known: Iterable[str]) -> str:
+    spelled = {name.strip().lower().replace(" ", "_"): name for name in reversed(names)}
+    return next((spelled[name] for name in known if name in spelled), "")
+
+
+def _values(seen: list[Record], name: str) -> list[Any]:
+    return [record.values.get(name) for record in seen if record.values.get(name) not in (None, "")]
+
+
+def _kind_of(values: list[Any]) -> tuple[Head, list[str]]:
+    """Classes, numbers, or texts ("causal"), by the values of one column."""
+    if not values or any(isinstance(value, list | dict) for value in values):
+        return "causal", []
+    words = [str(value).strip() for value in values]
+    classes = sorted(set(words))
+    if 2 <= len(classes) <= MOST_CLASSES and (len(classes) * 2 <= len(words) or len(classes) <= 3):
+        fractions = all(_number(word) is not None for word in classes) and any("." in word for word in classes)
+        if not (fractions and len(classes) > 10):
+            return "classification", classes
+    return ("regression", []) if all(_number(word) is not None for word in words) else ("causal", [])
+
+
+def _number(word: str) -> float | None:
+    try:
+        return float(word)
+    except ValueError:
+        return None

@@ -1,0 +1,48 @@
+"""What stands in a field of a record: as it is, as text, as a list; or why it cannot be used."""
+
+import math
+from typing import Any
+
+from dual_lora.lab.data.records import Record
+from dual_lora.lab.errors import UserError
+
+
+def is_missing(value: Any) -> bool:
+    """Null, empty, or NaN, as a table's empty cell is written."""
+    return value is None or value in ("", []) or value != value
+
+
+def value_of(record: Record, name: str) -> Any:
+    if name in record.values and record.values[name] is None:
+        raise UserError(f"{record.where}: field {name!r} is null.")
+    if name not in record.values:
+        raise UserError(
+            f"{record.where}: field {name!r} is missing, found {', '.join(map(str, record.values)) or 'none'}."
+        )
+    return record.values[name]
+
+
+def text_in(record: Record, name: str) -> str:
+    if record.cells and record.values.get(name, "x") == "":
+        raise UserError(
+            f"{record.where}: the cell {name!r} is empty. Fill it, take the line out, or give records as JSON, where "
+            "an empty text differs from a missing one."
+        )
+    return written(value_of(record, name), f"{record.where}: field {name!r}")
+
+
+def written(value: Any, what: str) -> str:
+    """A value as text; true and false as JSON writes them. Raises UserError for one that is no text."""
+    if not isinstance(value, str | int | float):
+        raise UserError(f"{what} is a {type(value).__name__}, expected text.")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{what} is {value}, which is what a missing value becomes; expected text.")
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def list_in(record: Record, name: str) -> list[Any]:
+    """A list that a record may have."""
+    value = record.values.get(name) or []
+    if not isinstance(value, list):
+        raise UserError(f"{record.where}: field {name!r} is a {type(value).__name__}, expected a list.")
+    return value

@@ -1,0 +1,103 @@
+"""A first recipe for somebody's own records, with a comment where a choice was made."""
+
+from pathlib import Path
+
+from dual_lora.lab import yaml_text
+from dual_lora.lab.data.guess import Guess
+from dual_lora.lab.read import parse_yaml
+from dual_lora.lab.recipe.read import build_recipe
+from dual_lora.lab.recipe.schema import Recipe
+
+HELD_OUT = 0.1  # of the records, where there is no test set
+MOST_HELD = 500
+LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)
+TEMPLATE = 240  # characters that a chat template may write around a record
+CHARACTERS = 3  # a token, at the least: of English four or five
+RATES = (
+    "1.0e-3  # try 3e-4 and 3e-3 too; 1e-5 to 1e-4 for method full",
+    "1.0e-4  # try 3e-5 and 3e-4 too",
+)
+ABOUT = {
+    "classification": "tells classes apart",
+    "regression": "tells a number",
+    "causal": "learns to answer",
+}
+
+
+def starter(
+    name: str, base: str, data: str, test: str | None, found: Guess, count: int, longest: int, columns: list[str] | None
+) -> str:
+    """The text of a recipe. count: records. longest: characters of nearly the longest one. columns: of a file without
+    a header line."""
+    short = [c for c in found.classes if len(c) <= 20 and c.isprintable()][:6]  # a comment has one line
+    named = f": {', '.join(short)}{', …' if len(found.classes) > len(short) else ''}" if short else ""
+    seen = f"{len(found.classes)} classes{named}" if found.classes else ABOUT[found.head]
+    held = max(0, min(MOST_HELD, max(1, round(HELD_OUT * count)), count - 1))
+    around = TEMPLATE if found.head == "causal" else 0
+    length = next((n for n in LENGTHS if n * CHARACTERS >= longest + around), LENGTHS[-1])
+    preferred = found.format == "preference"
+    lines = [
+        f"# A first recipe for {_value(data)}: {count:,} records, {seen}. Every choice below is yours to change.",
+        f"# Look at the data:  dual-lora check-data {name}.yaml",
+        f"# Memory and time:   dual-lora estimate {name}.yaml",
+        f"# Train:             dual-lora train {name}.yaml",
+        "# Every field:       docs/reference/recipe.md, or dual-lora train --help",
+        f"name: {_value(name)}",
+        "model:",
+        f"  path: {_value(base)}  # a folder, a name on the hub, a GGUF file or package:NAME",
+        f"  head: {found.head}  # {_heads(found)}",
+        "  # quantize: nf4  # packs the base in 4 bits, for less memory",
+        "method:",
+        "  name: dual_lora  # or lora, dora, hira, full, … : `dual-lora advise` compares them on your data",
+        "  r: 16",
+        "data:",
+        f"  train: {_value(data)}",
+        f"  test: {_value(test)}" if test else "  # test: my-test.csv  # records that nothing is chosen by",
+        f"  holdout: {held}  # taken out of the training records, always the same, to validate on",
+        f"  format: {found.format}",
+    ]
+    if columns:
+        lines.append(f"  columns: {_flow(columns)}  # the file has no header line")
+    if found.fields:
+        pairs = ", ".join(f"{ours}: {_value(theirs)}" for ours, theirs in found.fields.items())
+        lines.append(f"  fields: {{{pairs}}}  # ours: the name in the file")
+    lines += [
+        f"  max_length: {length}  # tokens; `dual-lora check-data` counts what is longer",
+        *(
+            ["objective:", "  name: dpo  # chosen answers become likelier than rejected ones; sft: learn the chosen"]
+            * preferred
+        ),
+        "train:",
+        "  epochs: 3",
+        "  batch_size: 8",
+        f"  learning_rate: {RATES[preferred]}",
+        f"  validate_every: {max(1, min(50, count // 16 or 1))}  # steps",
+        "  keep_best: true  # save the weights of the lowest validation loss",
+        "  # patience: 3  # end after so many validations without a lower one",
+        "evaluate:",
+        f"  tasks: [{_task(found)}]",
+        *([] if test else ["  split: validation  # there is no test set yet"]),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def read_starter(text: str, where: Path) -> Recipe:
+    """The recipe that was written, checked as a person's own would be."""
+    return build_recipe(parse_yaml(text, str(where)), str(where))
+
+
+def _heads(found: Guess) -> str:
+    return "a language model that answers" if found.head == "causal" else "a fresh head; causal: a language model"
+
+
+def _task(found: Guess) -> str:
+    return {"causal": "loss", "classification": "classification", "regression": "regression"}[found.head]
+
+
+def _value(text: str) -> str:
+    """A text as YAML writes it in one line, quoted where it has to be."""
+    return _flow([text])[1:-1]
+
+
+def _flow(values: list[str]) -> str:
+    return yaml_text.dump(values, default_flow_style=True, allow_unicode=True, width=10**6).strip()

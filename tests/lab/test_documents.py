@@ -1,0 +1,118 @@
+"""Parquet files and text without a prompt: what is read, what is learned, and what is refused."""
+
+import json
+
+import pytest
+
+from dual_lora.lab.data.encode import IGNORED, Prompter, encode_all
+from dual_lora.lab.data.examples import load_split, read_examples
+from dual_lora.lab.data.records import read_records
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.recipe.schema import DataSection
+
+pyarrow = pytest.importorskip("pyarrow")
+pytest.importorskip("pyarrow.parquet")
+
+
+def parquet(path, **columns):
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    return str(path)
+
+
+def test_a_parquet_file_is_read_like_any_other(tmp_path):
+    file = parquet(
+        tmp_path / "a.parquet",
+        text=["sea", "sky"],
+        label=[0, 1],
+        picture=[b"x", b"y"],
+        image=[{"bytes": b"x", "path": "p"}] * 2,
+        __index_level_0__=[5, 6],
+    )
+    assert [r.values for r in read_records(file)] == [{"text": "sea", "label": 0}, {"text": "sky", "label": 1}]
+    assert read_records(file)[1].where == f"{file}, row 2"
+    assert [(e.text, e.label) for e in read_examples(file, DataSection())] == [(("sea",), "0"), (("sky",), "1")]
+
+
+def test_conversations_in_parquet(tmp_path):
+    turns = [{"role": "user", "content": "sea ?"}, {"role": "assistant", "content": "red"}]
+    (example,) = read_examples(parquet(tmp_path / "a.parquet", messages=[turns]), DataSection())
+    assert example.answer == "red"
+
+
+def test_a_missing_value_is_told_from_an_empty_one(tmp_path):
+    file = parquet(tmp_path / "a.parquet", text=["sea", None], label=["a", "b"])
+    with pytest.raises(UserError, match=r"a\.parquet, row 2: field 'text' is null"):
+        read_examples(file, DataSection())
+
+
+def test_what_is_no_parquet_file(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(UserError, match=r"a\.parquet could not be read as Parquet"):
+        read_records(str(tmp_path / "a.parquet"))
+    (tmp_path / "b.parquet").mkdir()
+    with pytest.raises(UserError, match="no data file"):
+        read_records(str(tmp_path / "b.parquet"))
+    with pytest.raises(UserError, match="no column of texts"):
+        read_records(parquet(tmp_path / "c.parquet", picture=[b"x"]))
+
+
+def test_a_file_that_unpacks_to_too_much(tmp_path, monkeypatch):
+    from dual_lora.lab.data import parquet as reader
+
+    file = parquet(tmp_path / "a.parquet", text=["x" * 1000] * 3000)
+    monkeypatch.setattr(reader, "MOST_BYTES", 100_000)
+    with pytest.raises(UserError, match="at most 50,000,000 rows and 100,000 bytes are read"):
+        read_records(file)
+    monkeypatch.setattr(reader, "MOST_ROWS", 100)
+    with pytest.raises(UserError, match="holds 3,000 rows"):
+        read_records(file)
+
+
+@pytest.fixture
+def tokenizer(tiny_lm):
+    from dual_lora.lab.model.load import load_tokenizer
+
+    return load_tokenizer(str(tiny_lm))
+
+
+def test_a_text_file_is_one_text_in_rows(tmp_path, tokenizer):
+    (tmp_path / "book.txt").write_text("the sea is red ?\n\nthe sky is blue ?\n" * 3)
+    (example,) = load_split(DataSection(train=str(tmp_path / "book.txt")), "train")
+    assert example.whole
+    rows, left_out = encode_all([example], Prompter(tokenizer), 8)
+    ids = tokenizer(example.answer).input_ids
+    assert left_out == 0
+    assert [len(row.input_ids) for row in rows] == [8, 8, 8, 7]
+    assert [i for row in rows for i in row.input_ids] == [*ids, tokenizer.eos_token_id]
+    for row in rows:
+        assert row.labels == [IGNORED, *row.input_ids[1:]]
+
+
+def test_facts_stay_facts(tmp_path):
+    (tmp_path / "a.txt").write_text("name[sea]||The sea.\nname[sky]||The sky.\n")
+    assert len(load_split(DataSection(train=str(tmp_path / "a.txt")), "train")) == 2
+
+
+def test_short_texts_are_rows_of_their_own(tmp_path, tokenizer):
+    lines = [{"text": "the sea is red ?"}, {"text": "the sky"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    examples = load_split(DataSection(train=str(tmp_path / "a.jsonl")), "train")
+    rows, _ = encode_all(examples, Prompter(tokenizer), 64)
+    assert [len(row.input_ids) for row in rows] == [6, 3]
+
+
+def test_a_run_learns_plain_text(tmp_path, lm_values, write_recipe, call):
+    (tmp_path / "book.txt").write_text("the sea is red ?\nthe sky is blue ?\n" * 40)
+    (tmp_path / "other.txt").write_text("the sea is red ?\nthe sky is blue ?\n" * 4)
+    lm_values["data"] = {"train": str(tmp_path / "book.txt"), "test": str(tmp_path / "other.txt"), "max_length": 16}
+    lm_values["evaluate"] = {"tasks": ["loss"]}
+    run = tmp_path / "run"
+    code, _, err = call("train", write_recipe(lm_values), "--out", run)
+    assert code == 0, err
+    code, out, err = call("evaluate", run, "--json")
+    assert code == 0, err
+    found = json.loads(out)["metrics"]
+    assert found["tuned"]["loss"] < found["base"]["loss"]
+    code, _, err = call("evaluate", run, "--evaluate.tasks", "exact_match")
+    assert code == 1
+    assert "without a prompt" in err

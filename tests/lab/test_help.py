@@ -1,0 +1,66 @@
+"""Help pages in panels, what is folded away, and the shells' completion."""
+
+import subprocess
+
+import pytest
+
+from dual_lora.lab.commands.parameters import COMMON
+from dual_lora.lab.recipe.schema import Recipe
+
+
+def test_the_usual_options_come_first_and_the_rest_is_folded(call):
+    code, out, _ = call("train", "--help")
+    assert code == 0
+    assert len(out.splitlines()) <= 110
+    panels = [line.split()[1] for line in out.splitlines() if line.startswith("╭─")]
+    assert panels == ["Parameters", "Model", "Data", "Training"]
+    assert "--help-all" in out
+    assert "--train.loraplus-ratio" not in out
+
+
+def test_every_field_of_a_recipe_is_on_the_whole_page(call, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "250")
+    code, out, _ = call("train", "--help-all")
+    assert code == 0
+    page = "".join(out.replace("│", "").split())
+    for part, field in Recipe.model_fields.items():
+        inner = getattr(field.annotation, "model_fields", {})
+        for name in inner:
+            assert f"--{part}.{name.replace('_', '-')}" in page
+    assert "Training: more" in out
+    assert "Training: more" not in call("train", "--help")[1]
+
+
+def test_the_usual_options_are_fields():
+    for path in COMMON:
+        part, _, name = path.partition(".")
+        field = Recipe.model_fields[part]
+        assert not name or name in field.annotation.model_fields
+
+
+def test_folded_options_are_taken_all_the_same(call, tmp_path):
+    code, _, err = call("train", "--model.path", "x", "--train.loraplus-ratio", "-1", "--out", tmp_path / "o")
+    assert code == 1
+    assert "train.loraplus_ratio is -1" in err
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_shell_completes_commands_and_options(shell, call):
+    code, out, err = call("completion", shell)
+    assert code == 0, err
+    for word in ("check-data", "gradient-checkpointing", "predict"):
+        assert word in out
+
+
+def test_the_script_is_one(call, tmp_path):
+    (tmp_path / "script").write_text(call("completion", "bash")[1])
+    done = subprocess.run(["bash", "-n", str(tmp_path / "script")], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_it_is_installed_where_the_shell_looks(call, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    code, _, err = call("completion", "bash", "--install", "--json")
+    assert code == 0, err
+    assert list(tmp_path.rglob("*dual-lora*"))
+    assert ".bashrc" in {path.name for path in tmp_path.iterdir()}

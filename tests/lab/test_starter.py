@@ -1,0 +1,167 @@
+"""`recipes init` writes a recipe that trains; `check-data` says what would be trained on."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dual_lora.lab.data.guess import guess
+from dual_lora.lab.data.records import Record
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.recipe.read import read_recipe
+
+TEXTS = [f"the sea is {word} ?" for word in ("red", "blue", "warm", "cold")]
+
+
+def records(*rows):
+    return [Record(row, f"row {number}") for number, row in enumerate(rows, 1)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "form", "head", "fields"),
+    [
+        ([{"text": t, "label": "ab"[i % 2]} for i, t in enumerate(TEXTS)], "text", "classification", {}),
+        (
+            [{"id": i, "Review": t, "Sentiment": i % 2} for i, t in enumerate(TEXTS)],
+            "text",
+            "classification",
+            {"text": "Review", "label": "Sentiment"},
+        ),
+        (
+            [{"sentence1": t, "sentence2": t, "score": f"{i}.5"} for i, t in enumerate(TEXTS)],
+            "text",
+            "regression",
+            {"text": "sentence1", "text_pair": "sentence2", "label": "score"},
+        ),
+        ([{"question": t, "answer": t} for t in TEXTS], "prompt", "causal", {"prompt": "question"}),
+        ([{"prompt": t, "completion": t} for t in TEXTS], "prompt", "causal", {"answer": "completion"}),
+        ([{"instruction": t, "input": "", "output": t} for t in TEXTS], "instruction", "causal", {}),
+        ([{"conversations": [{"role": "user", "content": "?"}]}], "chat", "causal", {"messages": "conversations"}),
+        ([{"line": f"sea||{t}"} for t in TEXTS], "facts", "causal", {}),
+        (
+            [{"a": t * 3, "b": "xy"[i % 2]} for i, t in enumerate(TEXTS * 4)],
+            "text",
+            "classification",
+            {"text": "a", "label": "b"},
+        ),
+        ([{"de": t, "en": t[::-1]} for t in TEXTS], "prompt", "causal", {"prompt": "de", "answer": "en"}),
+    ],
+    ids=["labelled", "named", "numbers", "question", "completion", "alpaca", "chat", "facts", "unnamed", "pairs"],
+)
+def test_the_task_is_guessed_from_the_columns(rows, form, head, fields):
+    found = guess(records(*rows))
+    assert (found.format, found.head, found.fields) == (form, head, fields)
+
+
+def test_columns_that_say_nothing_are_an_error():
+    rows = [{"a": i, "b": t, "c": t} for i, t in enumerate(TEXTS)]
+    with pytest.raises(UserError, match="not clear from the columns a, b, c: name them"):
+        guess(records(*rows))
+    assert guess(records(*rows), {"prompt": "b", "answer": "c"}).fields == {"prompt": "b", "answer": "c"}
+    with pytest.raises(UserError, match="There is no column 'd' for answer: found a, b, c"):
+        guess(records(*rows), {"prompt": "b", "answer": "d"})
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    """Reviews with a class, as people have them."""
+    monkeypatch.chdir(tmp_path)
+    lines = [f"{i},the sea is {'warm' if i % 2 else 'cold'} ?,{'good' if i % 2 else 'bad'}\n" for i in range(40)]
+    (tmp_path / "my reviews.csv").write_text("id,review,sentiment\n" + "".join(lines))
+    return tmp_path / "my reviews.csv"
+
+
+def test_a_first_recipe_trains(table, tiny_encoder, call):
+    code, out, err = call("recipes", "init", "mine.yaml", "--data", table.name, "--base", tiny_encoder)
+    assert code == 0, err
+    assert "review is the text, sentiment is the label" in " ".join(out.split())
+    recipe = read_recipe("mine.yaml")
+    assert (recipe.name, recipe.model.head, recipe.data.holdout) == ("mine", "classification", 4)
+    assert recipe.data.fields == {"text": "review", "label": "sentiment"}
+    assert all(
+        line.count("#")
+        for line in Path("mine.yaml").read_text().splitlines()
+        if "quantize" in line or "patience" in line
+    )
+    code, out, err = call("train", "mine.yaml", "--train.steps", 1, "--train.validate-every", 1, "--json")
+    assert code == 0, err
+    code, _, err = call("recipes", "init", "mine.yaml", "--data", table.name, "--base", tiny_encoder)
+    assert code == 1
+    assert "exists already" in err
+
+
+def test_preferences_begin_with_dpo(tmp_path, tiny_lm, call, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"is {i} red ?", "chosen": "true", "rejected": "false"} for i in range(40)]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, _, err = call("recipes", "init", "mine.yaml", "--data", "x.jsonl", "--base", tiny_lm)
+    assert code == 0, err
+    recipe = read_recipe("mine.yaml")
+    assert (recipe.objective.name, recipe.data.format, recipe.train.learning_rate) == ("dpo", "preference", 1e-4)
+    assert recipe.data.max_length == 128  # with room for a template
+
+
+def test_a_class_of_several_lines_stays_out_of_the_comments(tmp_path, tiny_encoder, call, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"text": f"sea {i}", "label": "good\nname: other" if i % 2 else "bad"} for i in range(8)]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, _, err = call("recipes", "init", "mine.yaml", "--data", "x.jsonl", "--base", tiny_encoder)
+    assert code == 0, err
+    assert yaml.safe_load(Path("mine.yaml").read_text())["name"] == "mine"
+
+
+def checked(call, *arguments):
+    code, out, err = call("check-data", *arguments, "--json")
+    assert out, err
+    return code, json.loads(out)
+
+
+def test_what_would_be_trained_on(table, tiny_encoder, call):
+    code, found = checked(call, table, "--base", tiny_encoder)
+    (train,) = found["sets"]
+    assert (code, found["good"], found["head"]) == (0, True, "classification")
+    assert (train["records"], train["labels"], train["errors"]) == (40, {"bad": 20, "good": 20}, [])
+    assert train["duplicates"] == 38
+    assert train["lengths"] == {"half": 5, "95 %": 5, "longest": 5}
+    assert train["columns"] == ["id", "review", "sentiment"]
+
+
+def test_records_that_cannot_be_used_end_it_with_status_one(table, call):
+    with table.open("a") as file:
+        file.write("41,,good\n42,the ice,\n43,the sea is warm ?,bad\n")
+    code, found = checked(call, table, "--test", table)
+    train, test = found["sets"]
+    assert code == 1
+    assert train["empty"] == {"review": 1, "sentiment": 1}
+    assert [error.partition(":")[0].rpartition(" ")[2] for error in train["errors"]] == ["42", "43"]
+    assert any("several labels" in warning for warning in train["warnings"])
+    assert test["records"] == 43
+
+
+def test_sets_that_are_not_apart_and_other_labels(table, tmp_path, call):
+    other = tmp_path / "test.csv"
+    other.write_text("review,sentiment\nthe sea is warm ?,good\n")
+    code, found = checked(call, table, "--test", other)
+    assert code == 0
+    assert any("1 of 1 test records are training records too" in text for text in found["sets"][0]["warnings"])
+    other.write_text("review,sentiment\nthe sea is red ?,splendid\n")
+    code, found = checked(call, table, "--test", other)
+    assert code == 1
+    assert found["sets"][1]["errors"] == ["Labels that the training records do not have: splendid."]
+
+
+def test_a_recipes_data_in_its_models_tokens(lm_values, write_recipe, call):
+    lm_values["data"] |= {"max_length": 8}
+    code, found = checked(call, write_recipe(lm_values))
+    assert code == 1
+    assert "longer than data.max_length = 8 tokens" in found["sets"][0]["errors"][0]
+    code, out, _ = call("check-data", write_recipe(lm_values), "--data.max-length", 64)
+    assert code == 0
+    assert "tokens" in out
+
+
+def test_a_file_that_is_not_there(call, tmp_path):
+    code, _, err = call("check-data", tmp_path / "none.csv")
+    assert code == 1
+    assert "There is no data file" in err
