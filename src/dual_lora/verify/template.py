@@ -1,4 +1,4 @@
-"""A chat template is a program of a model's makers, which comes with its files: it writes a conversation within a time."""
+"""A chat template is a program that comes with a model: it writes a conversation within a time, or is ended."""
 
 import signal
 import threading
