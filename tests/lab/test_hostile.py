@@ -525,6 +525,16 @@ def test_a_pattern_that_takes_long_to_compile(monkeypatch):
     assert Pattern(r"lora_[AB]{1}\.", "train.rates").search("x.lora_A.y")
 
 
+def test_a_pattern_of_a_tokenizer_that_is_given_up_is_said(tiny_lm, tmp_path, call):
+    base = shutil.copytree(tiny_lm, tmp_path / "base")
+    held = json.loads((base / "tokenizer.json").read_text())
+    pattern = {"type": "Split", "pattern": {"Regex": r"(\w+\s?)*$"}, "behavior": "Isolated", "invert": False}
+    (base / "tokenizer.json").write_text(json.dumps(held | {"pre_tokenizer": pattern}))
+    code, _, said = call("generate", base, "a" * 60 + "?", "--max-new-tokens", 1)
+    assert code == 1
+    assert "A library gave up" in " ".join(said.split())
+
+
 def packed(*names):
     return {
         "quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_skip_modules": names}
