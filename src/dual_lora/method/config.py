@@ -187,7 +187,7 @@ class DualLoraConfig(PeftConfig):
         shares = {"token_sampling": self.token_sampling}
         shares |= {f"sampling_pattern[{k!r}]": v for k, v in self.sampling_pattern.items()}
         for name, share in shares.items():
-            if share not in (None, "auto") and not (_is_positive(share) and share <= 1):
+            if share is not None and share != "auto" and not (_is_positive(share) and share <= 1):
                 raise ValueError(f"{name} must be a share above 0 and at most 1, 'auto' or None, got {share!r}.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout!r}.")
