@@ -517,8 +517,33 @@ def test_the_best_recipe_has_the_chosen_method_alone(lora_wins, letters, tmp_pat
     recipe = recipe_file(letters, "no-sign", method={"name": "dual_lora", "r": 4, "direction_activation": "identity"})
     made = advising._Made(recipe, SOME, tmp_path, None, None)
     made.folder.path.mkdir(exist_ok=True)
-    advising._write_recipe(recipe, made, SimpleNamespace(use=DUAL, rate=1e-3))
+    advising._with_recipe(recipe, made, SimpleNamespace(use=DUAL, rate=1e-3))
     assert "direction_activation" not in read_recipe(tmp_path / "recommended.yaml").method
+
+
+def test_a_recommendation_that_the_user_has_changed_stays(tmp_path, monkeypatch):
+    file, made = tmp_path / "recommended.yaml", SimpleNamespace(folder=SimpleNamespace(path=tmp_path))
+    fields = dict.fromkeys(said.Advice.__dataclass_fields__)
+    known, open_ = (said.Advice(**fields | {"use": use, "notes": []}) for use in (DUAL, None))
+
+    def left(advice, text):
+        monkeypatch.setattr(advising, "_best", lambda *_: text)
+        return advising._with_recipe("recipe", made, advice).notes
+
+    assert left(known, "r: 4\n") == []
+    assert left(known, "r: 8\n") == []
+    assert yaml.safe_load(file.read_text()) == {"r": 8}, "an earlier answer's goes"
+    assert left(open_, "") == []
+    assert not file.exists()
+    left(known, "r: 4\n")
+    file.write_text(mine := file.read_text().replace("r: 4", "r: 9"))
+    assert "stays so" in left(known, "r: 4\n")[0]
+    assert "stays so" in left(open_, "")[0]
+    assert file.read_text() == mine
+    file.unlink()
+    file.symlink_to(tmp_path / "elsewhere")
+    assert "stays so" in left(known, "r: 4\n")[0]
+    assert file.is_symlink()
 
 
 def test_fewer_steps_than_were_begun_with_are_noticed(lora_wins, letters):

@@ -268,6 +268,15 @@ def test_a_modelfile_lies_beside_the_merged_model(trained, tmp_path, converter):
     assert (result.modelfile is None) == bool(result.remark)
 
 
+def test_a_tool_may_say_what_is_no_utf8(tmp_path):
+    written, tool = tmp_path / "x.gguf", tmp_path / "tool.py"
+    tool.write_text("import sys; sys.stdout.buffer.write(b'\\xff'); open(sys.argv[1], 'wb').write(b'GGUF' + bytes(12))")
+    assert export_gguf._run([sys.executable, "-IS", str(tool), str(written)], written) == 0
+    tool.write_text("import sys; sys.stderr.buffer.write(b'\\xff no'); sys.exit(3)")
+    with pytest.raises(UserError, match=r"tool\.py failed \(exit code 3\): . no"):
+        export_gguf._run([sys.executable, str(tool), str(written)], written)
+
+
 def test_a_modelfile_of_the_user_is_left(trained, tmp_path, converter):
     mine = tmp_path / "model.Modelfile"
     mine.write_text("FROM mine\n")

@@ -525,6 +525,29 @@ def test_a_pattern_that_takes_long_to_compile(monkeypatch):
     assert Pattern(r"lora_[AB]{1}\.", "train.rates").search("x.lora_A.y")
 
 
+def test_a_pattern_of_a_tokenizer_that_is_given_up_is_said(tiny_lm, tmp_path, call):
+    base = shutil.copytree(tiny_lm, tmp_path / "base")
+    held = json.loads((base / "tokenizer.json").read_text())
+    pattern = {"type": "Split", "pattern": {"Regex": r"(\w+\s?)*$"}, "behavior": "Isolated", "invert": False}
+    (base / "tokenizer.json").write_text(json.dumps(held | {"pre_tokenizer": pattern}))
+    code, _, said = call("generate", base, "a" * 60 + "?", "--max-new-tokens", 1)
+    assert code == 1
+    assert "A library gave up" in " ".join(said.split())
+
+
+def packed(*names):
+    return {
+        "quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_skip_modules": names}
+    }
+
+
+def test_names_of_what_is_packed_as_published_models_have_them():
+    from dual_lora.lab.model.location import _check_packed
+
+    patterns = [r"re:.*self_attn.(q|k|v)_proj$", r"+:.*\.(?:1[0-9]|2[0-9])\..*gate.*", "re:vision_tower.*", "bfloat16"]
+    _check_packed("a model", [*patterns, *(f"model.layers.{i}.mlp.gate" for i in range(1000))])
+
+
 @pytest.mark.parametrize(
     ("values", "said"),
     [
@@ -534,6 +557,12 @@ def test_a_pattern_that_takes_long_to_compile(monkeypatch):
         ({"attn_implementation": {"text_config": "somebody/else"}}, "code would be fetched from the hub"),
         ({"num_hidden_layers": 10**6}, "has num_hidden_layers 1,000,000, expected at most 1,000"),
         ({"num_labels": 10**8}, "has num_labels 100,000,000"),
+        (packed(r"((\w|\.)+)+!"), "may be sought in a layer's name without an end"),
+        ({"text_config": packed(r"(?x: (\w|\.)+ #\n +)!")}, "may be sought in a layer's name without an end"),
+        (packed(".*" * 5 + "!"), "may be sought in a layer's name without an end"),
+        (packed("a{99999}"), "may be sought in a layer's name without an end"),
+        (packed(*(f"{i}.*" for i in range(200))), "has 200 patterns, expected at most 100"),
+        (packed(*map(str, range(6000))), "names and values, expected at most 5,000"),
     ],
 )
 def test_a_models_settings_fetch_no_code_and_have_an_end(values, said, tiny_lm, tmp_path):

@@ -281,7 +281,9 @@ def test_a_client_that_reads_slowly_loses_its_turn_too(server, monkeypatch):
     asyncio.run(answer(busy, 60))
 
 
-def test_a_websocket_that_says_nothing_keeps_nobody_waiting(server, monkeypatch):
+@pytest.mark.parametrize("pause", [60, 0.01, 0])
+def test_a_websocket_keeps_nobody_waiting(pause, server, monkeypatch):
+    """One that says nothing, one that drips, and one that floods."""
     monkeypatch.setattr(by_name, "PATIENCE", 0.05)
     closed = []
 
@@ -290,15 +292,16 @@ def test_a_websocket_that_says_nothing_keeps_nobody_waiting(server, monkeypatch)
             while (await receive())["type"] != "websocket.disconnect":
                 pass
 
-        async def silent():
-            await asyncio.Event().wait()
+        async def drip():
+            await asyncio.sleep(pause)
+            return {"type": "websocket.receive", "text": "{}"}
 
         async def send(message):
             closed.append(message["type"])
 
         turns = server.served.turns
         open_one = asyncio.ensure_future(
-            ByName(app, turns, server.served.named, OWN)({"type": "websocket"}, silent, send)
+            ByName(app, turns, server.served.named, OWN)({"type": "websocket"}, drip, send)
         )
         await asyncio.sleep(0.2)
         assert not open_one.done(), "nobody waits for its turn"

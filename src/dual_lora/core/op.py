@@ -150,10 +150,8 @@ def _(x, weight, bias, factors, scales, mean_squares, forms, loss_scale, share):
 
 @torch.library.impl("dual_lora::linear_backward", "default")
 def _(dy, x, weight, factors, scales, mean_squares, forms, loss_scale, share, draw, need_x, need_weight, need_factors):
-    adapters, needs = (
-        dispatch.adapters_of(factors, scales, mean_squares, forms),
-        Needs(need_x, need_weight, need_factors),
-    )
+    adapters = dispatch.adapters_of(factors, scales, mean_squares, forms)
+    needs = Needs(need_x, need_weight, need_factors)
     dx, dW, dF = _linear_backward(dy, x, weight, adapters, loss_scale, share, draw, needs)
     return [t for t in (dx, dW, *(dF or ())) if t is not None]
 

@@ -156,6 +156,12 @@ def main(arguments: list[str] | None = None) -> None:
         if debug:
             _trace()
         _fail(str(error) if isinstance(error, UserError) else _of_fields(error) or _in_a_sentence(error), given)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of tokenizers and other libraries in Rust, and no Exception
+            raise
+        if debug:
+            _trace()
+        _fail(f"A library gave up, perhaps for what the model's files ask of it: {described(error)}.", given)
 
 
 def _of_fields(error: BaseException | None) -> str:

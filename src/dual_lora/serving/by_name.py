@@ -61,15 +61,24 @@ class ByName:
             self.turns.leave()
 
     def _without_names(self, receive: Receive, send: Send) -> Receive:
-        """What comes through a websocket, up to a message that asks for an adapter by name, or to a silence for which
-        somebody else waits."""
+        """What comes through a websocket, up to a message that asks for an adapter by name, or until others have waited
+        for its turn for PATIENCE seconds in all: unlike a request, it has no end of its own."""
+        left, seen, waited = PATIENCE, time.monotonic(), False
+
+        def have_others_patience() -> bool:
+            nonlocal left, seen, waited
+            now, wait = time.monotonic(), self.turns.somebody_waits
+            left -= now - seen if waited and wait else 0.0
+            seen, waited = now, wait
+            return left > 0
 
         async def checked() -> Message:
             coming = asyncio.ensure_future(receive())
             try:
-                while not (await asyncio.wait({coming}, timeout=PATIENCE))[0]:
-                    if self.turns.somebody_waits:
-                        return await closed(f"It said nothing for {PATIENCE:g} seconds, and others wait for a turn.")
+                while have_others_patience() and not coming.done():
+                    await asyncio.wait({coming}, timeout=PATIENCE / 10)
+                if left <= 0:
+                    return await closed(f"Others have waited for their turn for {PATIENCE:g} seconds.")
             finally:
                 coming.cancel()
             message = coming.result()

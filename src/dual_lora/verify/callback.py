@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from dual_lora._warning import warn
+from dual_lora.verify.template import rendered
 
 ROWS = 8  # training rows that are looked at
 ROWS_ASKED = 2  # of which the saved adapter is asked
@@ -267,7 +268,7 @@ def end_tokens(tokenizer: Any) -> set[int]:
         return ends
     talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}]
     try:
-        after = tokenizer.apply_chat_template(talk, tokenize=False).rpartition(MARK)[2]
+        after = rendered(tokenizer, talk).rpartition(MARK)[2]
     except Exception:  # a template is a program of somebody else's, and may refuse any conversation
         return ends
     following = tokenizer(after, add_special_tokens=False).input_ids

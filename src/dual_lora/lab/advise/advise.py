@@ -4,7 +4,10 @@ What lies in the folder is an ordinary study: `compare` goes on with it, `report
 stands `recommended.yaml`, the recipe with the method and the learning rate that were found best.
 """
 
+import hashlib
+import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from dual_lora.lab.advise import pace
@@ -12,6 +15,7 @@ from dual_lora.lab.advise.paired import length_of, of_length, paired_study, reci
 from dual_lora.lab.advise.said import Advice, advice_of
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.progress import Bar
+from dual_lora.lab.read import unlinked
 from dual_lora.lab.recipe.read import build_recipe, merged
 from dual_lora.lab.run.write import write_atomically
 from dual_lora.lab.study.cell import Cell, pace_job
@@ -57,10 +61,7 @@ def advise(
             "give the same command again."
         )
     advice = advice_of(results, made.whole, made.work, source, minutes, made.folder.path)
-    (made.folder.path / RECOMMENDED).unlink(missing_ok=True)  # an earlier answer's
-    if advice.use is not None:
-        _write_recipe(source, made, advice)
-    return advice
+    return _with_recipe(source, made, advice)
 
 
 def plan(
@@ -166,9 +167,35 @@ def _measure(jobs: Sequence[Job], runs: Path, progress: bool) -> None:
             bar.to(done, f"{job.method}: a few steps")
 
 
-def _write_recipe(source: str | Path, made: _Made, advice: Advice) -> None:
+def _with_recipe(source: str | Path, made: _Made, advice: Advice) -> Advice:
+    """The advice with its recipe written: in place of an earlier answer's, but of nothing that the user has changed."""
+    file = made.folder.path / RECOMMENDED
+    if os.path.lexists(file) and not _is_ours(file):
+        kept = f"{file} is not as advise has written it, and stays so: move it away and give the same command again"
+        return replace(advice, notes=[*advice.notes, f"{kept} for a new one."])
+    if advice.use is None:
+        file.unlink(missing_ok=True)
+    else:
+        write_atomically(file, _signed(_best(source, made, advice)))
+    return advice
+
+
+def _best(source: str | Path, made: _Made, advice: Advice) -> str:
     """The recipe with the method that was found best, at its own number of steps."""
     cell: Cell = next(cell for cell in made.cells if cell.method == advice.use)
     values = recipe_of(source)[1].model_dump(mode="json", exclude={"origin"}) | {"method": cell.recipe.method}
-    best = build_recipe(merged(values, {"train": {"learning_rate": advice.rate}}))
-    write_atomically(made.folder.path / RECOMMENDED, best.to_yaml())
+    return build_recipe(merged(values, {"train": {"learning_rate": advice.rate}})).to_yaml()
+
+
+def _signed(text: str) -> str:
+    """The text below a line that tells whether somebody has changed it since."""
+    print_of = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return f"# Written by dual-lora advise, which keeps it once it is changed ({print_of}).\n{text}"
+
+
+def _is_ours(file: Path) -> bool:
+    try:
+        text = unlinked(file).read_bytes().decode()
+    except (OSError, ValueError):  # a link, a folder, no text
+        return False
+    return text == _signed(text.partition("\n")[2])

@@ -11,6 +11,7 @@ from typing import Any
 from dual_lora._warning import warn
 from dual_lora.lab.data.examples import Example, answer_of, as_whole, text_of
 from dual_lora.lab.errors import UserError, described
+from dual_lora.verify.template import rendered
 
 IGNORED = -100  # the label that losses of PyTorch leave out
 
@@ -96,11 +97,7 @@ class Prompter:
         if kind == "chat":
             more = {**fixed_date(self.tokenizer), **({"tools": list(tools)} if tools else {})}
             try:
-                return str(
-                    self.tokenizer.apply_chat_template(
-                        list(messages), tokenize=False, add_generation_prompt=True, **more
-                    )
-                )
+                return rendered(self.tokenizer, messages, add_generation_prompt=True, **more)
             except Exception as error:  # a template is a program of the model's makers, which raises what it likes
                 raise UserError(
                     f"The model's chat template does not take these messages ({described(error)}): their roles are "

@@ -17,6 +17,7 @@ from dual_lora.lab.model.export import Exported, export_lora, merge
 from dual_lora.lab.model.location import own_code
 from dual_lora.lab.model.opened import open_tuned
 from dual_lora.lab.run.write import free_file, write_atomically
+from dual_lora.verify.template import rendered
 
 SCRIPT, LORA_SCRIPT = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"
 ON_PATH = (SCRIPT, "convert-hf-to-gguf", "llama-convert-hf-to-gguf")
@@ -107,7 +108,7 @@ def _check_name(out: str | Path) -> None:
 
 def _run(command: list[str], written: Path) -> int:
     """Run a tool of llama.cpp and return the number of tensors of what it wrote. Raises UserError where it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
     tool = next(part for part in command if part != sys.executable)
     if done.returncode or not written.is_file():
         last = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()[-1]
@@ -125,7 +126,10 @@ def _write_modelfile(model: Path, target: Path) -> tuple[str | None, str]:
         text = modelfile(AutoTokenizer.from_pretrained(model, **own_code()), f"./{target.name}")
     except UserError as error:
         return None, str(error)
-    write_atomically(file, text)
+    try:
+        write_atomically(file, text)
+    except OSError as error:  # the GGUF file is whole, and the same command would refuse to write it again
+        return None, f"{file} could not be written: {error.strerror or error}"
     return str(file), ""
 
 
@@ -223,7 +227,7 @@ def _render(tokenizer: Any, messages: list[tuple[str, str]], start: bool = False
     chat = [{"role": role, "content": content} for role, content in messages]
     try:
         more = fixed_date(tokenizer)
-        text: str = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=start, **more)
+        text = rendered(tokenizer, chat, add_generation_prompt=start, **more)
     except Exception as error:  # a template's own refusals, of a role or an order
         raise UserError(f"The chat template cannot be written for Ollama: {error}") from error
     # Where the tokenizer puts a first token, llama.cpp does as well.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,6 +33,11 @@ MOST_OF = {
     **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts"), 10_000),
     "num_labels": 1_000_000,
 }
+# Its sections that say which layers are packed: transformers searches with each of their texts in each layer's name, by
+# Python's `re`, which nothing ends. Published ones have some 1000 names, a few patterns, and no repeat of a group.
+PACKED = ("quantization_config", "compression_config")
+MOST_PACKED, MOST_PATTERNS, LONGEST_PACKED, MOST_REPEATS = 5000, 100, 1000, 4
+_REPEAT, _NESTED = re.compile(r"(?<!\()[*+?{]"), re.compile(r"\)\s*[*+{]|\{[\d,]*\d{3}|\(\?[a-zA-Z-]*x")
 
 
 @dataclass(frozen=True)
@@ -129,8 +135,8 @@ def check_entries(folder: Path, looked_at: Callable[[Path], bool] = lambda _: Tr
 
 
 def check_settings(location: Location) -> None:
-    """Raise UserError for a model whose config.json has code fetched from the hub, or layers or classes built without
-    an end. One that is missing or damaged is left to whoever reads it."""
+    """Raise UserError for a model whose config.json has code fetched from the hub, layers or classes built without
+    an end, or layers sought by a pattern without an end. One that is missing or damaged is left to whoever reads it."""
     if location.gguf_file:
         return
     from transformers import PretrainedConfig
@@ -148,6 +154,32 @@ def check_settings(location: Location) -> None:
         most = MOST_OF.get(name)
         if most is not None and isinstance(value, int) and value > most:
             raise UserError(f"The model {location.name} has {name} {value:,}, expected at most {most:,}.")
+        if name in PACKED:
+            _check_packed(f"The model {location.name}, {name}", list(_texts_in(value)))
+
+
+def _check_packed(where: str, texts: list[str]) -> None:
+    patterns = [text for text in texts if _REPEAT.search(text)]
+    for what, found, most in (("names and values", texts, MOST_PACKED), ("patterns", patterns, MOST_PATTERNS)):
+        if len(found) > most:
+            raise UserError(f"{where}: it has {len(found):,} {what}, expected at most {most:,}.")
+    for text in texts:
+        if len(text) > LONGEST_PACKED or len(_REPEAT.findall(text)) > MOST_REPEATS or _NESTED.search(text):
+            raise UserError(
+                f"{where}: {text[:100]!r} may be sought in a layer's name without an end: write names, or a regular "
+                f"expression of at most {MOST_REPEATS} repeats and none of a group."
+            )
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for each in [*value, *value.values()]:
+            yield from _texts_in(each)
+    elif isinstance(value, list):
+        for each in value:
+            yield from _texts_in(each)
 
 
 def _settings_in(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -10,6 +10,7 @@ from dual_lora.lab.verify.diagnose import Finding
 from dual_lora.lab.verify.endpoint import Answer, Endpoint
 from dual_lora.lab.verify.logprobs import SPACES, Probe
 from dual_lora.lab.verify.prompts import BUILT_IN
+from dual_lora.verify.template import rendered
 
 OTHER: Final = "other tokenizer"
 TEMPLATE: Final = "wrong chat template"
@@ -121,7 +122,7 @@ def _written(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> str | None:
     if not tokenizer.chat_template:
         return None
     more = fixed_date(tokenizer)
-    return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True, **more))
+    return rendered(tokenizer, messages, add_generation_prompt=True, **more)
 
 
 def shortened(text: str | None) -> str:
