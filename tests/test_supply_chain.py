@@ -13,7 +13,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+DECLARED = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = DECLARED["project"]
 EXTRAS = {
     name: {canonicalize_name(Requirement(line).name): Requirement(line) for line in lines}
     for name, lines in PROJECT["optional-dependencies"].items()
@@ -127,6 +128,17 @@ def test_no_file_names_a_registry(name):
     assert not re.search(r"https?:|index-url|find-links|trusted-host", (ROOT / name).read_text())
 
 
+def test_uv_s_lock_names_the_public_registry_alone():
+    text = (ROOT / "uv.lock").read_text()
+    hosts = {"https://pypi.org", "https://files.pythonhosted.org"}
+    assert set(re.findall(r"\w+://[^/\"]+", text)) <= hosts
+    found = {package["name"]: package for package in tomllib.loads(text)["package"]}
+    (own,) = [package for package in found.values() if "editable" in package["source"]]
+    assert own["name"] == "dual-lora"
+    for name in {*BASE, *(name for extra in EXTRAS.values() for name in extra)} - {"dual-lora"}:
+        assert name in found, f"{name} is not in uv.lock: make lock"
+
+
 def test_the_oldest_laboratory_stands_at_the_lower_bounds():
     """Others of its libraries bring these four in later versions themselves."""
     lines = (ROOT / "requirements-oldest-lab.txt").read_text().splitlines()
@@ -175,3 +187,39 @@ def test_what_a_hosted_runner_does_weekly_are_targets_of_the_makefile():
     targets = weekly["strategy"]["matrix"]["target"]
     assert targets
     assert set(targets) <= set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
+def test_a_hosted_runner_is_told_exactly_what_it_runs_and_may_do():
+    """Actions by commit, no credentials left behind, permissions stated, and nothing of a stranger's in a script."""
+    import yaml
+
+    for file in sorted((ROOT / ".github/workflows").glob("*.yml")):
+        text = file.read_text()
+        workflow = yaml.safe_load(text)
+        assert workflow["permissions"] == {"contents": "read"}, file.name
+        for name, job in workflow["jobs"].items():
+            assert job["timeout-minutes"] <= 120, f"{file.name}: {name}"
+            for step in job["steps"]:
+                uses = step.get("uses", "")
+                assert not uses or re.fullmatch(r"[\w/.-]+@[0-9a-f]{40}", uses), f"{file.name}: {uses}"
+                if uses.startswith("actions/checkout@"):
+                    assert step["with"]["persist-credentials"] is False, f"{file.name}: {name}"
+        for line in re.findall(r"uses: .*", text):
+            assert re.search(r" # v\d+\.\d+\.\d+$", line), f"{file.name}: {line} names no version for people"
+
+
+def test_the_groups_are_the_extras():
+    """`[dependency-groups]` for tools that read them, the extras for those that do not: the same requirements."""
+    groups = DECLARED["dependency-groups"]
+
+    def expanded(name):
+        for line in groups[name]:
+            yield from expanded(line["include-group"]) if isinstance(line, dict) else [line]
+
+    for name in ("dev", "docs"):
+        assert sorted(expanded(name)) == sorted(PROJECT["optional-dependencies"][name]), name
+
+
+def test_the_method_alone_is_light():
+    assert sorted(BASE) == ["peft", "safetensors", "torch", "transformers"]
+    assert not [specifier for specifier in BASE["peft"].specifier if specifier.operator.startswith("<")]

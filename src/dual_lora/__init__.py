@@ -11,7 +11,9 @@ load by PEFT's and transformers' own functions. The names below are imported whe
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ._on_import import when_imported
 from ._patches import connect
+from ._tested import check_peft
 
 if TYPE_CHECKING:
     from ._warning import DualLoraWarning
@@ -87,4 +89,5 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
+when_imported("peft", check_peft)
 connect()

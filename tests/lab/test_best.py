@@ -115,7 +115,7 @@ def test_errors_and_identity(monkeypatch):
     from dual_lora.lab.errors import UserError
 
     for name, value in (("patience", 2), ("keep_best", True)):
-        with pytest.raises(UserError, match=f"{name} goes by validation losses: set validate_every"):
+        with pytest.raises(UserError, match=f"{name} uses validation losses: set validate_every"):
             build_recipe({"model": {"path": "x"}, "train": {name: value}})
     assert not {"patience", "keep_best"} & identity(build_recipe({"model": {"path": "x"}}))["train"].keys()
     recipe = build_recipe({"model": {"path": "x"}, "train": {"validate_every": 2, "keep_best": True}})

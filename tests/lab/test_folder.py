@@ -19,6 +19,8 @@ from dual_lora.lab.run.train import run
 from dual_lora.lab.run.write import hold
 from dual_lora.lab.study.study import Study
 
+pytestmark = pytest.mark.filterwarnings("ignore:The sets are not apart:dual_lora.DualLoraWarning")
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, tiny_lm, questions):

@@ -32,7 +32,7 @@ from torch.distributed.tensor.parallel import (  # noqa: E402
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from dual_lora import DualLoraConfig, DualLoraLayer, composed_weights  # noqa: E402
-from dual_lora.core import blocked  # noqa: E402
+from dual_lora.core import whole as small  # noqa: E402
 
 RANK = int(os.environ["RANK"])
 STEPS = 3
@@ -124,13 +124,13 @@ def by_torch(mesh, folder, sequence=False, **options):
     assert_same(train(model, loss), train(whole, loss))
     # Only this process's part of a weight was composed.
     seen = []
-    original = blocked.compose
-    blocked.compose = lambda weight, *a, **k: seen.append(tuple(weight.shape)) or original(weight, *a, **k)
+    original = small.compose
+    small.compose = lambda weight, *a, **k: seen.append(tuple(weight.shape)) or original(weight, *a, **k)
     if not sequence:
         merging(whole, model, x)
         assert set(seen) <= {(34, 16), (16, 34), (17, 16), (16, 17)}
         assert (17, 16) in seen
-    blocked.compose = original
+    small.compose = original
 
 
 def merging(whole, model, x):
@@ -256,12 +256,12 @@ def merged_under_fsdp2(mesh, folder):
     fully_shard(model)
     x = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(1))
     seen = []
-    original = blocked.compose
-    blocked.compose = lambda weight, *a, **k: seen.append(tuple(weight.shape)) or original(weight, *a, **k)
+    original = small.compose
+    small.compose = lambda weight, *a, **k: seen.append(tuple(weight.shape)) or original(weight, *a, **k)
     with torch.no_grad():
         model(x)  # FSDP2 has set its memory aside by now
     merging(whole, model, x)
-    blocked.compose = original
+    small.compose = original
     assert {shape[0] for shape in seen if shape[0] < 16} == {8}
     assert (17, 16) in seen
     with torch.no_grad():

@@ -9,6 +9,8 @@ from torch import nn
 from dual_lora import DualLoraConfig
 from dual_lora.core import blocked
 
+pytestmark = pytest.mark.filterwarnings("ignore:Merging adapter default into:dual_lora.DualLoraWarning")
+
 IDS = torch.tensor([[1, 5, 1], [0, 29, 7]])
 
 

@@ -28,6 +28,8 @@ from dual_lora.core.reference import delta_weight
 from dual_lora.method.hotswap import pad_ranks
 from dual_lora.method.loaded import settle
 
+pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:dual_lora.DualLoraWarning")
+
 models = pytest.mark.parametrize("name", MODELS)
 
 

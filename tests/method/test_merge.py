@@ -13,6 +13,11 @@ from torch import nn
 from dual_lora import DualLoraConfig
 from dual_lora.core.reference import delta_weight
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:dual_lora.DualLoraWarning"),
+    pytest.mark.filterwarnings("ignore:Already unmerged:dual_lora.DualLoraWarning"),
+]
+
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 
 

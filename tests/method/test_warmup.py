@@ -18,6 +18,8 @@ from transformers import TrainerState
 from dual_lora import DualLoraCallback, DualLoraConfig, count_step
 from dual_lora.method import warmup
 
+pytestmark = pytest.mark.filterwarnings("ignore:This Dual LoRA adapter was saved during:dual_lora.DualLoraWarning")
+
 
 def loss(model):
     return model(points()).square().mean()

@@ -53,6 +53,7 @@ def test_every_model_says_it_once(case):
     assert [said(do, words) for _ in range(3)] == [1, 1, 1]
 
 
+@pytest.mark.filterwarnings("ignore:Dual LoRA's factors were cast:dual_lora.DualLoraWarning")
 def test_a_copy_says_it_again_and_its_layers_together():
     model = cast_by_foreign_code()
     assert said(lambda: cast(model), "were cast to") == 0

@@ -29,20 +29,21 @@ def advise(
         Path | None, Parameter(help="Folder of its study. [default: studies/advise-NAME-MINUTESmin]")
     ] = None,
     metric: Annotated[
-        str | None, Parameter(help="What judges and tunes. [default: the recipe's first evaluation]")
+        str | None, Parameter(help="Metric that compares and tunes. [default: the recipe's first evaluation]")
     ] = None,
     margin: Annotated[
         float | None,
         Parameter(help="Difference too small to matter. [default: accuracy 0.01, loss 0.02, matthews 0.03, bleu 1]"),
     ] = None,
     update: Annotated[
-        bool, Parameter(help="Go on although the recipe's data or the code have changed; what is valid is kept.")
+        bool,
+        Parameter(help="Continue although the data or the code have changed; valid runs are kept."),
     ] = False,
     device: Device = None,
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
-    """Should I use Dual LoRA here? A small paired study on your own data answers, LoRA included.
+    """Find out whether to use LoRA or Dual LoRA, by a small paired study on your own data.
 
     Example: `dual-lora advise sst2-minilm --minutes 20`
 

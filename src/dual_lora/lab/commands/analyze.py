@@ -44,7 +44,7 @@ def analyze(
     device: Device = None,
     json: Json = False,
 ) -> None:
-    """Look into what runs did to the weights: signs, zeros, ranks, gradients, likeness to full fine-tuning.
+    """Measure what runs did to the weights: signs, zeros, ranks, gradients, similarity to full fine-tuning.
 
     Example: `dual-lora analyze runs/dual runs/lora --reference runs/full --page analysis.html`
 

@@ -39,7 +39,7 @@ def chat(
     device: Device = None,
     json: Annotated[bool, Parameter(help="With --once: one line of JSON instead of streaming.")] = False,
 ) -> None:
-    """Talk with a run, an adapter or a model: it keeps what was said, and the adapter can be switched off and on.
+    """Chat with a run, an adapter or a model. It remembers the conversation; /adapter switches the adapter off and on.
 
     Example: `dual-lora chat runs/mine --system "Answer in one sentence."`
 

@@ -39,7 +39,7 @@ def check_data(
         CheckFlags | None, Parameter(name="*", negative_bool="no-", show_default=False, consume_multiple=True)
     ] = None,
 ) -> None:
-    """What would be trained on: rows, columns, labels, lengths, duplicates, empty cells, overlap with the test set.
+    """Check records: rows, columns, labels, lengths, duplicates, empty cells, overlap with the test set.
 
     Exit status 1 if a record cannot be trained on.
 

@@ -30,7 +30,7 @@ def compare(
         Literal["adapters", "all", "nothing"], Parameter(help="What is kept of the final runs, besides their scores.")
     ] = "adapters",
     update: Annotated[
-        bool, Parameter(help="Go on although the study or its code has changed; what is valid is kept.")
+        bool, Parameter(help="Continue although the study or the code have changed; valid runs are kept.")
     ] = False,
     report_to: ReportTo = (),
     device: Device = None,

@@ -36,7 +36,7 @@ def demo(
     ask: Annotated[str | None, Parameter(help="A request of your own, answered by the tuned model.")] = None,
     seed: Annotated[int, Parameter(help="Seed of the factors and of the order of the examples.")] = 0,
     out: Annotated[Path | None, Parameter(help="Folder of the demo. [default: demo-output/seed-SEED]")] = None,
-    overwrite: Annotated[bool, Parameter(help="Start anew instead of using what is there.")] = False,
+    overwrite: Annotated[bool, Parameter(help="Start from the beginning, even if there are results.")] = False,
     device: Device = None,
     json: Json = False,
 ) -> None:

@@ -81,7 +81,7 @@ def estimate(
     models: Annotated[bool, Parameter(help="List the built-in models.")] = False,
     json: Json = False,
 ) -> None:
-    """Memory, arithmetic and time of a training step before it runs, without weights and without a device.
+    """Estimate memory, arithmetic and time of a training step, without weights and without a device.
 
     Example: `dual-lora estimate llama-3-8b --max-length 2048 --batch-size 1 --gradient-checkpointing --on gpu`
 

@@ -107,7 +107,7 @@ class DataSection(Section):
     )
     answers: Literal["label", "text"] = Field(
         "label",
-        description="Tasks whose prompt lists 'Answer1: ... Answer2: ...': answer with the label as it stands, or ask "
+        description="Tasks whose prompt lists 'Answer1: ... Answer2: ...': answer with the label itself, or ask "
         "the question alone and answer with the text that the label stands for.",
     )
     max_length: int = Field(
@@ -228,7 +228,7 @@ class TrainSection(Section):
     def _the_best_needs_validations(self) -> TrainSection:
         if (self.patience is not None or self.keep_best) and self.validate_every is None:
             name = "keep_best" if self.keep_best else "patience"
-            raise ValueError(f"{name} goes by validation losses: set validate_every, the steps between two of them")
+            raise ValueError(f"{name} uses validation losses: set validate_every, the steps between two of them")
         return self
 
     @field_validator("rates")

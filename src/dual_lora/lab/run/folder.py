@@ -87,7 +87,7 @@ class RunFolder:
         if filled and not resume:
             others = files_in(self.path, OWN)[1] if ours else [self.recipe]
             if not overwrite:
-                hint = "" if others else "--resume to go on, --overwrite to start anew, or "
+                hint = "" if others else "--resume to go on, --overwrite to start from the beginning, or "
                 raise UserError(f"The output folder {self.path} is not empty: give {hint}another --out.")
             if others and self.is_run:
                 raise UserError(not_ours(self.path, others[0]))

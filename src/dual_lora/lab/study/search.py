@@ -52,7 +52,7 @@ class Search(Section):
     space: dict[str, Axis] = Field(description="Name (learning_rate, train.X or method.X): list of values, or a range.")
     trials: int | None = Field(None, ge=1, description="Trials of each method; left out: every point of the lists.")
     metric: MetricName | None = Field(None, description="Goes by this metric; left out: the one that judges the task.")
-    why: str = Field("", description="Why it goes by another metric than the one that judges; needed where it does.")
+    why: str = Field("", description="Why the search uses another metric than the task's; needed only then.")
     extend: int = Field(
         2,
         ge=0,

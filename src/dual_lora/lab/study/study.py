@@ -63,7 +63,7 @@ class MethodEntry(BaseModel):
     unmatched: bool = Field(False, description="Runs outside the budget (shown as such), e.g. full fine-tuning.")
     freeze: dict[str, float] = Field(
         default_factory=dict,
-        description="Regular expression of parameter names: share of the steps after which they stand still.",
+        description="Regular expression of parameter names: share of the steps after which they are frozen.",
     )
     round: dict[str, Literal["bfloat16", "float16", "int8"]] = Field(
         default_factory=dict,
@@ -148,7 +148,7 @@ class Study(Section):
         description="Metric: the difference that is too small to matter; one number for all but forgetting.",
     )
     level: float = Field(0.05, gt=0, lt=0.5, description="Chance of any false alarm in the whole study.")
-    power: float = Field(0.8, gt=0.5, lt=1, description="Chance meant by the smallest visible difference.")
+    power: float = Field(0.8, gt=0.5, lt=1, description="Power at which the minimum detectable effect is computed.")
     cost: bool = Field(True, description="Measure merge time and inference slow-down on each method's first seed.")
 
     @field_validator("tasks", mode="before", json_schema_input_type=str | list[str] | dict[str, str | TaskEntry])
