@@ -107,7 +107,7 @@ def test_commands_with_hostile_files(tmp_path, call, lm_values):
 def test_a_model_s_answer(monkeypatch, call):
     from dual_lora.lab.model import generate, opened
 
-    monkeypatch.setattr(opened, "open_tuned", lambda *_: None)
+    monkeypatch.setattr(opened, "open_tuned", lambda *_, **__: None)
     monkeypatch.setattr(generate, "generate", lambda *_, **__: iter(HOSTILE))
     assert not obeyed(call("generate", "run", "hello")[1])
     assert json.loads(call("generate", "run", "hello", "--json")[1])["answer"] == HOSTILE
