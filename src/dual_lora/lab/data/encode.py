@@ -11,7 +11,6 @@ from typing import Any
 from dual_lora._warning import warn
 from dual_lora.lab.data.examples import Example, answer_of, as_whole, text_of
 from dual_lora.lab.errors import UserError, described
-from dual_lora.verify.template import rendered
 
 IGNORED = -100  # the label that losses of PyTorch leave out
 
@@ -95,6 +94,8 @@ class Prompter:
                 stacklevel=2,
             )
         if kind == "chat":
+            from dual_lora.verify.template import rendered  # which imports PEFT
+
             more = {**fixed_date(self.tokenizer), **({"tools": list(tools)} if tools else {})}
             try:
                 return rendered(self.tokenizer, messages, add_generation_prompt=True, **more)

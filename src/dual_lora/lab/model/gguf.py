@@ -17,7 +17,6 @@ from dual_lora.lab.model.export import Exported, export_lora, merge
 from dual_lora.lab.model.location import own_code
 from dual_lora.lab.model.opened import open_tuned
 from dual_lora.lab.run.write import free_file, write_atomically
-from dual_lora.verify.template import rendered
 
 SCRIPT, LORA_SCRIPT = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"
 ON_PATH = (SCRIPT, "convert-hf-to-gguf", "llama-convert-hf-to-gguf")
@@ -224,6 +223,8 @@ def modelfile(tokenizer: Any, weights: str, adapter: str | None = None) -> str:
 
 
 def _render(tokenizer: Any, messages: list[tuple[str, str]], start: bool = False) -> str:
+    from dual_lora.verify.template import rendered  # which imports PEFT
+
     chat = [{"role": role, "content": content} for role, content in messages]
     try:
         more = fixed_date(tokenizer)
