@@ -175,11 +175,10 @@ peft-conformance: $(VENV)/.ready ## PEFT's own tests with DualLoraConfig where t
 	$(PY) conformance/run.py
 
 # What the tests ran with becomes the lock, with the hashes of every file that the registry has of it, for all systems.
-lock: $(VENV)/.ready $(TOOLS)/.ready ## write down the versions that published numbers were measured with, and uv.lock
+lock: $(VENV)/.ready $(TOOLS)/.ready ## write down the versions that published numbers were measured with
 	$(PY) -m pip freeze --exclude-editable | sed 's/+[a-z0-9.]*//; /^-e/d; / @ /d; /^triton==/d' > $(TOOLS)/installed.txt
 	$(TOOLS)/bin/uv pip compile --quiet --universal --python-version 3.11 --all-extras --generate-hashes --no-header \
 	    --no-annotate --constraints $(TOOLS)/installed.txt pyproject.toml --output-file requirements.lock
-	UV_DEFAULT_INDEX=https://pypi.org/simple $(TOOLS)/bin/uv lock --quiet
 
 # Builds of one torch version differ (CPU, CUDA, a wheelhouse's own), so torch comes by version with what it needs, and
 # all else by hash. With the registry's own builds `pip install --require-hashes -r requirements.lock` checks torch too.

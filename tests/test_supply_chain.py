@@ -128,17 +128,6 @@ def test_no_file_names_a_registry(name):
     assert not re.search(r"https?:|index-url|find-links|trusted-host", (ROOT / name).read_text())
 
 
-def test_uv_s_lock_names_the_public_registry_alone():
-    text = (ROOT / "uv.lock").read_text()
-    hosts = {"https://pypi.org", "https://files.pythonhosted.org"}
-    assert set(re.findall(r"\w+://[^/\"]+", text)) <= hosts
-    found = {package["name"]: package for package in tomllib.loads(text)["package"]}
-    (own,) = [package for package in found.values() if "editable" in package["source"]]
-    assert own["name"] == "dual-lora"
-    for name in {*BASE, *(name for extra in EXTRAS.values() for name in extra)} - {"dual-lora"}:
-        assert name in found, f"{name} is not in uv.lock: make lock"
-
-
 def test_the_oldest_laboratory_stands_at_the_lower_bounds():
     """Others of its libraries bring these four in later versions themselves."""
     lines = (ROOT / "requirements-oldest-lab.txt").read_text().splitlines()
