@@ -113,22 +113,9 @@ def _embedding_backward(dy, indices, factors, scales, mean_squares, forms, loss_
 
 
 @torch.library.register_fake("dual_lora::embedding")
-def _(
-    indices,
-    weight,
-    factors,
-    scales,
-    mean_squares,
-    forms,
-    loss_scale,
-    padding_idx,
-    max_norm,
-    norm_type,
-    scale_grad_by_freq,
-    dtype,
-):
+def _(indices, weight, factors, *rest):
     dispatch.refuse_meta(indices, weight, *factors)
-    return factors[0].new_empty(*indices.shape, factors[0].shape[-1], dtype=dtype)
+    return factors[0].new_empty(*indices.shape, factors[0].shape[-1], dtype=rest[-1])
 
 
 @torch.library.register_fake("dual_lora::embedding_backward")

@@ -21,18 +21,12 @@ def layer_options(config: DualLoraConfig, key: str) -> tuple[int, int, float]:
 
 def sampling_of(config: DualLoraConfig, key: str) -> float:
     """The share of the tokens that the layer named `key` estimates its gradients from, as the operator takes it."""
-    said = _fitting("sampling_pattern", config.sampling_pattern, key)
-    if said is None and not _is_named(config.sampling_pattern, key):
-        said = config.token_sampling
+    said = _fitting("sampling_pattern", config.sampling_pattern, key, config.token_sampling)
     return EXACT if said is None else AUTO if said == "auto" else float(said)
 
 
-def _is_named(patterns: dict[str, Any], key: str) -> bool:
-    return any(get_pattern_key([pattern], key) == pattern for pattern in patterns)
-
-
-def _fitting(name: str, patterns: dict[str, Any], key: str) -> Any:
-    """What a pattern says of the layer named `key`, None if none does. Of several the first counts."""
+def _fitting(name: str, patterns: dict[str, Any], key: str, otherwise: Any = None) -> Any:
+    """What a pattern says of the layer named `key`, `otherwise` if none does. Of several the first counts."""
     found = [pattern for pattern in sorted(patterns) if get_pattern_key([pattern], key) == pattern]
     if len({str(patterns[pattern]) for pattern in found}) > 1:
         warn(
@@ -40,4 +34,4 @@ def _fitting(name: str, patterns: dict[str, Any], key: str) -> Any:
             "counts, as a saved configuration is sorted so: write patterns of which one fits each layer.",
             stacklevel=2,
         )
-    return patterns[found[0]] if found else None
+    return patterns[found[0]] if found else otherwise

@@ -65,8 +65,6 @@ def build_aligned(
     reports: dict[str, Any],
 ) -> Trainer:
     """TRL's trainer for the recipe. first: callbacks before `watch`."""
-    from transformers.trainer_callback import PrinterCallback, ProgressCallback
-
     make = _dpo if recipe.objective.name == "dpo" else _grpo
     with told(recipe) as precision:
         trainer = make(
@@ -81,8 +79,6 @@ def build_aligned(
             callbacks=[*first, watch, *callbacks],
             optimizers=(optimizer_of(model, recipe), None),
         )
-    for noisy in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(noisy)
     return trainer
 
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.training_args import OptimizerNames
 
 from dual_lora._warning import warn
@@ -59,8 +58,6 @@ def build_trainer(
             callbacks=[*first, watch, *callbacks],
             optimizers=(optimizer_of(model, recipe), None),
         )
-    for noisy in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(noisy)
     return trainer
 
 

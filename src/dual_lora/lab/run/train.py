@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from dual_lora._warning import warn
 from dual_lora.lab.data.encode import print_of_rows
@@ -211,6 +212,8 @@ def _train(
         with _clear_beginning(watch, checkpoint, part.arguments):
             build = build_trainer if recipe.objective.name == "sft" else build_aligned
             trainer = build(model, recipe, folder, ready, watch, [best] if best else [], callbacks, reports)
+            for noisy in (PrinterCallback, ProgressCallback):
+                trainer.remove_callback(noisy)
             same_sharding(checkpoint, trainer)
             with watch.interruptible():
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
