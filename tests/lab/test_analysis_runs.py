@@ -16,6 +16,7 @@ from dual_lora.lab.analysis.updates import adapted_layers, snapshot
 from dual_lora.lab.analysis.walk import Options
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.recipe.read import build_recipe
+from dual_lora.lab.results import load_analysis
 from dual_lora.lab.run.train import run
 
 LAYERS = 14  # of the tiny language model
@@ -218,6 +219,21 @@ def test_contribution_rows(analysis):
     what = {(r["what"], r["group"]) for r in analysis.runs[0].contribution}
     assert ("set back to the start", "direction") in what
     assert ("drawn anew", "magnitude") in what
+
+
+def test_what_sampled_tokens_would_add(runs, tmp_path):
+    (file,) = {save(analyze([runs / "dual"], options=Options(what="sampling"), progress=False), tmp_path / "s.json")}
+    found = load_analysis(file)
+    assert found.layers.empty
+    assert found.gradients.empty
+    assert len(found.sampling) == 14  # two blocks of seven linear layers
+    assert {*found.sampling.step} == {6}
+    assert (found.sampling.added_50 <= found.sampling.added_25 * 1.01).all()
+    assert (found.sampling.added_25 < found.sampling.added_10).all()
+    assert (found.sampling.zero_rows > 0).any()  # tokens of prompts in the last block
+    assert found.sampling.added_25.is_monotonic_decreasing
+    (note,) = analyze([runs / "full"], options=Options(what="sampling"), progress=False).runs[0].notes
+    assert "no adapted layers" in note
 
 
 def test_live_callback_counts_the_flips_of_single_steps(analysis):

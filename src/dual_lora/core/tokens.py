@@ -55,6 +55,16 @@ class Water(NamedTuple):
         k, rest = self.level(n)
         return rest.square() / (n - k) - self.rest_squared.gather(0, k)
 
+    def draw(self, n: int, draw: Tensor) -> tuple[Tensor, Tensor]:
+        """Which n tokens a systematic sample takes, and the weight 1/π of each."""
+        chances = self.probabilities(n)
+        ends = chances.cumsum(0)
+        at = torch.searchsorted(ends, draw.double() + torch.arange(n, device=ends.device), right=True)
+        # Fewer tokens than n may have a leverage at all: the rest of the sample weighs nothing.
+        beyond = at >= len(ends)
+        at = at.clamp(max=len(ends) - 1)
+        return at, torch.where(beyond, 0.0, chances[at].clamp(min=1e-300).reciprocal())
+
 
 def water(dy: Tensor, x: Tensor) -> Water:
     """For dy [T, O] and x [T, I]."""
@@ -69,14 +79,7 @@ def sample(dy: Tensor, x: Tensor, n: int, draw: Tensor, made: Water | None = Non
 
     draw: one number, uniform in [0, 1).
     """
-    chances = (made or water(dy, x)).probabilities(n)
-    ends = chances.cumsum(0)
-    points = draw.double() + torch.arange(n, device=dy.device)
-    at = torch.searchsorted(ends, points, right=True)
-    # Fewer tokens than n may have a leverage at all: the rest of the sample weighs nothing.
-    beyond = at >= len(ends)
-    at = at.clamp(max=len(ends) - 1)
-    weights = torch.where(beyond, 0.0, chances[at].clamp(min=1e-300).reciprocal())
+    at, weights = (made or water(dy, x)).draw(n, draw)
     return dy[at] * weights.to(dy.dtype).unsqueeze(1), x[at]
 
 

@@ -98,6 +98,7 @@ class AnalysisResults:
         groups and what the estimator cuts. likeness: the same for likeness to full fine-tuning at the same step.
     first_step: a row a run and layer: where the first step goes.
     contribution: a row a run and variant: held-out loss with a group set back or drawn anew.
+    sampling: a row a run and layer: what a sample of the tokens adds to the variance of G.
     live: a row a run, look and layer, written by the callback during training.
     """
 
@@ -109,6 +110,7 @@ class AnalysisResults:
     likeness: pd.DataFrame = field(repr=False)
     first_step: pd.DataFrame = field(repr=False)
     contribution: pd.DataFrame = field(repr=False)
+    sampling: pd.DataFrame = field(repr=False)
     live: pd.DataFrame = field(repr=False)
 
     def over_training(self, measure: str, table: str = "layers") -> pd.DataFrame:
@@ -167,12 +169,13 @@ def load_analysis(path: str | Path) -> AnalysisResults:
     file, value = _read(path, "analysis.json")
     if value.get("format") != ANALYSIS:
         raise UserError(f"{file} is no analysis; `dual-lora analyze` writes them.")
-    runs, tables = with_sizes(value)["runs"], ("layers", "gradients", "likeness", "first_step", "contribution", "live")
+    runs = with_sizes(value)["runs"]
+    tables = ("layers", "gradients", "likeness", "first_step", "contribution", "sampling", "live")
     return AnalysisResults(
         file,
         value,
         _frame(_without(r, (*tables, "steps", "notes")) | {"method": r["method"]["name"]} for r in runs),
-        **{name: _frame({"run": run["name"], **row} for run in runs for row in run[name]) for name in tables},
+        **{name: _frame({"run": run["name"], **row} for run in runs for row in run.get(name, [])) for name in tables},
     )
 
 

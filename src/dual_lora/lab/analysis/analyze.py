@@ -152,6 +152,7 @@ def _finish(result: RunAnalysis, options: Options, device: str | None, progress:
     """Open the run and look into it."""
     path = Path(result.folder)
     opened, stops = open_run(path, device), states_of(path, options.states)
+    stops = stops[-1:] if options.what == "sampling" else stops
     result.command = opened.record.get("command")
     layers = chosen_layers(opened, options.layers)
     others = states_of(Path(result.reference)) if result.reference else []

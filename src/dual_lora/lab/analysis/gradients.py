@@ -112,7 +112,7 @@ def gradient_pass(
             tallies[name] = tally
 
     model.zero_grad(set_to_none=True)
-    with _evaluating(model), watched({n: layers[n] for n in updates}, see), torch.enable_grad():
+    with evaluating(model), watched({n: layers[n] for n in updates}, see), torch.enable_grad():
         for batch in batches:
             loss_of(model, batch).backward()
     result = {name: gradient_shares(layers[name]) for name in updates}
@@ -161,7 +161,7 @@ def first_step(
     before = {n: u for n, u in snapshot(model).items() if names is None or n in names}
     calls: Counter[str] = Counter()
     seen: dict[str, list[Call]] = defaultdict(list)
-    with _evaluating(model), torch.enable_grad():
+    with evaluating(model), torch.enable_grad():
         model.zero_grad(set_to_none=True)
         with watched({n: layers[n] for n in before}, lambda name, _: calls.update([name])):
             loss_of(model, batch).backward()
@@ -203,7 +203,7 @@ def _alignment(old: Matrix, new: Matrix, G: Matrix) -> dict[str, float]:
 
 
 @contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
+def evaluating(model: Any) -> Iterator[None]:
     """Without dropout: a figure should not depend on a draw."""
     was = model.training
     model.eval()

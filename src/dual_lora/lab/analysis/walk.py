@@ -12,6 +12,7 @@ from dual_lora.lab.analysis.matrices import Difference, Factored, Matrix, Sum
 from dual_lora.lab.analysis.measures import measured, squared_norm
 from dual_lora.lab.analysis.opened_run import OpenedRun
 from dual_lora.lab.analysis.ranks import rank_bound, ranks
+from dual_lora.lab.analysis.sampling import sampling_pass
 from dual_lora.lab.analysis.trajectory import State, full_updates_of, updates_in
 from dual_lora.lab.analysis.updates import LayerUpdate, adapted_layers, base_matrix
 from dual_lora.lab.progress import Bar
@@ -26,7 +27,8 @@ class Options:
     states: at most so many of a run's states, start and end among them. layers: regular expression of layer names.
     ranks: of the first and the last state, of all, or of none (the costly part: O · I · min(O, I) flops a matrix).
     gradients: take a gradient pass at every state. held_out: records for the contribution of each group, 0 for none.
-    draws: how often a group is drawn anew.
+    draws: how often a group is drawn anew. what: the update and what made it, what sampling tokens would add to the
+    gradient's variance at the last state, or both.
     """
 
     states: int = 8
@@ -35,6 +37,7 @@ class Options:
     gradients: bool = True
     held_out: int = 64
     draws: int = 3
+    what: Literal["update", "sampling", "all"] = "update"
 
 
 @dataclass
@@ -43,7 +46,7 @@ class RunAnalysis:
 
     layers: signs, zeros, norms, flips, ranks, DoRA's two numbers; learned_share is ‖ΔW - ΔW at the start‖ / ‖ΔW‖, both
     at full strength. gradients: what the estimator cuts, shares of the groups. likeness: to full fine-tuning at the
-    same step. first_step, contribution: one row a layer, a variant.
+    same step. first_step, contribution: one row a layer, a variant. sampling: one row a layer, at the last state.
     live: what `AnalysisCallback` wrote during training. magnitude_direction: correlation over layers and states.
     """
 
@@ -61,6 +64,7 @@ class RunAnalysis:
     likeness: list[Row] = field(default_factory=list)
     first_step: list[Row] = field(default_factory=list)
     contribution: list[Row] = field(default_factory=list)
+    sampling: list[Row] = field(default_factory=list)
     live: list[Row] = field(default_factory=list)
     magnitude_direction: float | None = None
     notes: list[str] = field(default_factory=list)
@@ -82,6 +86,26 @@ class Walk:
 
     def go(self) -> None:
         self.modules = adapted_layers(self.opened.model)
+        if self.options.what != "sampling":
+            self._update()
+        if self.options.what != "update":
+            self._sampling()
+
+    def _sampling(self) -> None:
+        """The layers of the last state, those with the most added variance first."""
+        opened, last = self.opened, self.stops[-1]
+        if opened.is_full:
+            self.result.notes.append("Full fine-tuning has no adapted layers, whose tokens could be sampled.")
+            return
+        with ExitStack() as files:
+            updates_in(opened, last, self.layers, files)
+            rows = sampling_pass(opened.model, opened.step_batches, opened.loss_of_batch, names=self.layers)
+        found = [{"step": last.step, "layer": name, **row} for name, row in rows.items()]
+        self.result.sampling = sorted(found, key=lambda row: -row["added_25"])
+        if self.options.what == "sampling":
+            self.bar.to(self.bar.total, "sampling")
+
+    def _update(self) -> None:
         loss_of = self._held_out_loss()  # first: records that are not there must not cost the walk
         with ExitStack() as files:
             before: dict[str, LayerUpdate] = {}

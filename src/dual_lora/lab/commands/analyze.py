@@ -32,6 +32,10 @@ def analyze(
         Path | None, Parameter(help="JSON file. [default: RUN/analysis/analysis.json of the first run]")
     ] = None,
     page: Annotated[Path | None, Parameter(help="Also write an HTML page with plots.")] = None,
+    what: Annotated[
+        Literal["update", "sampling", "all"],
+        Parameter(help="The update and its gradients, or what `token_sampling` would add to the gradient's variance."),
+    ] = "update",
     states: Annotated[int, Parameter(help="At most so many states of a run, start and end among them.")] = 8,
     layers: Annotated[str | None, Parameter(help="Regular expression of layer names.")] = None,
     ranks: Annotated[
@@ -56,7 +60,7 @@ def analyze(
     from dual_lora.lab.model.device import use_device
 
     use_device(device)
-    options = Options(states, layers, ranks, gradients, held_out)
+    options = Options(states, layers, ranks, gradients, held_out, what=what)
     out = out or runs[0] / "analysis" / "analysis.json"
     check_free(out)
     analysis = run_analysis([*runs], reference, options)
@@ -75,13 +79,13 @@ def analyze(
 
 def _overview(analysis: Analysis) -> list[dict[str, Any]]:
     """One row a run: means over layers at its last state."""
-    from dual_lora.lab.report.insights import at_a_glance
+    from dual_lora.lab.report.insights import at_a_glance, median_sampling
 
     rows = at_a_glance(asdict(analysis)["runs"])
     return [
         {key: row[key] for key in ("run", "method", "step")}
         | {"notes": run.notes, **{key: row.get(key) for key in MEASURES.split()}}
-        | {"magnitude_direction": run.magnitude_direction}
+        | {"magnitude_direction": run.magnitude_direction, "sampling": median_sampling(run.sampling)}
         for run, row in zip(analysis.runs, rows, strict=True)
     ]
 
@@ -90,15 +94,22 @@ def _show(analysis: Analysis, overview: list[dict[str, Any]]) -> None:
     """Print one line a run, then what each group contributes, and the notes."""
     from dual_lora.lab.report.blocks import Table
     from dual_lora.lab.report.columns import columns
+    from dual_lora.lab.report.insights import SAMPLING
 
     console = Console()
     console = console if console.is_terminal else Console(width=190)
-    title = "At the last state, means over layers"
-    console.print(printed(Table(title, columns(f"run method step {MEASURES}"), overview)))
+    if analysis.options["what"] != "sampling":
+        title = "At the last state, means over layers"
+        console.print(printed(Table(title, columns(f"run method step {MEASURES}"), overview)))
     rows = [{"run": run.name, **row} for run in analysis.runs for row in run.contribution]
     if rows:
         named = columns("run group what loss spread", what="what was done to it")
         console.print(printed(Table("Held-out loss with a group changed", named, rows)))
+    sampled = [{"run": run.name, **row} for run in analysis.runs for row in run.sampling]
+    if sampled:
+        medians = [{"run": row["run"], "layer": "median", **row["sampling"]} for row in overview if row["sampling"]]
+        title = "Variance that sampled tokens add to G, over the batch's own"
+        console.print(printed(Table(title, columns(f"run {SAMPLING}"), [*sampled, *medians])))
     for run in analysis.runs:
         for note in run.notes:
             console.print(f"• {run.name}: {note}")

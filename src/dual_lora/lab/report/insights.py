@@ -3,6 +3,7 @@
 import re
 from operator import itemgetter
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from dual_lora.lab.report.blocks import Axis, Block, Chart, Section, Table, Text, View
@@ -38,6 +39,7 @@ LIKE_FULL = (
     "rest_1 agreement_1 agreement_10 overlap_left overlap_left_chance overlap_right overlap_right_chance "
     "angle_left angle_right"
 )
+SAMPLING = "layer tokens zero_rows added_50 added_25 added_10 uniform_25 auto_share auto_added"
 MEANS = "Means over layers, weighted by their entries."
 BOUND = (
     "What can be said about rank in advance: BA has rank r1 and DC has rank r2, but ReLU and Sign act on single "
@@ -73,6 +75,7 @@ def analysis_sections(file: Path, analysis: dict[str, Any], title: str) -> list[
         _lines("Gradients", runs, "gradients", GRADIENTS),
         *_likeness([run for run in runs if run["likeness"]]),
         _dora(runs),
+        *_sampling(runs),
         *_contribution(runs),
         Table("Every layer", columns(LAYERS), every_layer, "At the last state.", folded=True),
         _runs(runs),
@@ -221,6 +224,18 @@ def _dora(runs: list[Row]) -> Chart:
     view = View("", Axis("direction change, mean of 1 − cos", log=True), Axis("magnitude change", log=True), points)
     note = "One mark a layer and state, as in the DoRA paper (figure 2). Correlation: " + "; ".join(words) + "."
     return Chart("Magnitude against direction", "dots", [view] if points else [], note)
+
+
+def median_sampling(rows: list[Row]) -> Row:
+    """The median over layers of every figure of sampled tokens."""
+    keys = SAMPLING.split()[1:]
+    return {key: median(row[key] for row in rows) for key in keys} if rows else {}
+
+
+def _sampling(runs: list[Row]) -> list[Block]:
+    rows = [{"run": run["name"], **row} for run in runs for row in run.get("sampling", [])]
+    note = "At the last state. Variance that a sample of the tokens adds to G, over the batch's own between sequences."
+    return [Table("Sampled tokens", columns(f"run {SAMPLING}"), rows, note, folded=True)] if rows else []
 
 
 def _contribution(runs: list[Row]) -> list[Block]:
