@@ -278,3 +278,22 @@ def test_the_whole_agrees_with_the_definition():
     W = case.weight + delta_weight(Factors(*leaves), case.scales[0], Form("identity"))
     want = torch.autograd.grad(case.x @ W.T, leaves, case.dy)
     torch.testing.assert_close(gradients(case, EXACT, None)[1], [*want], rtol=1e-9, atol=1e-9)
+
+
+def test_processes_with_one_seed_draw_each_their_own(monkeypatch):
+    drawn, kept = [], tokens.Water.draw
+    monkeypatch.setattr(tokens.Water, "draw", lambda made, n, draw: drawn.append(float(draw)) or kept(made, n, draw))
+    dy, x = tensors("gaussian")
+    other = dy.flip(1)
+    other[0] *= 1.01
+    for rows in (dy, dy.clone(), other):  # the second as a replica of the first
+        tokens.carriers(rows, x, 1, 0.5, torch.tensor(0.25))
+    assert drawn[0] == drawn[1]
+    assert abs(drawn[0] - drawn[2]) > 1e-3
+    assert all(0 <= draw < 1 for draw in drawn)
+
+
+def test_draws_of_other_data_are_spread_evenly():
+    x = torch.randn(T, I, generator=torch.Generator().manual_seed(1))
+    shifts = torch.stack([tokens.water(tensors("gaussian")[0] * (1 + k / 999), x).shift() for k in range(400)])
+    assert torch.histc(shifts, 4, 0, 1).min() > 70  # of 100 each

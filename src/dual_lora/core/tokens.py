@@ -55,6 +55,13 @@ class Water(NamedTuple):
         k, rest = self.level(n)
         return rest.square() / (n - k) - self.rest_squared.gather(0, k)
 
+    def shift(self) -> Tensor:
+        """A number in [0, 1) of these tokens, added to the draw: processes with one seed but other data draw others.
+
+        And those with the same data, such as the replicas of a layer under tensor parallelism, draw the same.
+        """
+        return (self.rest[0].view(torch.int64) % 1_000_003).double() / 1_000_003
+
     def draw(self, n: int, draw: Tensor) -> tuple[Tensor, Tensor]:
         """Which n tokens a systematic sample takes, and the weight 1/π of each."""
         chances = self.probabilities(n)
@@ -114,6 +121,7 @@ def carriers(dy: Tensor, x: Tensor, sequences: int, share: float, draw: Tensor |
     if draw is None or len(x) <= FEWEST:
         return None
     made = water(dy, x)
+    draw = (draw + made.shift()) % 1
     n = count(dy, x, sequences, share, draw, made)
     return None if n >= len(x) else sample(dy, x, n, draw, made)
 
