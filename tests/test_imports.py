@@ -283,14 +283,12 @@ def test_public_names():
         "VerifyAdapter",
         "__version__",
         "composed_weights",
-        "convert_to_dual_lora",
         "convert_to_lora",
         "count_step",
         "decompositions",
         "delta_weight",
         "dual_lora_linear",
         "grad_scaler",
-        "save_as_dual_lora",
         "save_as_lora",
     ]
     assert dir(dual_lora) == sorted(dual_lora.__all__)

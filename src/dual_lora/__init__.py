@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from .method.callback import DualLoraCallback
     from .method.config import DualLoraConfig
     from .method.conversion import convert_to_lora, save_as_lora
-    from .method.from_lora import convert_to_dual_lora, save_as_dual_lora
     from .method.layer import DualLoraLayer
     from .method.model import DualLoraModel
     from .method.scaler import grad_scaler
@@ -45,8 +44,6 @@ _HOMES = {
     "VerifyAdapter": ".verify.callback",
     "convert_to_lora": ".method.conversion",
     "save_as_lora": ".method.conversion",
-    "convert_to_dual_lora": ".method.from_lora",
-    "save_as_dual_lora": ".method.from_lora",
     "dual_lora_linear": ".core.op",
     "decompositions": ".core.decompositions",
     "Adapter": ".core.reference",
@@ -67,14 +64,12 @@ __all__ = [
     "VerifyAdapter",
     "__version__",
     "composed_weights",
-    "convert_to_dual_lora",
     "convert_to_lora",
     "count_step",
     "decompositions",
     "delta_weight",
     "dual_lora_linear",
     "grad_scaler",
-    "save_as_dual_lora",
     "save_as_lora",
 ]
 

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model
+from peft import PeftModel, convert_to_lora, get_peft_model
 from peft.utils.quantization_utils import Bnb4bitBackend
 from quantized_layers import decoded
 from tiny import adapted, points
@@ -19,7 +19,6 @@ from dual_lora import (
     composed_weights,
     count_step,
     dual_lora_linear,
-    save_as_dual_lora,
     save_as_lora,
 )
 from dual_lora.core.compose_op import dual_lora_weight
@@ -309,14 +308,6 @@ def test_a_layer_that_is_read_does_not_become_a_lora_that_does_nothing(tmp_path)
         save_as_lora(tmp_path, model, 8)
     with pytest.raises(TypeError, match="support LoRA conversion"):
         convert_to_lora(model, 8)
-
-
-def test_a_lora_that_did_nothing_does_not_become_a_dual_lora_that_acts(tmp_path):
-    x = torch.randn(2, 3, 8)
-    model = get_peft_model(read_layer(), LoraConfig(r=2, target_modules=["out_proj"], init_lora_weights=False))
-    torch.testing.assert_close(model(x), read_layer()(x))
-    with pytest.raises(TypeError, match="out_proj' is read by the module above it"):
-        save_as_dual_lora(tmp_path, model)
 
 
 @pytest.mark.parametrize(("letter", "value"), [("A", float("inf")), ("C", float("nan"))])

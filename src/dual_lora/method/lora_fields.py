@@ -71,6 +71,13 @@ def translated(options: dict[str, Any], own: set[str], alpha_for_each: float) ->
     return result
 
 
+def keeps_base(config: Any) -> bool:
+    """Whether the base of this LoRA is what it was before: PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA and KaSA change it."""
+    start = getattr(config, "init_lora_weights", True)
+    beside = isinstance(start, bool) or str(start).lower() in ("gaussian", "eva", "orthogonal", "mica")
+    return beside and getattr(config, "kasa_config", None) is None
+
+
 def _set(result: dict[str, Any], ours: str, value: Any, theirs: str, given: Any) -> None:
     if result.get(ours) not in (None, value) and not (ours == "dropout" and result[ours] == 0):
         raise ValueError(

@@ -110,7 +110,7 @@ def method_of(folder: Path) -> Any:
     """The adapter's PEFT configuration. Raises AdapterError for one that can't act on the base's checkpoint."""
     from peft import PeftConfig
 
-    from ..method.from_lora import keeps_base
+    from ..method.lora_fields import keeps_base
 
     try:  # of our own method PEFT knows: whoever imports this module has imported the package
         try:

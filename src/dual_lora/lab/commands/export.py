@@ -48,10 +48,8 @@ def merge(
     finish(vars(result), facts_card("merged", facts), json)
 
 
-Target = Literal["merged", "gguf", "gguf-lora", "mlx-lora", "lora", "dual-lora"]
-TARGETS = (
-    "merged: plain model; gguf: the same for llama.cpp and Ollama; lora, gguf-lora, mlx-lora, dual-lora: an adapter."
-)
+Target = Literal["merged", "gguf", "gguf-lora", "mlx-lora", "lora"]
+TARGETS = "merged: plain model; gguf: the same for llama.cpp and Ollama; lora, gguf-lora, mlx-lora: a LoRA adapter."
 # Which options belong to which target; the others are refused, so that none is silently without effect.
 OPTIONS: dict[str, tuple[str, ...]] = {
     "merged": (),
@@ -59,7 +57,6 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "gguf-lora": ("rank", "energy", "data", "limit", "outtype", "converter"),
     "mlx-lora": ("rank", "energy", "data", "limit"),
     "lora": ("rank", "energy", "data", "limit"),
-    "dual-lora": ("rank", "data", "limit"),
 }
 
 
@@ -68,7 +65,7 @@ def export(
     out: Annotated[Path, Parameter(help="What to write: a folder, or a .gguf file.")],
     *,
     to: Annotated[Target, Parameter(help=TARGETS)],
-    rank: Annotated[int | None, Parameter(help="LoRA: rank of every layer; dual-lora: rank of the magnitude.")] = None,
+    rank: Annotated[int | None, Parameter(help="LoRA: rank of every layer.")] = None,
     energy: Annotated[float | None, Parameter(help="LoRA: share of every update to keep, e.g. 0.9.")] = None,
     data: Annotated[str | None, Parameter(help="Records to measure the loss on. [default: the run's test set]")] = None,
     limit: Annotated[int | None, Parameter(help="At most so many records; 0: none. [default: 200]")] = None,
@@ -80,7 +77,7 @@ def export(
     device: Device = None,
     json: Json = False,
 ) -> None:
-    """Write an adapter for other programs: merged, as GGUF or as LoRA; or a LoRA as the start of a Dual LoRA.
+    """Write an adapter for other programs: merged, as GGUF or as LoRA.
 
     Example: `dual-lora export runs/boolq-smollm2 served --to lora --energy 0.9 --data my-records.jsonl`
 
@@ -110,7 +107,6 @@ def export(
         "lora": adapters.export_lora,
         "gguf-lora": gguf.export_gguf_lora,
         "mlx-lora": adapters.export_mlx_lora,
-        "dual-lora": adapters.export_dual_lora,
     }
     keep = options.pop("rank", None) if energy is None else float(options.pop("energy"))
     exported = convert[to](source, out, keep, **options)
@@ -131,7 +127,7 @@ def _gguf_card(result: GgufResult) -> Any:
 def _card(exported: Exported) -> Any:
     from rich.console import Group
 
-    columns = ["rank", "error"] if exported.method == "lora" else ["r1", "r2", "cosine", "signs"]
+    columns = ["rank", "error"]
     rows = [[layer["layer"], *(_figure(layer[name]) for name in columns)] for layer in exported.layers]
     facts = {
         "folder": exported.folder,
@@ -141,8 +137,8 @@ def _card(exported: Exported) -> Any:
         facts["loss"] = " · ".join(f"{name} {value:.4f}" for name, value in exported.loss.items())
         facts["records"] = f"{exported.examples:,}"
     facts |= {"verdict": exported.verdict} | ({"instead": exported.advice} if exported.advice else {})
-    title = "What every layer loses" if exported.method == "lora" else "What every layer keeps of the LoRA"
-    return Group(figures_table(title, ["layer", *columns], rows), facts_card(f"exported to {exported.method}", facts))
+    shown = figures_table("What every layer loses", ["layer", *columns], rows)
+    return Group(shown, facts_card("exported to LoRA", facts))
 
 
 def _figure(value: float) -> str:

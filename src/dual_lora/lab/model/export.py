@@ -105,7 +105,7 @@ class Exported:
     """A converted adapter, what each layer lost, and what that means."""
 
     folder: str
-    method: str  # "lora" or "dual-lora"
+    method: str  # "lora"
     layers: list[dict[str, Any]] = field(repr=False)
     parameters: int  # numbers in the factors that were written
     weights: int  # numbers in the adapted weights, for comparison
@@ -115,37 +115,15 @@ class Exported:
     advice: str
 
 
-def export_lora(source: str | Path, out: str | Path, rank: int | float, **options: Any) -> Exported:
-    """Write the LoRA adapter nearest to a Dual LoRA run or adapter, of a fixed rank (int) or share of energy (float).
-
-    options: those of `exported`.
-    """
-    from dual_lora.method.conversion import convert_to_lora
-
-    return exported(source, out, "lora", convert_to_lora, rank, **options)
-
-
-def export_dual_lora(source: str | Path, out: str | Path, r1: int | None = None, **options: Any) -> Exported:
-    """Write a Dual LoRA adapter that starts near a LoRA run or adapter.
-
-    r1: rank of the magnitude; left out: LoRA's rank. options: those of `exported`.
-    """
-    from dual_lora.method.from_lora import convert_to_dual_lora
-
-    return exported(source, out, "dual-lora", convert_to_dual_lora, r1, **options)
-
-
-def in_words(method: str, loss: dict[str, float], lost: float, size: float = 0.0) -> tuple[str, str]:
+def in_words(loss: dict[str, float], lost: float, size: float = 0.0) -> tuple[str, str]:
     """(verdict, advice) from the losses, or without them from what the median layer lost of its update (0 to 1).
 
     size: numbers in the written factors for each number in the weights that they change.
     """
-    way_out = {
-        "lora": "ΔW is of high rank, so that a LoRA holds it only at a high rank. Give a larger --rank or --energy, or "
-        "serve the merged model, which loses nothing: `dual-lora export … --to merged` (or gguf).",
-        "dual-lora": "All signs are kept, the magnitudes are fitted. Give a larger --rank (of the magnitude), train on "
-        "from here, or merge the LoRA into its base, which loses nothing, and begin Dual LoRA on that model.",
-    }[method]
+    way_out = (
+        "ΔW is of high rank, so that a LoRA holds it only at a high rank. Give a larger --rank or --energy, or serve "
+        "the merged model, which loses nothing: `dual-lora export … --to merged` (or gguf)."
+    )
     if loss:
         gain = loss["base"] - loss["adapter"]
         if gain <= 0:
@@ -174,12 +152,10 @@ def in_words(method: str, loss: dict[str, float], lost: float, size: float = 0.0
     return verdict, ""
 
 
-def exported(
+def export_lora(
     source: str | Path,
     out: str | Path,
-    method: str,
-    convert: Callable[..., Any],
-    rank: int | float | None,
+    rank: int | float,
     *,
     base: str | None = None,
     dtype: str | None = None,
@@ -188,31 +164,30 @@ def exported(
     progress: bool = True,
     opened: Tuned | None = None,
 ) -> Exported:
-    """Convert an adapter, and write the folder whole, with what the conversion has lost.
+    """Write the LoRA adapter nearest to a Dual LoRA run or adapter, the folder whole, with what is lost.
 
-    data: file of records on which the loss is measured before and after; left out: the run's own test records. limit:
-    at most so many of them, 0 for no measurement. opened: the source, where the caller has it open already. Raises
-    UserError for what cannot be converted.
+    rank: a fixed rank (int), or the share of energy to keep (float). data: file of records on which the loss is
+    measured before and after; left out: the run's own test records. limit: at most so many of them, 0 for no
+    measurement. opened: the source, where the caller has it open already. Raises UserError for what cannot be
+    converted.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from torch.linalg import LinAlgError
 
-    from dual_lora.method.conversion import write_adapter
+    from dual_lora.method.conversion import convert_to_lora, write_adapter
 
     with free_folder(out) as target:
         tuned = opened or open_tuned(source, base, dtype)
-        _check_kind(tuned, source, "DUAL_LORA" if method == "lora" else "LORA")
+        _check_kind(tuned, source)
         records = _records(tuned, data, limit)
         count = sum(isinstance(m, BaseTunerLayer) for m in tuned.model.modules())
         with Bar("converting layers", count, progress) as bar, warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*ΔW is of high rank")  # the verdict says it
             try:
-                made = convert(tuned.model, rank, advance=bar.advance)
+                made = convert_to_lora(tuned.model, rank, advance=bar.advance)
             except (ValueError, TypeError, LinAlgError) as error:
                 raise UserError(str(error)) from error
-        # What the median layer lost of its update: of a LoRA that is kept, the part at a right angle to it.
-        layers, lost = (made.losses, made.median) if method == "lora" else (made.kept, (1 - made.median**2) ** 0.5)
-        rows, results = [layer._asdict() for layer in layers], list[Exported]()
+        rows, results = [layer._asdict() for layer in made.losses], list[Exported]()
 
         def write(folder: Path) -> None:
             tuned.tokenizer.save_pretrained(str(folder))
@@ -221,8 +196,8 @@ def exported(
             write_adapter(folder, made.config, made.state_dict)
             parameters, weights = _sizes(folder)
             loss = _losses(tuned, records, lambda: open_tuned(folder, base, dtype), progress) if records else {}
-            verdict, advice = in_words(method, loss, lost, parameters / weights if method == "lora" else 0.0)
-            results.append(Exported(str(out), method, rows, parameters, weights, loss, len(records), verdict, advice))
+            verdict, advice = in_words(loss, made.median, parameters / weights)
+            results.append(Exported(str(out), "lora", rows, parameters, weights, loss, len(records), verdict, advice))
             (folder / REPORT).write_text(json_text(asdict(results[0]), indent=1) + "\n", encoding="utf-8")
 
         write_folder_atomically(target, write)
@@ -240,15 +215,13 @@ def _losses(tuned: Tuned, records: list[Example], written: Callable[[], Tuned], 
     return {"base": before["base"], "adapter": before["tuned"], "converted": after["tuned"]}
 
 
-def _check_kind(tuned: Tuned, source: str | Path, kind: str) -> None:
-    name, other = {"DUAL_LORA": ("Dual LoRA", "dual-lora"), "LORA": ("LoRA", "lora")}[kind]
+def _check_kind(tuned: Tuned, source: str | Path) -> None:
     config = tuned.model.peft_config.get("default") if tuned.adapted else None
     found = getattr(config, "peft_type", None)
     found = getattr(found, "value", found)
-    if found != kind:
+    if found != "DUAL_LORA":
         what = f"a {found} adapter" if tuned.adapted else "no adapter"
-        hint = f" (The other way round is --to {other}.)" if tuned.adapted else ""
-        raise UserError(f"{source} holds {what}, expected a {name} adapter.{hint}")
+        raise UserError(f"{source} holds {what}, expected a Dual LoRA adapter.")
 
 
 def _records(tuned: Tuned, data: str | None, limit: int) -> list[Example]:

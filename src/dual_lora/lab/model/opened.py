@@ -87,7 +87,7 @@ class Tuned:
     @property
     def keeps_base(self) -> bool:
         """Whether the model without its adapter is the base: trained biases stay, and so do weights that were cut."""
-        from dual_lora.method.from_lora import keeps_base
+        from dual_lora.method.lora_fields import keeps_base
 
         if not self.adapted:
             return False

@@ -184,7 +184,7 @@ def check_is_of(saved: Fingerprint | None, folder: Path | None) -> None:
 
 def can_be_made(tuned: Tuned) -> bool:
     """Whether the base is what its name says: some starts of LoRA (PiSSA, LoRA-GA, …) change the base's weights."""
-    from dual_lora.method.from_lora import keeps_base
+    from dual_lora.method.lora_fields import keeps_base
 
     if not tuned.adapted or tuned.classes:
         return False
