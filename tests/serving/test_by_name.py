@@ -312,6 +312,14 @@ def test_a_websocket_keeps_nobody_waiting(pause, server, monkeypatch):
     assert closed == ["websocket.close"]
 
 
+def test_a_body_without_an_end_is_refused(server, monkeypatch):
+    monkeypatch.setattr(by_name, "LARGEST", 100)
+    assert server.run({"model": "b", "prompt": "x" * 40})[0][0] == 200
+    ((status, said),) = server.run({"model": "b", "prompt": "x" * 400})
+    assert (status, "longer than 100 bytes" in said["error"]["message"]) == (413, True)
+    assert server.served.turns.running == 0
+
+
 def test_names_that_are_refused_change_nothing(server, tmp_path):
     before = asked(server.endpoint, "GET", path="adapters")
     assert before == (200, {"adapters": {"b": server.other}, "limit_bytes": 0, "loaded": server.one})

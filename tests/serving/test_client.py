@@ -2,12 +2,16 @@
 
 import contextlib
 import json
+import socket
+import threading
+import urllib.request
 from http.server import BaseHTTPRequestHandler
 
 import peft
 import pytest
 from adapters import METHODS, small
 
+from dual_lora.serving.asking import ask
 from dual_lora.serving.client import AdapterServer, ServerError
 from listening import listening
 
@@ -100,3 +104,23 @@ def test_no_other_address_is_asked(status, monkeypatch):
         with answering(status, b"", there) as (url, _), pytest.raises(ServerError, match="another address"):
             AdapterServer(url, "m", timeout=5).complete([[1, 2]], 2)
     assert asked == []
+
+
+def test_a_server_that_never_ends_its_head_keeps_no_thread():
+    """http.client reads on as long as "100 Continue" comes, with nobody waiting for it any more."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def go_on():
+            connection, _ = server.accept()
+            with contextlib.suppress(OSError):
+                while True:
+                    connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+        threading.Thread(target=go_on, daemon=True).start()
+        before = set(threading.enumerate())
+        with pytest.raises(TimeoutError):
+            ask(urllib.request.Request(f"http://127.0.0.1:{server.getsockname()[1]}"), 0.5, 100)
+        started = set(threading.enumerate()) - before
+        for thread in started:
+            thread.join(10)
+        assert not [thread for thread in started if thread.is_alive()]

@@ -1,7 +1,9 @@
 """One question over HTTP. The whole answer, an error's body included, comes within one deadline; no redirection is
 followed."""
 
+import contextlib
 import http.client
+import socket
 import threading
 import time
 import urllib.error
@@ -32,18 +34,51 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
+def _keeping(kept: list[http.client.HTTPConnection]) -> list[urllib.request.BaseHandler]:
+    """Handlers that put each connection that they open into a list."""
+
+    def open_as(kind: type[http.client.HTTPConnection]) -> Callable[..., http.client.HTTPConnection]:
+        def opened(*args: Any, **options: Any) -> http.client.HTTPConnection:
+            kept.append(kind(*args, **options))
+            return kept[-1]
+
+        return opened
+
+    class Plain(urllib.request.HTTPHandler):
+        def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+            return self.do_open(open_as(http.client.HTTPConnection), req)  # type: ignore[arg-type]
+
+    class Secure(urllib.request.HTTPSHandler):
+        def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+            return self.do_open(open_as(http.client.HTTPSConnection), req)  # type: ignore[arg-type]
+
+    return [Plain(), Secure()]
+
+
 def ask(request: urllib.request.Request, seconds: float, largest: int) -> Reply:
     """What the server answers, of which `largest` bytes are read and one more. Proxies are those of the environment.
 
     Raises TimeoutError where all of it takes longer than `seconds`, OSError and http.client.HTTPException where the
     server cannot be reached or speaks no HTTP.
     """
-    ends = time.monotonic() + seconds
-    return _within(seconds, lambda: _answer(request, seconds, largest, ends))
+    ends, kept = time.monotonic() + seconds, list[http.client.HTTPConnection]()
+    try:
+        return _within(seconds, lambda: _answer(request, seconds, largest, ends, kept))
+    except TimeoutError:
+        for connection in kept:  # its reader would wait on for a server that never ends its "100 Continue"
+            with contextlib.suppress(OSError, AttributeError):
+                connection.sock.shutdown(socket.SHUT_RDWR)
+        raise
 
 
-def _answer(request: urllib.request.Request, seconds: float, largest: int, ends: float) -> Reply:
-    opener = urllib.request.build_opener(_NoRedirect)
+def _answer(
+    request: urllib.request.Request,
+    seconds: float,
+    largest: int,
+    ends: float,
+    kept: list[http.client.HTTPConnection],
+) -> Reply:
+    opener = urllib.request.build_opener(_NoRedirect, *_keeping(kept))
     try:
         reply = opener.open(request, timeout=seconds)
     except urllib.error.HTTPError as error:

@@ -15,6 +15,7 @@ from .turns import Turns
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
+LARGEST = 1 << 28  # bytes of a body, pictures in base64 among it; vLLM itself has no bound
 PATIENCE = 60.0  # seconds: who does not read an answer for so long, in all, would keep all others waiting
 
 
@@ -38,6 +39,11 @@ class ByName:
             receive = self._without_names(receive, send)
         else:
             whole, receive = await _read(receive)
+            if len(whole) > LARGEST:
+                await _refuse(
+                    send, 413, f"The request's body is longer than {LARGEST:,} bytes, which are read at most."
+                )
+                return
             try:
                 said = read_body(scope["headers"], whole)
             except Unclear as error:
@@ -126,10 +132,12 @@ def _patiently(send: Send) -> Send:
 
 
 async def _read(receive: Receive) -> tuple[bytes, Receive]:
-    """The whole body, and the same to be received again."""
+    """The whole body, or a little more than LARGEST of it, and the same to be received again."""
     messages = [await receive()]
-    while messages[-1].get("more_body"):
+    size = len(messages[0].get("body", b""))
+    while messages[-1].get("more_body") and size <= LARGEST:
         messages.append(await receive())
+        size += len(messages[-1].get("body", b""))
 
     async def again() -> Message:
         return messages.pop(0) if messages else await receive()

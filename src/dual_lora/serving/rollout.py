@@ -6,6 +6,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from dual_lora.verify.template import rendered
+
 from .client import AdapterServer
 
 
@@ -59,11 +61,11 @@ def _tokens(trainer: Any, prompt: Any) -> list[int]:
     tokenizer = trainer.processing_class
     if isinstance(prompt, str):
         return list(tokenizer(prompt).input_ids)
-    text = tokenizer.apply_chat_template(
+    text = rendered(
+        tokenizer,
         prompt,
         tools=getattr(trainer, "tools", None) or None,
         chat_template=getattr(trainer, "chat_template", None),
-        tokenize=False,
         add_generation_prompt=True,
         **(getattr(trainer, "chat_template_kwargs", None) or {}),
     )

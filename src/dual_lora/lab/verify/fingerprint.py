@@ -112,7 +112,7 @@ class StoredGuesses:
         yield from ((name, column) for name, column in self.columns.items() if name in LOST)
 
     def coarse(self) -> dict[str, Tensor]:
-        return {name: self.columns[name] for name in (FOUR_BITS, FOUR_BITS_MERGED) if name in self.columns}
+        return {name: self.columns[name] for name in (FOUR_BITS, *FOUR_BITS_MERGED) if name in self.columns}
 
 
 def make(tuned: Tuned) -> Fingerprint:

@@ -15,11 +15,13 @@ from torch import Tensor
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.verify.diagnose import Known, projection, rms
-from dual_lora.lab.verify.logprobs import Probe, as_bf16, as_int4, base_parameters, merged_as_int4, rows_of, score
+from dual_lora.lab.verify.logprobs import Probe, as_bf16, as_int4, base_parameters, merged, rows_of, score
 from dual_lora.method.layer import DualLoraLayer
 
-# The base rounded, with the adapter next to it, as a server has it that loads both; and what a merged file holds.
-FOUR_BITS, FOUR_BITS_MERGED = "four bits", "four bits, merged"
+# The base rounded, with the adapter next to it, as a server has it that loads both.
+FOUR_BITS = "four bits"
+# What a merged file holds, and whether its blocks have a least value.
+FOUR_BITS_MERGED = {"four bits, merged": False, "four bits with a least value, merged": True}
 LARGEST_COPIED = 4 << 30  # bytes of base weights of which a rounded copy is made
 
 
@@ -50,8 +52,10 @@ class ModelGuesses:
         with as_int4(self.model):
             found = {FOUR_BITS: score(self.model, self.probes)}
         if _may_be_copied(self.model, LARGEST_COPIED // 3):  # what a method keeps for its unmerging is a copy, too
-            with contextlib.suppress(Exception), merged_as_int4(self.model):  # whatever it has against a merge
-                found[FOUR_BITS_MERGED] = score(self.model, self.probes)
+            with contextlib.suppress(Exception), merged(self.model):  # whatever it has against a merge
+                for name, least in FOUR_BITS_MERGED.items():
+                    with as_int4(self.model, least):
+                        found[name] = score(self.model, self.probes)
         return found
 
 

@@ -140,8 +140,11 @@ def as_bf16(model: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def as_int4(model: Any) -> Iterator[None]:
-    """The model with its matrices, but for embeddings and head, rounded to four bits."""
+def as_int4(model: Any, least: bool = False) -> Iterator[None]:
+    """The model with its matrices, but for embeddings and head, rounded to four bits.
+
+    least: blocks have a least value, as llama.cpp's Q4_1 and its K formats have them.
+    """
     plain = unwrapped(model)
     spared = {id(module.weight) for module in plain.modules() if isinstance(module, nn.Embedding)}
     head = plain.get_output_embeddings() if hasattr(plain, "get_output_embeddings") else None
@@ -149,23 +152,21 @@ def as_int4(model: Any) -> Iterator[None]:
     named = _weights(model)
 
     def change(name: str, weight: Tensor) -> Tensor:
-        return weight if weight.ndim != 2 or id(named[name]) in spared else int4(weight)
+        return weight if weight.ndim != 2 or id(named[name]) in spared else int4(weight, least)
 
     with other_weights(model, change):
         yield
 
 
 @contextlib.contextmanager
-def merged_as_int4(model: Any) -> Iterator[None]:
-    """The model with its adapter merged, and then rounded to four bits, as a merged file is. Raises whatever a method
-    without a merge does."""
+def merged(model: Any) -> Iterator[None]:
+    """The model with its adapter merged. Raises whatever a method without a merge does."""
     from dual_lora import composed_weights
 
     kept = [(parameter, parameter.data.clone()) for parameter in base_parameters(model).values()]
     try:
         model.merge_adapter()
-        with as_int4(model):
-            yield
+        yield
     finally:
         with contextlib.suppress(Exception):  # what failed has merged nothing, or only some
             model.unmerge_adapter()
@@ -174,9 +175,12 @@ def merged_as_int4(model: Any) -> Iterator[None]:
         composed_weights.clear()
 
 
-def int4(weight: Tensor) -> Tensor:
-    """[O, I] rounded to whole multiples of the largest entry of each block, divided by 7."""
+def int4(weight: Tensor, least: bool = False) -> Tensor:
+    """[O, I] rounded to whole multiples of the largest entry of each block, divided by 7; or to 16 values from its
+    least entry to its largest."""
     flat = weight.float().flatten()
     padded = nn.functional.pad(flat, (0, -len(flat) % INT4_BLOCK)).view(-1, INT4_BLOCK)
-    step = (padded.abs().amax(1, keepdim=True) / INT4_LEVELS).clamp(min=torch.finfo(torch.float32).tiny)
-    return ((padded / step).round() * step).flatten()[: len(flat)].view_as(weight).to(weight.dtype)
+    low = padded.amin(1, keepdim=True) if least else torch.zeros(1)
+    levels = 2 * INT4_LEVELS + 1 if least else INT4_LEVELS
+    step = ((padded - low).abs().amax(1, keepdim=True) / levels).clamp(min=torch.finfo(torch.float32).tiny)
+    return (((padded - low) / step).round() * step + low).flatten()[: len(flat)].view_as(weight).to(weight.dtype)
