@@ -4,29 +4,32 @@ There the cost of a call is that of its Python; each function here is one straig
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import tile
+from . import scratch, tile
 from .blocked import Gradients, Needs
 from .product import mm
 from .reference import Adapter, Factors
 
+Made = tuple[Adapter, Tensor, Tensor]  # with P and Q
+
 
 def forward(x: Tensor, weight: Tensor | None, adapters: Sequence[Adapter]) -> Tensor:
     """y = x (W + ΣΔW)ᵀ for x [T, I], in x's dtype; without a weight, x (ΣΔW)ᵀ."""
-    W = compose(weight, adapters, x.dtype)
-    return mm(x, W.t())
+    made, space = _products(adapters)
+    return mm(x, _sum(weight, made, space, x.dtype).t())
 
 
 def compose(
     weight: Tensor | None, adapters: Sequence[Adapter], dtype: torch.dtype, out: Tensor | None = None
 ) -> Tensor:
     """W + ΣΔW, [O, I], the rounding to `dtype` of the fp32 sum (fp64's, for that). `out` may be the weight itself."""
-    W = _sum(weight, _products(adapters), dtype)
-    return W if out is None else out.copy_(W)
+    made, space = _products(adapters)
+    W = _sum(weight, made, space, dtype)
+    return W.clone() if out is None else out.copy_(W)
 
 
 def backward(
@@ -44,47 +47,64 @@ def backward(
     """
     dx = grads = None
     G: Any = None
-    made = _products(adapters)
+    made, space = _products(adapters)
     if needs.x:
-        dx = mm(dy, _sum(weight, made, x.dtype, spare=not needs.factors))
+        dx = mm(dy, _sum(weight, made, space, x.dtype))
     if needs.weight or needs.factors:
         dyG, xG = of_G or (dy, x)
-        G = mm(dyG.t(), xG)
+        G = mm(dyG.t(), xG, None if needs.weight or x.dtype != space.G.dtype else space.G)
     if needs.factors:
-        grads = _factor_gradients(G, made, loss_scale)
+        grads = _factor_gradients(G, made, space, loss_scale)
     return Gradients(dx, G if needs.weight else None, grads)
 
 
 def factor_gradients(G: Tensor, adapters: Sequence[Adapter], loss_scale: Tensor | None) -> list[Factors]:
     """The factors' share of `backward`, fp32, from a G = ∂L/∂W [O, I], which stays as it is."""
-    return _factor_gradients(G, _products(adapters), loss_scale)
+    return _factor_gradients(G, *_products(adapters), loss_scale)
 
 
-def _products(adapters: Sequence[Adapter]) -> list[tuple[Adapter, Tensor, Tensor]]:
-    """The adapters in working precision with their P and Q."""
-    return [(a, *tile.products(a)) for a in map(Adapter.working, adapters)]
+class _Space(NamedTuple):
+    """Matrices of scratch memory, in working precision."""
+
+    T: Tensor
+    composed: Tensor
+    G: Tensor
 
 
-def _sum(
-    weight: Tensor | None, made: list[tuple[Adapter, Tensor, Tensor]], dtype: torch.dtype, spare: bool = True
-) -> Tensor:
-    """W + ΣΔW; `spare`: P may be overwritten."""
+def _products(adapters: Sequence[Adapter]) -> tuple[list[Made], _Space]:
+    """The adapters in working precision with their P and Q, and room for what is made of them."""
+    first = adapters[0].working()
+    A, B, *_ = first.factors
+    names = ("P", "Q") if len(adapters) == 1 else [f"{letter}{k}" for k in range(len(adapters)) for letter in "PQ"]
+    *products, T, composed, G = scratch.matrices(
+        B.shape[0], A.shape[1], A.dtype, A.device, *names, "T", "composed", "gradient"
+    )
+    made = [
+        (adapter, *tile.products(adapter, P=P, Q=Q))
+        for adapter, P, Q in zip(
+            (first, *map(Adapter.working, adapters[1:])), products[::2], products[1::2], strict=True
+        )
+    ]
+    return made, _Space(T, composed, G)
+
+
+def _sum(weight: Tensor | None, made: list[Made], space: _Space, dtype: torch.dtype) -> Tensor:
+    """W + ΣΔW; may lie in scratch memory."""
     W: Any = weight
     if W is not None and (dtype == torch.float64 or W.dtype.itemsize == 1):
         W = W.to(dtype)
+    out = space.composed if dtype != torch.float64 else None
     for (_, scale, form, _), P, Q in made:
-        T = tile.update(P, Q, form, P if spare else torch.empty_like(P))
-        W = T.mul_(scale) if W is None else tile.add_update(W, T, scale)
+        T = tile.update(P, Q, form, space.T)
+        W = torch.mul(T, scale, out=out) if W is None else tile.add_update(W, T, scale, out)
     return W if W.dtype == dtype else W.to(dtype)
 
 
-def _factor_gradients(
-    G: Tensor, made: list[tuple[Adapter, Tensor, Tensor]], loss_scale: Tensor | None
-) -> list[Factors]:
+def _factor_gradients(G: Tensor, made: list[Made], space: _Space, loss_scale: Tensor | None) -> list[Factors]:
     grads = []
     for adapter, P, Q in made:
         (A, B, C, D), scale, *_ = adapter = adapter.whole()
         rule = tile.estimator(adapter, loss_scale, carries=True)
-        dP, dQ = rule.product_gradients(torch.mul(G, scale, out=torch.empty_like(P)), P, Q)
+        dP, dQ = rule.product_gradients(torch.mul(G, scale, out=space.T), P, Q)
         grads.append(Factors(B.t().mm(dP), dP.mm(A.t()), D.t().mm(dQ), dQ.mm(C.t())))
     return grads
