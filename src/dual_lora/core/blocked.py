@@ -161,6 +161,7 @@ class _Work:
         self.sizes = CPU if self.device.type == "cpu" else CUDA
         # A weight stored as [I, O] wants its tiles laid out likewise.
         self.transposed = isinstance(weight, Tensor) and weight.stride(0) == 1 != weight.stride(1)
+        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def is_tall(self, dtype: torch.dtype) -> bool:
         """Whether blocks of whole columns would be too narrow."""
@@ -177,8 +178,10 @@ class _Work:
         """The buffer of that name, in the shape of a part of the weight."""
         dtype = dtype or self.dtype
         r, c = rows.stop - rows.start, cols.stop - cols.start
-        (kept,) = scratch.matrices(*((c, r) if self.transposed else (r, c)), dtype, self.device, name)
-        return kept.t() if self.transposed else kept
+        kept = self._buffers.get((name, dtype))
+        if kept is None or kept.numel() < r * c:
+            kept = self._buffers[name, dtype] = scratch.flat(name, r * c, dtype, self.device)
+        return kept[: r * c].view(c, r).t() if self.transposed else kept[: r * c].view(r, c)
 
     def base(self, rows: slice, cols: slice) -> Tensor | None:
         if self.weight is None or isinstance(self.weight, Tensor):

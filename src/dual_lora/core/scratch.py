@@ -7,6 +7,7 @@ calls another while it works on its buffers.
 """
 
 import threading
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -23,16 +24,20 @@ class _Kept(threading.local):
 _kept = _Kept()
 
 
-def matrices(rows: int, cols: int, dtype: torch.dtype, device: torch.device, *names: str) -> list[Tensor]:
-    """Uninitialised matrices [rows, cols], one for each name; the next call for a name and dtype gets its memory."""
-    size = rows * cols
+def flat(name: str, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for `size` numbers, uninitialised, which the next call for this name and dtype gets as well."""
     if device.type != "cpu" or not SMALLEST < size * dtype.itemsize <= LARGEST:
-        return [torch.empty(rows, cols, dtype=dtype, device=device) for _ in names]
-    buffers, found = _kept.buffers, []
-    for name in names:
-        flat = buffers.get((name, dtype))
-        if flat is None or flat.numel() < size:
-            with torch.inference_mode(False):  # or it could not be written to outside of it
-                flat = buffers[name, dtype] = torch.empty(size, dtype=dtype)
-        found.append(flat[:size].view(rows, cols))
-    return found
+        return torch.empty(size, dtype=dtype, device=device)
+    found = _kept.buffers.get((name, dtype))
+    if found is None or found.numel() < size:
+        with torch.inference_mode(False):  # or it could not be written to outside of it
+            found = _kept.buffers[name, dtype] = torch.empty(size, dtype=dtype)
+    return found[:size]
+
+
+def matrices(rows: int, cols: int, dtype: torch.dtype, device: torch.device, names: Sequence[str]) -> list[Tensor]:
+    """The same as matrices [rows, cols], one for each name."""
+    size = rows * cols
+    if size * dtype.itemsize <= SMALLEST:
+        return list(torch.empty(len(names), rows, cols, dtype=dtype, device=device).unbind())
+    return [flat(name, size, dtype, device).view(rows, cols) for name in names]

@@ -4,7 +4,7 @@ There the cost of a call is that of its Python; each function here is one straig
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from .product import mm
 from .reference import Adapter, Factors
 
 Made = tuple[Adapter, Tensor, Tensor]  # with P and Q
+Space = tuple[Tensor, Tensor, Tensor]  # scratch matrices in working precision: for T, for a composed weight, for G
+ONE = ("T", "composed", "gradient", "P0", "Q0")  # the scratch matrices of one adapter
 
 
 def forward(x: Tensor, weight: Tensor | None, adapters: Sequence[Adapter]) -> Tensor:
@@ -52,7 +54,8 @@ def backward(
         dx = mm(dy, _sum(weight, made, space, x.dtype))
     if needs.weight or needs.factors:
         dyG, xG = of_G or (dy, x)
-        G = mm(dyG.t(), xG, None if needs.weight or x.dtype != space.G.dtype else space.G)
+        *_, room = space
+        G = mm(dyG.t(), xG, None if needs.weight or x.dtype != room.dtype else room)
     if needs.factors:
         grads = _factor_gradients(G, made, space, loss_scale)
     return Gradients(dx, G if needs.weight else None, grads)
@@ -63,48 +66,33 @@ def factor_gradients(G: Tensor, adapters: Sequence[Adapter], loss_scale: Tensor 
     return _factor_gradients(G, *_products(adapters), loss_scale)
 
 
-class _Space(NamedTuple):
-    """Matrices of scratch memory, in working precision."""
-
-    T: Tensor
-    composed: Tensor
-    G: Tensor
-
-
-def _products(adapters: Sequence[Adapter]) -> tuple[list[Made], _Space]:
+def _products(adapters: Sequence[Adapter]) -> tuple[list[Made], Space]:
     """The adapters in working precision with their P and Q, and room for what is made of them."""
-    first = adapters[0].working()
-    A, B, *_ = first.factors
-    names = ("P", "Q") if len(adapters) == 1 else [f"{letter}{k}" for k in range(len(adapters)) for letter in "PQ"]
-    *products, T, composed, G = scratch.matrices(
-        B.shape[0], A.shape[1], A.dtype, A.device, *names, "T", "composed", "gradient"
-    )
-    made = [
-        (adapter, *tile.products(adapter, P=P, Q=Q))
-        for adapter, P, Q in zip(
-            (first, *map(Adapter.working, adapters[1:])), products[::2], products[1::2], strict=True
-        )
-    ]
-    return made, _Space(T, composed, G)
+    adapters = [adapter.working() for adapter in adapters]
+    A, B, *_ = adapters[0].factors
+    names = ONE if len(adapters) == 1 else (*ONE, *(f"{letter}{k}" for k in range(1, len(adapters)) for letter in "PQ"))
+    T, composed, G, *products = scratch.matrices(B.shape[0], A.shape[1], A.dtype, A.device, names)
+    made = [(a, *tile.products(a, P=products[2 * k], Q=products[2 * k + 1])) for k, a in enumerate(adapters)]
+    return made, (T, composed, G)
 
 
-def _sum(weight: Tensor | None, made: list[Made], space: _Space, dtype: torch.dtype) -> Tensor:
+def _sum(weight: Tensor | None, made: list[Made], space: Space, dtype: torch.dtype) -> Tensor:
     """W + ΣΔW; may lie in scratch memory."""
     W: Any = weight
     if W is not None and (dtype == torch.float64 or W.dtype.itemsize == 1):
         W = W.to(dtype)
-    out = space.composed if dtype != torch.float64 else None
+    out = space[1] if dtype != torch.float64 else None
     for (_, scale, form, _), P, Q in made:
-        T = tile.update(P, Q, form, space.T)
+        T = tile.update(P, Q, form, space[0])
         W = torch.mul(T, scale, out=out) if W is None else tile.add_update(W, T, scale, out)
     return W if W.dtype == dtype else W.to(dtype)
 
 
-def _factor_gradients(G: Tensor, made: list[Made], space: _Space, loss_scale: Tensor | None) -> list[Factors]:
+def _factor_gradients(G: Tensor, made: list[Made], space: Space, loss_scale: Tensor | None) -> list[Factors]:
     grads = []
     for adapter, P, Q in made:
         (A, B, C, D), scale, *_ = adapter = adapter.whole()
         rule = tile.estimator(adapter, loss_scale, carries=True)
-        dP, dQ = rule.product_gradients(torch.mul(G, scale, out=space.T), P, Q)
+        dP, dQ = rule.product_gradients(torch.mul(G, scale, out=space[0]), P, Q)
         grads.append(Factors(B.t().mm(dP), dP.mm(A.t()), D.t().mm(dQ), dQ.mm(C.t())))
     return grads
