@@ -25,7 +25,7 @@ def compose(
     weight: Tensor | None, adapters: Sequence[Adapter], dtype: torch.dtype, out: Tensor | None = None
 ) -> Tensor:
     """W + ΣΔW, [O, I], the rounding to `dtype` of the fp32 sum (fp64's, for that). `out` may be the weight itself."""
-    W = _sum(weight, _products(adapters), dtype)
+    W = _sum(weight, _products(adapters, weight), dtype)
     return W if out is None else out.copy_(W)
 
 
@@ -44,7 +44,7 @@ def backward(
     """
     dx = grads = None
     G: Any = None
-    made = _products(adapters)
+    made = _products(adapters, weight)
     if needs.x:
         dx = mm(dy, _sum(weight, made, x.dtype, spare=not needs.factors))
     if needs.weight or needs.factors:
@@ -57,12 +57,12 @@ def backward(
 
 def factor_gradients(G: Tensor, adapters: Sequence[Adapter], loss_scale: Tensor | None) -> list[Factors]:
     """The factors' share of `backward`, fp32, from a G = ∂L/∂W [O, I], which stays as it is."""
-    return _factor_gradients(G, _products(adapters), loss_scale)
+    return _factor_gradients(G, _products(adapters, None), loss_scale)
 
 
-def _products(adapters: Sequence[Adapter]) -> list[tuple[Adapter, Tensor, Tensor]]:
+def _products(adapters: Sequence[Adapter], weight: Tensor | None) -> list[tuple[Adapter, Tensor, Tensor]]:
     """The adapters in working precision with their P and Q."""
-    return [(a, *tile.products(a)) for a in map(Adapter.working, adapters)]
+    return [(a, *tile.products(a, weight=weight)) for a in map(Adapter.working, adapters)]
 
 
 def _sum(
@@ -86,5 +86,6 @@ def _factor_gradients(
         (A, B, C, D), scale, *_ = adapter = adapter.whole()
         rule = tile.estimator(adapter, loss_scale, carries=True)
         dP, dQ = rule.product_gradients(torch.mul(G, scale, out=torch.empty_like(P)), P, Q)
-        grads.append(Factors(B.t().mm(dP), dP.mm(A.t()), D.t().mm(dQ), dQ.mm(C.t())))
+        direction = map(torch.zeros_like, (C, D)) if dQ is None else (D.t().mm(dQ), dQ.mm(C.t()))
+        grads.append(Factors(B.t().mm(dP), dP.mm(A.t()), *direction))
     return grads

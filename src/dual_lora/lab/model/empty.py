@@ -214,6 +214,10 @@ def become_fake(model: nn.Module, mode: FakeTensorMode) -> None:
     for name, module in model.named_modules():
         for tensors in (module._parameters, module._buffers, getattr(module, "dual_lora_scale", {})):
             for key, tensor in list(tensors.items()):
-                if tensor is not None and not name.endswith("dual_lora_left"):
+                if tensor is not None and not name.endswith(("dual_lora_left", "dual_lora_seed")):
                     kept.append(tensor)
                     tensors[key] = fake(tensor)
+        frozen = getattr(module, "dual_lora_keys", {})
+        for key, pair in list(frozen.items()):
+            kept.extend(pair)
+            frozen[key] = tuple(map(fake, pair))

@@ -97,6 +97,8 @@ def apply_method(loaded: Loaded, config: PeftConfig | None, base: ModelSection, 
     check_config(config, loaded.model, "method")
     _warn_of_missing(loaded.model, getattr(config, "target_modules", None))
     torch.manual_seed(seed)
+    if getattr(config, "one_group", False) and not config.direction_seed:  # type: ignore[attr-defined]
+        config.direction_seed = seed  # type: ignore[attr-defined]
     try:
         model = get_peft_model(loaded.model, config, revision=base.revision)
     except Exception as error:
