@@ -12,7 +12,7 @@ from peft.utils import PeftType
 
 from ..core.reference import Form, Magnitude, Ste
 from . import lora_fields
-from .config_checks import PAPER_WARMUP, check_frozen, check_warmup, is_positive
+from .config_checks import PAPER_WARMUP, check_frozen, check_share, check_warmup, is_positive
 from .ranks import Rank, ranks_of, split_rank
 from .saved import check_file
 
@@ -202,8 +202,7 @@ class DualLoraConfig(PeftConfig):
         shares = {"token_sampling": self.token_sampling}
         shares |= {f"sampling_pattern[{k!r}]": v for k, v in self.sampling_pattern.items()}
         for name, share in shares.items():
-            if share not in (None, "auto") and not (is_positive(share) and float(share) <= 1):
-                raise ValueError(f"{name} must be a share above 0 and at most 1, 'auto' or None, got {share!r}.")
+            check_share(name, share)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout!r}.")
         if self.bias not in ("none", "all", "dual_lora_only"):

@@ -24,6 +24,12 @@ def check_frozen(config: Any, directions: tuple[str, ...]) -> None:
         )
 
 
+def check_share(name: str, share: Any) -> None:
+    """Raise ValueError for what is no share of the tokens."""
+    if share not in (None, "auto") and not (is_positive(share) and float(share) <= 1):
+        raise ValueError(f"{name} must be a share above 0 and at most 1, 'auto' or None, got {share!r}.")
+
+
 def check_warmup(config: Any) -> None:
     """Give the paper's start its warm-up, and raise ValueError for one that cannot be, or for another start's."""
     if not isinstance(config.init_weights, bool) and config.init_weights not in ("paper", "zero"):
