@@ -71,8 +71,8 @@ class _FusedLayer:
         if not is_plain(base, self.forwards):
             return f"its base {type(base).__name__} is quantised, has hooks, or a forward of its own"
         weight = base.weight
-        if weight.is_meta or not weight.numel() or sharded.is_sharded(weight) or weight.dtype.itemsize == 1:
-            return f"its weight of {weight.dtype} is elsewhere (offloaded, sharded) or too coarse for a sum"
+        if sharded.is_sharded(weight) or weight.dtype.itemsize == 1:
+            return f"its weight is sharded, or of {weight.dtype}, which is too coarse for a sum"
         if self.frozen_base and weight.requires_grad:
             return "its base trains, and the update is a multiple of it"
         if getattr(base, "padding_mode", "zeros") != "zeros":
@@ -91,7 +91,9 @@ class _FusedLayer:
     def _takes(self, x: Tensor) -> bool:
         """Whether the base takes x as it is, or in autocast's precision."""
         weight = self.base_layer._parameters.get("weight")
-        floats = x.is_floating_point() and not x.is_nested and weight is not None
+        if weight is None or weight.is_meta or not weight.numel():  # it is brought by hooks
+            return False
+        floats = x.is_floating_point() and not x.is_nested
         return floats and (x.dtype == weight.dtype or autocast_dtype(x.device, x.dtype) is not None)
 
 

@@ -113,7 +113,7 @@ def adapted(
 
     from dual_lora.lab.model.bounds import check_config
     from dual_lora.lab.model.load import quiet
-    from dual_lora.lab.model.methods import method_config
+    from dual_lora.lab.model.methods import fused_if_asked, method_config
 
     config = method_config(_without_start(method), head, steps, list(fresh))
     if config is None:
@@ -122,7 +122,7 @@ def adapted(
     with quiet():
         try:
             with torch.device("meta"):
-                return get_peft_model(copy.deepcopy(base), config, low_cpu_mem_usage=True)
+                return fused_if_asked(get_peft_model(copy.deepcopy(base), config, low_cpu_mem_usage=True), config)
         except Exception as on_meta:  # some methods look at values when they start, which meta tensors have not
             if count_of(base) > _REAL_LIMIT:
                 raise _misfit(method, name, on_meta) from on_meta
@@ -130,7 +130,7 @@ def adapted(
             real = copy.deepcopy(base).to_empty(device="cpu")
             for tensor in real.parameters():
                 torch.nn.init.normal_(tensor, std=0.02)
-            return get_peft_model(real, config)
+            return fused_if_asked(get_peft_model(real, config), config)
         except Exception as error:
             raise _misfit(method, name, error) from error
 
