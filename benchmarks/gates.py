@@ -36,6 +36,8 @@ STEP = "step SmolLM2-135M 4×256 fp32"
 BF16_STEP = "step SmolLM2-135M 4×256 bf16"
 SMALL_STEP = "step MiniLM 16×24 fp32"
 SAMPLED_STEP = "step of 6 SmolLM2 blocks 4×256 fp32"
+FUSED_STEP = "that step of PEFT's HiRA and LoHa"
+FUSED_MEMORY = "memory of HiRA's and LoHa's step"
 GRPO = "GRPO step, a third of SmolLM2-135M"
 GRPO_LONG = "GRPO step, that model, completions of 256"
 
@@ -50,6 +52,10 @@ GATES: tuple[Gate, ...] = (
     _one(SMALL_STEP, "lora", 1.25, subject="quarter", threads=1),
     _one(SAMPLED_STEP, "lora", 1.09, subject="quarter", threads=1),
     _one(SAMPLED_STEP, "lora", 1.15, subject="auto", threads=1),
+    _one(FUSED_STEP, "hira", 0.75, subject="hira fused", threads=1),
+    _one(FUSED_STEP, "loha", 0.75, subject="loha fused", threads=1),
+    _one(FUSED_MEMORY, "hira", 0.92, 0.70, "0.89 by what is kept", subject="hira fused", threads=1),
+    _one(FUSED_MEMORY, "loha", 0.92, 0.70, "0.89 by what is kept", subject="loha fused", threads=1),
     _one(GRPO, "lora", 1.35, None, "1.26 by flops", threads=1),
     _one(GRPO_LONG, "lora", 1.10, threads=1),
     _one("memory of that step", "lora", 1.00, 0.95, threads=1),

@@ -15,12 +15,13 @@ from dual_lora.core.reference import Factors, Form, scaling
 RANK = 32  # r of LoRA and its relatives; r1 = r2 = RANK / 2 here
 
 METHODS = ("dual", "lora", "dora", "hira", "full", "naive")
+FUSED = {"hira fused": "hira", "loha fused": "loha"}  # PEFT's layers by our product
 SAMPLED = {"quarter": 0.25, "auto": "auto"}  # ours with gradients from some of the tokens
 
 
 def config(method: str, targets: Any, rank: int = RANK) -> Any:
     """The PEFT configuration of a method, everything but rank and targets at its defaults."""
-    from peft import HiraConfig, LoraConfig
+    from peft import HiraConfig, LoHaConfig, LoraConfig
 
     from dual_lora import DualLoraConfig
 
@@ -30,6 +31,8 @@ def config(method: str, targets: Any, rank: int = RANK) -> Any:
         return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, use_dora=True)
     if method == "hira":
         return HiraConfig(r=rank, target_modules=targets)
+    if method == "loha":  # two products, each of half the rank
+        return LoHaConfig(r=rank // 2, alpha=rank, target_modules=targets)
     if method == "dual":
         return DualLoraConfig.paper(r=rank, target_modules=targets, warmup_steps=0)
     if method in SAMPLED:
@@ -38,9 +41,10 @@ def config(method: str, targets: Any, rank: int = RANK) -> Any:
 
 
 def pairs(variants: Iterable[str]) -> list[tuple[str, str]]:
-    """Whose costs are compared: ours with everybody's, and ours from some of the tokens with LoRA's."""
-    others = [m for m in variants if m != "dual" and m not in SAMPLED]
-    return [("dual", m) for m in others] + [(m, "lora") for m in variants if m in SAMPLED]
+    """Whose costs are compared: ours with everybody's, ours from some of the tokens with LoRA's, fused with PEFT's."""
+    of = dict.fromkeys(SAMPLED, "lora") | FUSED
+    others = [m for m in variants if m != "dual" and m not in of] if "dual" in variants else []
+    return [("dual", m) for m in others] + [(m, of[m]) for m in variants if m in of]
 
 
 def adapt(model: nn.Module, method: str, targets: Any, rank: int = RANK) -> Any:
@@ -58,7 +62,12 @@ def adapt(model: nn.Module, method: str, targets: Any, rank: int = RANK) -> Any:
         return model
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return get_peft_model(model, config(method, targets, rank))
+        made = get_peft_model(model, config(FUSED.get(method, method), targets, rank))
+    if method in FUSED:
+        from dual_lora import fuse
+
+        assert not fuse(made).left
+    return made
 
 
 def linear(method: str, weight: Tensor, rank: int = RANK) -> Any:

@@ -133,6 +133,24 @@ def check(dual: Training, naive: Training) -> None:
         training.optimizer.zero_grad()
 
 
+def check_fused(fused: Training, plain: Training) -> None:
+    """Loss and every gradient of PEFT's layers by our product against PEFT's own, from the same factors."""
+    draw = torch.Generator().manual_seed(0)
+    found = []
+    for one, other in zip(fused.model.parameters(), plain.model.parameters(), strict=True):
+        if one.requires_grad:
+            with torch.no_grad():
+                one.copy_(torch.randn(one.shape, generator=draw) * 0.02)
+                other.copy_(one)
+            found.append((one, other))
+    losses = {"loss": fused.gradients()}, {"loss": plain.gradients()}
+    judge.check_close(*losses, 1e-5)
+    ours, theirs = ({str(k): pair[side].grad for k, pair in enumerate(found)} for side in (0, 1))
+    judge.check_close(ours, theirs, 1e-3)
+    for training in (fused, plain):
+        training.optimizer.zero_grad()
+
+
 def _gradients(adapted: dict[str, Any]) -> dict[str, Tensor]:
     return {f"{n}.d{k}": f.grad for n, m in adapted.items() for k, f in layers.factors_of(m)._asdict().items()}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from .gates import BF16_STEP, GRPO, GRPO_LONG, SAMPLED_STEP, SMALL_STEP, STEP
+from .gates import BF16_STEP, FUSED_MEMORY, FUSED_STEP, GRPO, GRPO_LONG, SAMPLED_STEP, SMALL_STEP, STEP
 from .measure import Measured
 
 
@@ -79,6 +79,18 @@ def _sampled_step(threads: int, seconds: float) -> dict[str, Measured]:
     return {SAMPLED_STEP: step.measure(made, threads, seconds, (5, 25))}
 
 
+FUSED = ("hira", "hira fused", "loha", "loha fused")
+
+
+def _fused_step(threads: int, seconds: float) -> dict[str, Measured]:
+    from . import step
+
+    made = step.trainings(FUSED, step.tokens())
+    for method in ("hira", "loha"):
+        step.check_fused(made[f"{method} fused"], made[method])
+    return {FUSED_STEP: step.measure(made, threads, seconds)}
+
+
 _made: dict[str, Any] = {}
 
 
@@ -136,11 +148,11 @@ def _host(threads: int, seconds: float) -> dict[str, Measured]:
     return {"host time of a layer": host.measure(seconds / 2)}
 
 
-def _child(task: str, name: str, rounds: int) -> Work:
+def _child(task: str, name: str, rounds: int, methods: tuple[str, ...] = ("dual", "lora")) -> Work:
     def run(threads: int, seconds: float) -> dict[str, Measured]:
         from .child import compare
 
-        return {name: compare(task, rounds)}
+        return {name: compare(task, rounds, methods)}
 
     return Work((name,), run, threads=1)
 
@@ -158,6 +170,7 @@ WORKS: tuple[Work, ...] = (
     _child("first-forward", "first forward", 3),
     _child("load", "adapter load 7B", 2),
     _child("memory", "memory of that step", 1),
+    _child("memory", FUSED_MEMORY, 1, FUSED),
     Work(("linear 4096 T512 bf16",), linear(4096, 4096, 512, "bfloat16", WITH_FLOOR), None,
          {"O": 4096, "I": 4096, "T": 512}),
     Work(("linear 4096 T512 fp32",), linear(4096, 4096, 512, "float32", WITH_FLOOR), None,
@@ -169,6 +182,7 @@ WORKS: tuple[Work, ...] = (
     Work((GRPO_LONG,), _grpo(GRPO_LONG, "long"), 1, {"prompts": 8, "prompt": 40, "completion": 256}),
     Work((SMALL_STEP,), _small_step, 1, {"batch": 16, "length": 24}),
     Work((SAMPLED_STEP,), _sampled_step, 1, {"batch": 4, "length": 256}),
+    Work((FUSED_STEP,), _fused_step, 1, {"batch": 4, "length": 256}),
     Work((BF16_STEP,), _bf16_step, 1, {"batch": 4, "length": 256}),
     Work((STEP, "threads on that step"), _step, None, {"batch": 4, "length": 256}),
 )  # fmt: skip

@@ -288,8 +288,10 @@ def test_public_names():
         "decompositions",
         "delta_weight",
         "dual_lora_linear",
+        "fuse",
         "grad_scaler",
         "save_as_lora",
+        "unfuse",
     ]
     assert dir(dual_lora) == sorted(dual_lora.__all__)
     for name in dual_lora.__all__:

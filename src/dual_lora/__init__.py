@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .method.callback import DualLoraCallback
     from .method.config import DualLoraConfig
     from .method.conversion import convert_to_lora, save_as_lora
+    from .method.fused import fuse, unfuse
     from .method.layer import DualLoraLayer
     from .method.model import DualLoraModel
     from .method.scaler import grad_scaler
@@ -44,6 +45,8 @@ _HOMES = {
     "VerifyAdapter": ".verify.callback",
     "convert_to_lora": ".method.conversion",
     "save_as_lora": ".method.conversion",
+    "fuse": ".method.fused",
+    "unfuse": ".method.fused",
     "dual_lora_linear": ".core.op",
     "decompositions": ".core.decompositions",
     "Adapter": ".core.reference",
@@ -69,8 +72,10 @@ __all__ = [
     "decompositions",
     "delta_weight",
     "dual_lora_linear",
+    "fuse",
     "grad_scaler",
     "save_as_lora",
+    "unfuse",
 ]
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from . import scratch
 from . import tile as tiles
 from .product import addmm_, left, mm, mm_columns
-from .reference import Adapter, Factors
+from .reference import PLAIN, Adapter, Factors, parts_of
 
 
 class Sizes(NamedTuple):
@@ -81,7 +81,7 @@ def compose(
     out: Tensor | None = None,
 ) -> Tensor:
     """W + ΣΔW, [O, I], the rounding to `dtype` of the fp32 sum (fp64's, for that). `out` may be the weight itself."""
-    work = _Work(weight, adapters)
+    work = _Work(weight, parts_of(adapters))
     if out is None:
         out = torch.empty(work.O, work.I, dtype=dtype, device=work.device)
     for block in work.blocks(dtype, by_rows=True):
@@ -127,7 +127,8 @@ def backward(
             if dW is not None:
                 dW[tile.rows, tile.cols] = G
             for k, total in enumerate(sums or ()):
-                own = G if k == len(work.adapters) - 1 else tile.buffer("T").copy_(G)
+                kept = k < len(work.adapters) - 1 and work.adapters[k].form != PLAIN  # which leaves G as it is
+                own = tile.buffer("T").copy_(G) if kept else G
                 total.add(tile, *tile.products(k), own)
         if dx is not None and by_rows:
             dx += mm(dy[:, block.rows], block.composed())
@@ -222,6 +223,13 @@ class _Tile:
     def __init__(self, work: _Work, rows: slice, cols: slice, in_block: slice):
         self.work, self.rows, self.cols, self.in_block = work, rows, cols, in_block
         self._products: dict[int, tuple[Tensor, Tensor]] = {}
+        self._base: Tensor | None = None
+
+    def base(self) -> Tensor | None:
+        """The base's weight, read once."""
+        if self._base is None:
+            self._base = self.work.base(self.rows, self.cols)
+        return self._base
 
     def buffer(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         return self.work.buffer(name, self.rows, self.cols, dtype)
@@ -230,13 +238,15 @@ class _Tile:
         """P and Q of adapter k."""
         if k not in self._products:
             P, Q = self.buffer(f"P{k}"), self.buffer(f"Q{k}")
-            self._products[k] = tiles.products(self.work.adapters[k], self.rows, self.cols, P, Q)
+            adapter = self.work.adapters[k]
+            base = self.base() if adapter.form.direction == "weight" else None
+            self._products[k] = tiles.products(adapter, self.rows, self.cols, P, Q, base)
         return self._products[k]
 
     def write_composed(self, out: Tensor, spare: bool = True) -> None:
         """W + ΣΔW of this tile, rounded once to out's dtype; `spare`: P may be overwritten."""
         total = out if out.dtype in (self.work.dtype, torch.float64) else self.buffer("G")
-        base = self.work.base(self.rows, self.cols)
+        base = self.base()
         if base is None:
             total.zero_()
         elif base.dtype != total.dtype:
@@ -259,6 +269,7 @@ class _FactorSums:
         self.rule = tiles.estimator(adapter, loss_scale, carries=False)
         self.grads = Factors(*map(torch.zeros_like, adapter.factors))
         self.factors = Factors(*(f * adapter.scale for f in adapter.factors))  # for the scale, which G does not carry
+        self.trains_direction = adapter.form.trains_direction
 
     def add(self, tile: _Tile, P: Tensor, Q: Tensor, G: Tensor) -> None:
         """Add the reductions of a tile; overwrites all three."""
@@ -267,6 +278,8 @@ class _FactorSums:
         rows, cols = tile.rows, tile.cols
         addmm_(self.grads.A[:, cols], B[rows].t(), dP)
         addmm_(self.grads.B[rows].t(), A[:, cols], dP.t())
+        if dQ is None:
+            return
         addmm_(self.grads.C[:, cols], D[rows].t(), dQ)
         addmm_(self.grads.D[rows].t(), C[:, cols], dQ.t())
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._C import _functorch
 
 from . import blocked, dispatch
-from .reference import Adapter, Factors
+from .reference import Adapter, Factors, parts_of
 
 _ADAPTERS = "Tensor[] factors, Tensor[] scales, Tensor[] mean_squares, int[] forms, Tensor? loss_scale, Tensor? routed"
 torch.library.define("dual_lora::weight", f"(Tensor? weight, {_ADAPTERS}, ScalarType dtype) -> Tensor")
@@ -46,7 +46,7 @@ def dual_lora_weight(
     dispatch.refuse_transforms(None, adapters, weight, loss_scale)
     if dtype is None:
         dtype = torch.float32 if weight is None else weight.dtype
-    return torch.ops.dual_lora.weight(weight, *dispatch.flat(adapters), loss_scale, routed, dtype)
+    return torch.ops.dual_lora.weight(weight, *dispatch.flat(parts_of(adapters)), loss_scale, routed, dtype)
 
 
 class Composed(NamedTuple):

@@ -16,7 +16,7 @@ from torch._decomp import register_decomposition
 
 from . import compose_op, embedding_op, op  # noqa: F401 - they define the operators
 from .dispatch import adapters_of, without_autocast
-from .reference import Adapter, Factors, direction, magnitude
+from .reference import Adapter, Factors, direction, direction_of, magnitude
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
@@ -88,7 +88,7 @@ def _composed(weight: Tensor | None, adapters: Sequence[Adapter], dtype: torch.d
     with without_autocast(A.device):
         for adapter in adapters:
             (A, B, C, D), scale, form, _ = adapter.working()
-            delta = scale * magnitude(B @ A, form) * direction(D @ C, form)
+            delta = scale * magnitude(B @ A, form) * direction(direction_of(C, D, form, weight), form)
             total = delta if total is None else total + delta
     assert total is not None
     return total.to(dtype)

@@ -1,8 +1,8 @@
 """Who computes, the Triton kernels or the blocks, and what every operator does before it computes.
 
-The kernels compute on a GPU that they proved right on, for the dtypes and ranks that they know; the blocks everywhere
-else. Forward, backward, merge and cache all ask here, so that they agree on every sign: other products might find
-another one where Q is within rounding of zero.
+The kernels compute on a GPU that they proved right on, for the dtypes, ranks and forms that they know; the blocks
+everywhere else. Forward, backward, merge and cache all ask here, so that they agree on every sign: other products
+might find another one where Q is within rounding of zero.
 """
 
 import functools
@@ -22,7 +22,7 @@ from .._warning import warn
 from . import blocked, whole
 from .blocked import RowSource
 from .handle import Handle, source_of
-from .reference import Adapter, Factors, Form, refuse_trained
+from .reference import Adapter, Factors, Form, parts_of, refuse_trained
 
 SWITCH = "DUAL_LORA_KERNELS"  # "plain" keeps to PyTorch's own operations
 OLDEST_TRITON = (3, 4)  # earlier ones take no tuple as a constant
@@ -49,7 +49,7 @@ def implementation(
     known = (
         dtype in DTYPES
         and (not isinstance(weight, Tensor) or (weight.dtype in DTYPES and weight.device == device))
-        and all(a.factors.A.dtype != torch.float64 for a in adapters)
+        and all(a.factors.A.dtype != torch.float64 and a.form.trains_direction for a in adapters)
         and all(max(a.factors.A.shape[-2], a.factors.C.shape[-2]) <= LARGEST_RANK for a in adapters)
         and os.environ.get(SWITCH) != "plain"
     )
@@ -78,6 +78,7 @@ def compose(
     refuse_transforms(None, adapters, weight)
     if isinstance(weight, Handle):
         weight = source_of(weight.number)
+    adapters = parts_of(adapters)
     device = adapters[0].scale.device
     with without_autocast(device):
         return implementation(device, dtype, weight, adapters).compose(weight, adapters, dtype, out)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import blocked, dispatch
-from .reference import Adapter, Factors
+from .reference import Adapter, Factors, parts_of
 
 _ADAPTERS = "Tensor[] factors, Tensor[] scales, Tensor[] mean_squares, int[] forms, Tensor? loss_scale, int padding_idx"
 torch.library.define(
@@ -51,7 +51,7 @@ def dual_lora_embedding(
     return torch.ops.dual_lora.embedding(
         indices,
         None if weight is None else weight.detach(),
-        *dispatch.flat(adapters),
+        *dispatch.flat(parts_of(adapters)),
         loss_scale,
         -1 if padding_idx is None else padding_idx,
         max_norm,

@@ -20,7 +20,7 @@ from . import dispatch, tokens
 from .blocked import Needs, RowSource
 from .dispatch import are_plain, nobody_watches
 from .handle import Handle, handle, source_of
-from .reference import Adapter, Factors, check_factors
+from .reference import Adapter, Factors, check_factors, parts_of
 from .tokens import EXACT
 
 ROW_BLOCK = 1 << 19  # entries of W that `through_rows` reads at a time
@@ -62,6 +62,7 @@ def dual_lora_linear(
     A, B, *_ = adapters[0].factors
     O, I = (B.shape[0], A.shape[1]) if weight is None else weight.shape
     check_factors(adapters, O, I)
+    adapters = parts_of(adapters)
     if not x.dtype.is_floating_point:
         raise TypeError(f"x is {x.dtype}, expected a floating dtype: W + ΔW is composed in it.")
     if x.shape[-1] != I:

@@ -2,6 +2,8 @@
 
     P = B A     Q = D C     ΔW = s · ReLU(P) ⊙ Sign(Q)     s = λ α / √(r1 r2)     Sign(0) = -1
 
+and of its relatives, ΔW = s · m(P) ⊙ d, whose d is Q (LoHa), W (HiRA), a fixed random sign or 1 (LoRA).
+
 Xu et al., "Dual LoRA: Enhancing LoRA with Magnitude and Direction Updates", arXiv 2512.03402.
 
 Legend for shapes: O out features, I in features, T tokens, r1 magnitude rank, r2 direction rank.
@@ -22,7 +24,7 @@ from .ieee import ieee_fp32
 
 Ste = Literal["clip", "identity", "hardtanh", "surrogate"]
 Magnitude = Literal["relu", "identity"]
-Direction = Literal["sign", "identity"]
+Direction = Literal["sign", "identity", "frozen", "weight", "one"]
 _STES, _MAGNITUDES, _DIRECTIONS = get_args(Ste), get_args(Magnitude), get_args(Direction)
 
 SHARPNESS = 4.0
@@ -55,14 +57,18 @@ class Form(NamedTuple):
         2021; SuperSpike (Zenke & Ganguli 2018) has that of a fast sigmoid. Its width follows Q's root mean square
         over the whole matrix, a constant in backward, so that it is the same at every scale of D and C.
     magnitude: "relu", or "identity" for the ablation without ReLU.
-    direction: "sign", or "identity" for the ablation without Sign (then `ste` plays no part).
+    direction: "sign", or "identity" for the ablation without Sign. Without a direction group of their own: "frozen",
+        Sign of a fixed random matrix, for which C and D are integers (`frozen.keys`); "weight", the base's weight
+        itself; "one", no direction. `ste` plays a part for "sign" alone.
     live_zero: take ReLU's derivative at exactly 0 as 1, which lets a zero B train (the ramp-free start).
+    plain: how many of the ranks of B A, the first, are added as they are, without m and d.
     """
 
     ste: Ste = "clip"
     magnitude: Magnitude = "relu"
     direction: Direction = "sign"
     live_zero: bool = False
+    plain: int = 0
 
     def check(self) -> Form:
         """Return self, or raise ValueError naming the unknown choice and the known ones."""
@@ -72,25 +78,39 @@ class Form(NamedTuple):
         return self
 
     @property
+    def trains_direction(self) -> bool:
+        """Whether C and D are factors that train."""
+        return self.direction in ("sign", "identity")
+
+    @property
     def code(self) -> int:
-        """This form as one integer, the shape in which operators take it."""
+        """This form as one integer, the shape in which operators take it; of a sum, of each part alone."""
+        assert not self.plain, "Adapter.parts"
+        direction = _DIRECTIONS.index(self.direction)
         return (
             _STES.index(self.ste)
             | _MAGNITUDES.index(self.magnitude) << 2
-            | _DIRECTIONS.index(self.direction) << 3
+            | (direction & 1) << 3
             | int(self.live_zero) << 4
+            | direction >> 1 << 5
         )
 
     @classmethod
     @functools.cache
     def from_code(cls, code: int) -> Form:
         """The inverse of `code`."""
-        return cls(_STES[code & 3], _MAGNITUDES[code >> 2 & 1], _DIRECTIONS[code >> 3 & 1], bool(code >> 4 & 1))
+        direction = _DIRECTIONS[code >> 3 & 1 | code >> 5 << 1]
+        return cls(_STES[code & 3], _MAGNITUDES[code >> 2 & 1], direction, bool(code >> 4 & 1))
+
+
+PLAIN = Form(magnitude="identity", direction="one")
+"""ΔW = s · B A, LoRA's."""
 
 
 def scaling(alpha: float, r1: int, r2: int) -> float:
-    """α / √(r1 r2): the scale of ΔW once the warm-up is over."""
-    return alpha / math.sqrt(r1 * r2)
+    """α / √(r1 r2): the scale of ΔW once the warm-up is over. Without a direction group α / (2 r1), which is LoRA's
+    lora_alpha / r at the strength that α stands for."""
+    return alpha / math.sqrt(r1 * r2) if r2 else alpha / (2 * r1)
 
 
 def magnitude(P: Tensor, form: Form) -> Tensor:
@@ -98,9 +118,21 @@ def magnitude(P: Tensor, form: Form) -> Tensor:
     return P.clamp(min=0) if form.magnitude == "relu" else P
 
 
+def direction_of(C: Tensor, D: Tensor, form: Form, weight: Tensor | None = None) -> Tensor:
+    """Q, [O, I]: D C, in integers that wrap around where the signs are frozen; the weight; or nothing, a 1."""
+    if form.direction == "weight":
+        if weight is None:
+            raise ValueError('The direction "weight" needs the weight that the update is multiplied by.')
+        return weight
+    if form.direction == "one":
+        return D.new_ones(())
+    return D * C if form.direction == "frozen" else D @ C
+
+
 def direction(Q: Tensor, form: Form) -> Tensor:
-    """Which way each weight moves: +1 where Q > 0, else -1; or Q in the ablation."""
-    return 2 * (Q > 0).to(Q.dtype) - 1 if form.direction == "sign" else Q
+    """Which way each weight moves: +1 where Q > 0, else -1; or Q itself."""
+    signed = form.direction in ("sign", "frozen")
+    return 2 * (Q > 0).to(Q.dtype if Q.is_floating_point() else torch.get_default_dtype()) - 1 if signed else Q
 
 
 def mean_square_of(C: Tensor, D: Tensor) -> Tensor:
@@ -135,6 +167,15 @@ class Adapter(NamedTuple):
         known = self.mean_square is not None or self.form.ste != "surrogate" or self.form.direction != "sign"
         return self if known else self._replace(mean_square=mean_square_of(self.factors.C, self.factors.D))
 
+    def parts(self) -> list[Adapter]:
+        """The same as a sum of adapters of which each has one form: the plain one and the other."""
+        if not (p := self.form.plain):
+            return [self]
+        A, B, C, D = self.factors
+        none = Factors(A[..., :p, :], B[..., :p], A[..., :0, :], B[..., :0])
+        other = Factors(A[..., p:, :], B[..., p:], C, D)
+        return [Adapter(none, self.scale, PLAIN), self._replace(factors=other, form=self.form._replace(plain=0))]
+
     def without_row(self, row: int | None) -> Adapter:
         """The same with ΔW = 0 in that row, the padding's of an embedding; None: in no row."""
         if row is None:
@@ -147,9 +188,18 @@ class Adapter(NamedTuple):
         """The same with factors in the precision that P and Q are computed in: fp32, or fp64 for fp64 factors."""
         dtype = torch.float64 if self.factors.A.dtype == torch.float64 else torch.float32
         A, B, C, D = self.factors
-        if dtype == A.dtype == B.dtype == C.dtype == D.dtype == self.scale.dtype:
+        if dtype == A.dtype == B.dtype == self.scale.dtype and (
+            dtype == C.dtype == D.dtype or not self.form.trains_direction
+        ):
             return self
-        return self._replace(factors=Factors(*(f.to(dtype) for f in self.factors)), scale=self.scale.to(dtype))
+        if self.form.trains_direction:
+            C, D = C.to(dtype), D.to(dtype)
+        return self._replace(factors=Factors(A.to(dtype), B.to(dtype), C, D), scale=self.scale.to(dtype))
+
+
+def parts_of(adapters: Sequence[Adapter]) -> Sequence[Adapter]:
+    """The adapters, sums taken apart."""
+    return [part for a in adapters for part in a.parts()] if any(a.form.plain for a in adapters) else adapters
 
 
 def check_factors(adapters: Sequence[Adapter], *shape: int) -> None:
@@ -174,7 +224,7 @@ def product_gradients(
     loss_scale: Tensor | float | None = None,
     mean_square: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """∂L/∂P and ∂L/∂Q from G = ∂L/∂W, all [O, I].
+    """∂L/∂P and ∂L/∂Q from G = ∂L/∂W, all [O, I]; ∂L/∂Q is zero where no direction trains.
 
     loss_scale: the factor L that a gradient scaler has put on the loss. The clip looks at values, so it acts on
         the unscaled gradient: clip(H / L, -1, 1) · L.
@@ -184,7 +234,9 @@ def product_gradients(
     dP = scale * G * direction(Q, form)
     if form.magnitude == "relu":
         dP = torch.where(P >= 0 if form.live_zero else P > 0, dP, 0.0)
-    if form.direction == "identity" or form.ste == "identity":
+    if not form.trains_direction:
+        dQ = torch.zeros_like(H)
+    elif form.direction == "identity" or form.ste == "identity":
         dQ = H
     elif form.ste == "hardtanh":
         dQ = torch.where(Q.abs() <= 1, H, 0.0)
@@ -212,7 +264,8 @@ class _Combine(torch.autograd.Function):
     def backward(ctx, G):
         scale, form, loss_scale = ctx.rest
         P, Q = ctx.saved_tensors
-        return *product_gradients(G, P, Q, scale, form, loss_scale), None, None, None
+        dP, dQ = product_gradients(G, P, Q, scale, form, loss_scale)
+        return dP, dQ if form.trains_direction else None, None, None, None
 
 
 def refuse_trained(scale: Tensor | float) -> None:
@@ -229,13 +282,19 @@ def delta_weight(
     scale: Tensor | float,
     form: Form = Form(),  # noqa: B008 - a NamedTuple is immutable
     loss_scale: Tensor | float | None = None,
+    weight: Tensor | None = None,
 ) -> Tensor:
-    """ΔW, [O, I], in the factors' dtype, differentiable in the four factors."""
+    """ΔW, [O, I], in the factors' dtype, differentiable in the factors.
+
+    weight: for the direction "weight", a constant.
+    """
     refuse_trained(scale)
     A, B, C, D = factors
+    p = form.plain
     with ieee_fp32():
-        P, Q = B @ A, D @ C
-    return _Combine.apply(P, Q, scale, form, loss_scale)
+        P, Q = B[:, p:] @ A[p:], direction_of(C, D, form, None if weight is None else weight.detach())
+        update = _Combine.apply(P, Q, scale, form, loss_scale)
+        return update if not p else update + scale * (B[:, :p] @ A[:p])
 
 
 def linear(
@@ -248,7 +307,7 @@ def linear(
     loss_scale: Tensor | float | None = None,
 ) -> Tensor:
     """y = x (W + ΔW)ᵀ + bias; x [..., I] -> y [..., O]. Without a weight, the adapter's share alone."""
-    W = delta_weight(factors, scale, form, loss_scale)
+    W = delta_weight(factors, scale, form, loss_scale, weight)
     if weight is not None:
         W = weight + W
     return torch.nn.functional.linear(x, W.to(x.dtype), bias)

@@ -1,6 +1,6 @@
 """The formula of `reference` on one tile, in place: what blocks and small weights are computed by.
 
-T  = m(P) ⊙ d(Q)              the update, without its scale s
+T  = m(P) ⊙ d(Q)              the update, without its scale s; Q may also be integers, W or nothing
 ∂P = G ⊙ 1[P > 0] ⊙ d(Q)      where G carries the scale; P >= 0 with `live_zero`; no mask without ReLU
 ∂Q = STE(G ⊙ m(P))
 """
@@ -21,27 +21,43 @@ _passed_above = torch.ops.aten.threshold_backward.grad_input  # G where P > a bo
 _turned = torch.ops.aten.leaky_relu_backward.grad_input  # G where Q > 0, else slope · G
 
 ALL = slice(None)
+SIGNED = ("sign", "frozen")
 
 
 def products(
-    adapter: Adapter, rows: slice = ALL, cols: slice = ALL, P: Tensor | None = None, Q: Tensor | None = None
+    adapter: Adapter,
+    rows: slice = ALL,
+    cols: slice = ALL,
+    P: Tensor | None = None,
+    Q: Tensor | None = None,
+    weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """P = B A and Q = D C of a tile in true fp32, in these buffers if they are given."""
+    """P = B A and Q = D C of a tile in true fp32, in these buffers if they are given. `weight`: the base's tile."""
     A, B, C, D = adapter.factors
     if rows is not ALL:
         B, D = B[rows], D[rows]
     if cols is not ALL:
         A, C = A[:, cols], C[:, cols]
     with ieee_fp32():
-        return factors_mm(B, A, P), factors_mm(D, C, Q)
+        P = factors_mm(B, A, P)
+        if adapter.form.trains_direction:
+            return P, factors_mm(D, C, Q)
+    Q = torch.empty_like(P) if Q is None else Q
+    if adapter.form.direction == "frozen":  # the sign of an integer is that of the number that it is rounded to
+        integers = torch.mul(D, C, out=Q.view(torch.int32)) if Q.dtype == torch.float32 else D * C
+        return P, Q.copy_(integers)
+    if adapter.form.direction == "weight":
+        assert weight is not None
+        return P, weight if weight.dtype == P.dtype else Q.copy_(weight)
+    return P, Q  # which nobody reads
 
 
 def update(P: Tensor, Q: Tensor, form: Form, out: Tensor) -> Tensor:
     """T, in `out`, which may be P."""
     M = torch.clamp(P, min=0, out=out) if form.magnitude == "relu" else P
-    if form.direction != "sign":
-        return torch.mul(M, Q, out=out)
-    return _turned(M, Q, -1.0, False, grad_input=out)  # Sign(0) = -1 comes with it
+    if form.direction in SIGNED:
+        return _turned(M, Q, -1.0, False, grad_input=out)  # Sign(0) = -1 comes with it
+    return M if form.direction == "one" else torch.mul(M, Q, out=out)
 
 
 def add_update(base: Tensor, T: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
@@ -57,11 +73,15 @@ class Estimator(NamedTuple):
     bound: Any  # where the clip acts: a number, or a tensor where that is on a device
     steep: Any  # the surrogate's
 
-    def product_gradients(self, G: Tensor, P: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
-        """∂P and ∂Q in the memory of G and P; Q is overwritten as well."""
+    def product_gradients(self, G: Tensor, P: Tensor, Q: Tensor) -> tuple[Tensor, Tensor | None]:
+        """∂P and ∂Q in the memory of G and P; Q is overwritten as well, where ∂Q is not None."""
         form = self.form
         if form.magnitude == "relu":
             _passed_above(G, P, JUST_BELOW_ZERO if form.live_zero else 0.0, grad_input=G)
+        if form.direction == "one":
+            return G, None
+        if not form.trains_direction:
+            return (_turned(G, Q, -1.0, False, grad_input=G) if form.direction in SIGNED else G.mul_(Q)), None
         H = P.mul_(G)
         if form.direction != "sign":
             return G.mul_(Q), H

@@ -21,7 +21,7 @@ ONE = ("T", "composed", "gradient", "P0", "Q0")  # the scratch matrices of one a
 
 def forward(x: Tensor, weight: Tensor | None, adapters: Sequence[Adapter]) -> Tensor:
     """y = x (W + ΣΔW)ᵀ for x [T, I], in x's dtype; without a weight, x (ΣΔW)ᵀ."""
-    made, space = _products(adapters)
+    made, space = _products(adapters, weight)
     return mm(x, _sum(weight, made, space, x.dtype).t())
 
 
@@ -29,7 +29,7 @@ def compose(
     weight: Tensor | None, adapters: Sequence[Adapter], dtype: torch.dtype, out: Tensor | None = None
 ) -> Tensor:
     """W + ΣΔW, [O, I], the rounding to `dtype` of the fp32 sum (fp64's, for that). `out` may be the weight itself."""
-    made, space = _products(adapters)
+    made, space = _products(adapters, weight)
     W = _sum(weight, made, space, dtype)
     return W.clone() if out is None else out.copy_(W)
 
@@ -49,7 +49,7 @@ def backward(
     """
     dx = grads = None
     G: Any = None
-    made, space = _products(adapters)
+    made, space = _products(adapters, weight)
     if needs.x:
         dx = mm(dy, _sum(weight, made, space, x.dtype))
     if needs.weight or needs.factors:
@@ -63,16 +63,18 @@ def backward(
 
 def factor_gradients(G: Tensor, adapters: Sequence[Adapter], loss_scale: Tensor | None) -> list[Factors]:
     """The factors' share of `backward`, fp32, from a G = ∂L/∂W [O, I], which stays as it is."""
-    return _factor_gradients(G, *_products(adapters), loss_scale)
+    return _factor_gradients(G, *_products(adapters, None), loss_scale)
 
 
-def _products(adapters: Sequence[Adapter]) -> tuple[list[Made], Space]:
+def _products(adapters: Sequence[Adapter], weight: Tensor | None) -> tuple[list[Made], Space]:
     """The adapters in working precision with their P and Q, and room for what is made of them."""
     adapters = [adapter.working() for adapter in adapters]
     A, B, *_ = adapters[0].factors
     names = ONE if len(adapters) == 1 else (*ONE, *(f"{letter}{k}" for k in range(1, len(adapters)) for letter in "PQ"))
     T, composed, G, *products = scratch.matrices(B.shape[0], A.shape[1], A.dtype, A.device, names)
-    made = [(a, *tile.products(a, P=products[2 * k], Q=products[2 * k + 1])) for k, a in enumerate(adapters)]
+    made = [
+        (a, *tile.products(a, P=products[2 * k], Q=products[2 * k + 1], weight=weight)) for k, a in enumerate(adapters)
+    ]
     return made, (T, composed, G)
 
 
@@ -94,5 +96,6 @@ def _factor_gradients(G: Tensor, made: list[Made], space: Space, loss_scale: Ten
         (A, B, C, D), scale, *_ = adapter = adapter.whole()
         rule = tile.estimator(adapter, loss_scale, carries=True)
         dP, dQ = rule.product_gradients(torch.mul(G, scale, out=space[0]), P, Q)
-        grads.append(Factors(B.t().mm(dP), dP.mm(A.t()), D.t().mm(dQ), dQ.mm(C.t())))
+        direction = map(torch.zeros_like, (C, D)) if dQ is None else (D.t().mm(dQ), dQ.mm(C.t()))
+        grads.append(Factors(B.t().mm(dP), dP.mm(A.t()), *direction))
     return grads

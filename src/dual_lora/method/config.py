@@ -5,17 +5,19 @@ from __future__ import annotations
 import functools
 import inspect
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
-from ..core.reference import Direction, Form, Magnitude, Ste
+from ..core.reference import Form, Magnitude, Ste
 from . import lora_fields
+from .config_checks import PAPER_WARMUP, check_frozen, check_share, check_warmup, is_positive
 from .ranks import Rank, ranks_of, split_rank
 from .saved import check_file
 
 Start = bool | Literal["paper", "zero"]
+Direction = Literal["sign", "identity", "frozen"]
 Sampling = float | Literal["auto"] | None
 FORMAT_VERSION = 2  # 1: the paper's start was the default, `init_weights=True`
 
@@ -30,8 +32,6 @@ STD, EARLIER_STD = 0.1, 0.02
 
 LORA_ALPHA = 2.0
 """α for each unit of LoRA's `lora_alpha`, at equal strength."""
-
-PAPER_WARMUP = 50
 
 
 @dataclass
@@ -109,7 +109,22 @@ class DualLoraConfig(PeftConfig):
         default="relu", metadata={"help": "'relu' (the method) or 'identity' (ablation without ReLU)."}
     )
     direction_activation: Direction = field(
-        default="sign", metadata={"help": "'sign' (the method) or 'identity' (ablation without Sign)."}
+        default="sign",
+        metadata={
+            "help": "'sign' (the method), 'identity' (ablation without Sign) or 'frozen': fixed random signs S₀, made "
+            "of a seed, in place of Sign(D C). Then there is no C and D, all of r is in B A, and the scale is "
+            "LoRA's, `lora_alpha`/r: ΔW = α/(2r) · m(B A) ⊙ S₀."
+        },
+    )
+    direction_seed: int = field(
+        default=0, metadata={"help": "Of frozen signs: the number of which, with its name, each layer's seed is made."}
+    )
+    plain_rank: int = field(
+        default=0,
+        metadata={
+            "help": "With frozen signs: how much of r is a plain product, as LoRA's. ΔW is the sum of both: "
+            "α/(2r) · (B₀A₀ + m(B₁A₁) ⊙ S₀)."
+        },
     )
     token_sampling: Sampling = field(
         default=None,
@@ -165,7 +180,7 @@ class DualLoraConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = PeftType.DUAL_LORA  # type: ignore[attr-defined]
         self._custom_modules: dict[type, type] | None = None
-        self.r1, self.r2 = split_rank(self.r, self.r1, self.r2)
+        self.r1, self.r2 = split_rank(self.r, self.r1, self.r2, one_group=self.one_group)
         self.r = self.r1 + self.r2
         self._has_ranks = True
         for name in ("rank_pattern", "alpha_pattern", "sampling_pattern"):
@@ -174,21 +189,20 @@ class DualLoraConfig(PeftConfig):
             # As the file has them: the first that fits counts.
             setattr(self, name, dict(sorted(getattr(self, name).items())))
         for key, rank in self.rank_pattern.items():
-            ranks_of(rank, where=f"rank_pattern[{key!r}]")
+            ranks_of(rank, where=f"rank_pattern[{key!r}]", one_group=self.one_group)
         alphas = {"alpha": self.alpha} | {f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()}
         for name, alpha in alphas.items():
-            if alpha is not None and not _is_positive(alpha):
+            if alpha is not None and not is_positive(alpha):
                 raise ValueError(f"{name} must be a positive number, got {alpha!r}.")
         if self.init_std is None:
             self.init_std = STD if self.init_weights is True else EARLIER_STD
-        if not _is_positive(self.init_std):
+        if not is_positive(self.init_std):
             raise ValueError(f"init_std must be a positive number, got {self.init_std!r}; the default is {STD}.")
-        self._check_warmup()
+        check_warmup(self)
         shares = {"token_sampling": self.token_sampling}
         shares |= {f"sampling_pattern[{k!r}]": v for k, v in self.sampling_pattern.items()}
         for name, share in shares.items():
-            if share not in (None, "auto") and not (_is_positive(share) and float(share) <= 1):
-                raise ValueError(f"{name} must be a share above 0 and at most 1, 'auto' or None, got {share!r}.")
+            check_share(name, share)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout!r}.")
         if self.bias not in ("none", "all", "dual_lora_only"):
@@ -201,6 +215,7 @@ class DualLoraConfig(PeftConfig):
         if self.ensure_weight_tying:  # filled in by the model, which knows what is tied
             self.modules_to_tie: set[str] | None = None
             self.target_modules_to_tie: set[str] | None = None
+        check_frozen(self, get_args(Direction))
         self.form  # noqa: B018 - raises for unknown names
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
@@ -215,29 +230,10 @@ class DualLoraConfig(PeftConfig):
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
 
-    def _check_warmup(self) -> None:
-        if not isinstance(self.init_weights, bool) and self.init_weights not in ("paper", "zero"):
-            raise ValueError(
-                f"Unknown init_weights {self.init_weights!r}: choose True (B = 0), 'paper' (Gaussian factors under the "
-                "warm-up), 'zero' (as version 0.2 drew it) or False (random, for tests)."
-            )
-        steps = self.warmup_steps
-        if self.init_weights != "paper":
-            if steps:
-                raise ValueError(
-                    f"warmup_steps={steps!r} belongs to the paper's start, and this adapter has another: its update is "
-                    f"zero at the start and needs no warm-up. Leave it out, or write "
-                    f"DualLoraConfig.paper(warmup_steps={steps!r}, …)."
-                )
-            self.warmup_steps = None
-            return
-        if steps is None:
-            self.warmup_steps = PAPER_WARMUP
-        elif isinstance(steps, bool) or not isinstance(steps, int | float) or not (_is_whole(steps) or 0 < steps < 1):
-            raise ValueError(
-                f"warmup_steps must be a whole number of optimizer steps, 0 or more (0: no warm-up), or a share of the "
-                f"run above 0 and below 1, got {steps!r}."
-            )
+    @property
+    def one_group(self) -> bool:
+        """Whether all of the rank is in A and B."""
+        return self.direction_activation == "frozen"
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As usual; ranks that are written later stay consistent: a new `r` is halved, a new r1 or r2 changes `r`."""
@@ -246,8 +242,8 @@ class DualLoraConfig(PeftConfig):
             return
         new = {"r1": self.r1, "r2": self.r2, name: value}
         if name == "r" and value != new["r1"] + new["r2"]:
-            new["r1"], new["r2"] = split_rank(value, None, None)
-        r1, r2 = split_rank(None, new["r1"], new["r2"])
+            new["r1"], new["r2"] = split_rank(value, None, None, one_group=self.one_group)
+        r1, r2 = split_rank(None, new["r1"], new["r2"], one_group=self.one_group)
         vars(self).update(r=r1 + r2, r1=r1, r2=r2)
 
     def _register_custom_module(self, mapping: dict[type, type]) -> None:
@@ -296,6 +292,7 @@ class DualLoraConfig(PeftConfig):
             self.magnitude_activation,
             self.direction_activation,
             live_zero=self.init_weights in (True, "zero"),
+            plain=self.plain_rank,
         ).check()
 
 
@@ -335,11 +332,3 @@ def _described(config: type) -> str:
 
 DualLoraConfig.__init__ = _by_loras_names(DualLoraConfig.__init__)  # type: ignore[method-assign]
 DualLoraConfig.__doc__ = _described(DualLoraConfig)
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and value >= 0
-
-
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")

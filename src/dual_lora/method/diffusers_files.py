@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..core.reference import scaling
 from .config import LORA_ALPHA, DualLoraConfig
 
 _MARK, _ALPHA = ".dual_lora_", ".dual_lora_alpha"
@@ -38,7 +39,7 @@ def note_alpha(B: Any, layer: Any, adapter: str) -> None:
     """Note a layer's α on its factor in a state that is about to be saved: diffusers' files have no other place."""
     if B is not None:
         state = layer.states[adapter]
-        B._dual_lora_alpha = layer.scaling[adapter] * (state.r1 * state.r2) ** 0.5
+        B._dual_lora_alpha = layer.scaling[adapter] / scaling(1.0, state.r1, state.r2)
 
 
 def converted(original: Callable[..., Any], state: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -60,6 +61,11 @@ def configuration(original: Callable[..., Any], state: dict[str, Any], *args: An
     metadata = kwargs.get("metadata") or (args[1] if len(args) > 1 else None)
     if metadata:
         return DualLoraConfig(**metadata)
+    if any("dual_lora_seed" in name for name in state):
+        raise ValueError(
+            "This file holds a Dual LoRA adapter with frozen signs and not its configuration, which its tensors do not "
+            "tell: save it with `save_pretrained`, which writes both."
+        )
     noted = {name.removesuffix(_ALPHA): float(state.pop(name)) for name in [*state] if name.endswith(_ALPHA)}
     ranks: dict[str, Any] = {}
     for name, factor in state.items():

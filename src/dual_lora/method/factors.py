@@ -1,6 +1,7 @@
 """The factors of every adapter on one layer: how they are drawn, kept in fp32, tied, moved, loaded and removed.
 
-Shapes, by adapter name: A [r1, I], B [O, r1], C [r2, I], D [O, r2], always fp32 (fp64 after `.double()`).
+Shapes, by adapter name: A [r1, I], B [O, r1], C [r2, I], D [O, r2], always fp32 (fp64 after `.double()`). With frozen
+signs there is no factor C and D: a seed stands for them (`seeds`).
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from .cache import composed_weights
 from .config import DualLoraConfig
 from .parallel import offloaded, sharded
 from .precision import FACTOR_DTYPES, Warned, in_fp32, mark_as_stored
+from .seeds import Seeds
 from .strength import AdapterState, Strength
 
 Adapters = dict[str, Adapter]  # by name, in the order in which they are added
 
 
-class FactorsLayer(Strength, nn.Module, BaseTunerLayer):
+class FactorsLayer(Strength, Seeds, nn.Module, BaseTunerLayer):
     """Factors and life cycle of adapters. Subclasses say how the weight is a matrix [O, I]."""
 
     samples_tokens = False  # whether gradients can be estimated from some of the tokens
@@ -37,6 +39,7 @@ class FactorsLayer(Strength, nn.Module, BaseTunerLayer):
     adapter_layer_names: tuple[str, ...] = ("dual_lora_A", "dual_lora_B", "dual_lora_C", "dual_lora_D")
     other_param_names: tuple[str, ...] = (
         *("states", "scaling", "tied", "dual_lora_dropout", "dual_lora_left", "dual_lora_scale", "_scaled"),
+        *("dual_lora_seed", "dual_lora_keys", "_made_of"),
     )
 
     # A module first of all: were `nn.Module` named by the subclasses instead, its `train` and `_apply` would come
@@ -52,6 +55,9 @@ class FactorsLayer(Strength, nn.Module, BaseTunerLayer):
         self.dual_lora_C = nn.ParameterDict()
         self.dual_lora_D = nn.ParameterDict()
         self.dual_lora_left = BufferDict(persistent=True)
+        self.dual_lora_seed = BufferDict(persistent=True)
+        self.dual_lora_keys: dict[str, tuple[Tensor, Tensor]] = {}
+        self._made_of: dict[str, tuple[Tensor, int]] = {}
         self.dual_lora_scale: dict[str, Tensor] = {}
         self._scaled: dict[str, float] = {}
         self._disable_adapters = False
@@ -103,14 +109,24 @@ class FactorsLayer(Strength, nn.Module, BaseTunerLayer):
         alpha: float | None,
         config: DualLoraConfig,
         share: float = EXACT,
+        key: str = "",
         **kwargs: Any,
     ) -> None:
-        """Add an adapter, or make one of that name anew. `share`: of the tokens, as the operator takes it."""
+        """Add an adapter, or make one of that name anew. `share`: of the tokens, as the operator takes it.
+
+        key: the layer's name, of which a frozen direction is made.
+        """
         base: Any = self.get_base_layer()
         sharded.refuse_bare_parts(base)
         if isinstance(getattr(base, "weight", None), Tensor) and base.weight.is_complex():
             raise ValueError(f"Dual LoRA updates real weights; that of {base} is {base.weight.dtype}: leave it out.")
         self.tied.pop(adapter_name, None)
+        self._forget_seed(adapter_name)
+        if config.plain_rank >= r1:
+            raise ValueError(
+                f"plain_rank={config.plain_rank} leaves nothing of this layer's rank {r1} for its masked part: it must "
+                "be below the rank of every layer (rank_pattern). For all of it plain, use LoRA."
+            )
         alpha = config.default_alpha(r1, r2) if alpha is None else float(alpha)
         if share != EXACT and not self.samples_tokens:
             self.warned.once(
@@ -120,8 +136,15 @@ class FactorsLayer(Strength, nn.Module, BaseTunerLayer):
         self.set_state(adapter_name, AdapterState(r1, r2, alpha, config.form, config.warmup_steps or 0, share))
         dropout = config.dropout if self.takes_dropout else 0.0
         self.dual_lora_dropout[adapter_name] = nn.Dropout(dropout) if dropout else nn.Identity()
-        for name, shape in zip("ABCD", self._factor_shapes(r1, r2), strict=True):
-            getattr(self, f"dual_lora_{name}")[adapter_name] = nn.Parameter(torch.empty(shape, dtype=torch.float32))
+        shapes = self._factor_shapes(r1, r2)
+        for name, shape in zip("ABCD", shapes, strict=True):
+            factors = getattr(self, f"dual_lora_{name}")
+            if r2 or name in "AB":
+                factors[adapter_name] = nn.Parameter(torch.empty(shape, dtype=torch.float32))
+            elif adapter_name in factors:
+                del factors[adapter_name]
+        if not r2:
+            self._set_seed(adapter_name, config.direction_seed, key, shapes[0][:-2])
         self.reset_dual_lora_parameters(adapter_name, config)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self._scale(adapter_name)
@@ -140,19 +163,28 @@ class FactorsLayer(Strength, nn.Module, BaseTunerLayer):
             self.dual_lora_left[adapter_name] = left
             warmup.watch(self)
 
+    def _dicts(self) -> list[nn.ParameterDict]:
+        """All A, B, C and D."""
+        return [getattr(self, name) for name in self.adapter_layer_names]
+
+    def _dicts_of(self, adapter: str) -> list[nn.ParameterDict]:
+        """Those that an adapter has a factor in: the first two, where its signs are frozen."""
+        return [factors for factors in self._dicts() if adapter in factors]
+
     def tie(self, adapter_name: str, other: FactorsLayer) -> None:
         """Use the factors of another layer, whose weight this layer's base shares, at their ranks and strength."""
         self.tied[adapter_name] = other
         self.states[adapter_name], self.scaling[adapter_name] = other.states[adapter_name], other.scaling[adapter_name]
         if adapter_name in self.dual_lora_left:
             del self.dual_lora_left[adapter_name]
+        self._forget_seed(adapter_name)
         self._tie_again(adapter_name)
 
     def _tie_again(self, adapter_name: str) -> None:
         other = self.tied[adapter_name]
-        for name in self.adapter_layer_names:
+        for own, theirs in zip(self._dicts_of(adapter_name), other._dicts_of(adapter_name), strict=True):
             # Not registered, as PEFT's loading with low memory would make another parameter of it.
-            getattr(self, name)._parameters[adapter_name] = getattr(other, name)[adapter_name]
+            own._parameters[adapter_name] = theirs[adapter_name]
 
     def reset_dual_lora_parameters(self, adapter_name: str, config: DualLoraConfig) -> None:
         """Draw the factors: A as LoRA draws its own, B = 0, C and D from N(0, σ²).
@@ -160,7 +192,8 @@ class FactorsLayer(Strength, nn.Module, BaseTunerLayer):
         With init_weights="paper" all from N(0, σ²), with "zero" all but B, with False at a visible strength.
         """
         std = (config.init_std or 0.0) if config.init_weights else 0.3  # for tests: it shows in a model of any width
-        for letter, factor in zip("ABCD", self._stored(adapter_name), strict=True):
+        for letter, factors in zip("ABCD", self._dicts_of(adapter_name), strict=False):
+            factor = factors[adapter_name]
             if factor.device.type == "meta":
                 continue
             if letter == "A" and config.init_weights is True:
@@ -179,22 +212,26 @@ class FactorsLayer(Strength, nn.Module, BaseTunerLayer):
         held: Any = self._modules
         A, B, C, D = (held["dual_lora_A"], held["dual_lora_B"], held["dual_lora_C"], held["dual_lora_D"])
         try:
+            if not self.states[adapter].r2:
+                return Factors(A._parameters[adapter], B._parameters[adapter], *self._keys(adapter, A[adapter].device))
             return Factors(
                 A._parameters[adapter], B._parameters[adapter], C._parameters[adapter], D._parameters[adapter]
             )
         except KeyError:  # FSDP1 puts views in their place, which are no parameters
+            if not self.states[adapter].r2:
+                return Factors(A[adapter], B[adapter], *self._keys(adapter, A[adapter].device))
             return Factors(A[adapter], B[adapter], C[adapter], D[adapter])
 
     def factors(self, adapter: str) -> Factors:
         """The four factors of an adapter, restored to fp32 if foreign code has cast them down."""
         four = self._stored(adapter)
         A, B, C, D = four
-        if A.dtype == B.dtype == C.dtype == D.dtype == torch.float32 and not (
-            A.is_meta or B.is_meta or C.is_meta or D.is_meta
-        ):
+        frozen = not self.states[adapter].r2
+        right = A.dtype == B.dtype == torch.float32 and (frozen or C.dtype == D.dtype == torch.float32)
+        if right and not (A.is_meta or B.is_meta or C.is_meta or D.is_meta):
             return four
-        stored = Factors(*(offloaded.present(getattr(self, name), adapter) for name in self.adapter_layer_names))
-        return in_fp32(stored, self.warned)
+        A, B, *trained = (offloaded.present(factors, adapter) for factors in self._dicts_of(adapter))
+        return in_fp32(Factors(A, B, *(trained or self._keys(adapter, A.device))), self.warned)
 
     def adapter(self, name: str) -> Adapter:
         """Factors, scale λα/√(r1 r2) and form of an adapter, as the operator takes them."""
@@ -249,8 +286,14 @@ class FactorsLayer(Strength, nn.Module, BaseTunerLayer):
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         composed_weights.drop(self)  # first, as a tensor subclass that is looked at cannot be moved
         factors = {a: [f.data for f in self._stored(a)] for a in self.adapter_names()}
-        counts = {adapter: left.clone() for adapter, left in self.dual_lora_left.items()}
+        numbers = [(held, a, n.clone()) for held in (self.dual_lora_left, self.dual_lora_seed) for a, n in held.items()]
         result = super()._apply(fn, recurse)
+        for held, adapter, number in numbers:  # `to_empty` has emptied it, and it does not wait on the meta device
+            made = held[adapter]
+            if made.is_meta or made.is_inference():
+                held[adapter] = number.to("cpu" if made.is_meta else made.device)
+            else:
+                made.copy_(number)  # in place: `share_memory` has put it where other processes read
         for adapter, olds in factors.items():
             for factor, old in zip(self._stored(adapter), olds, strict=True):
                 # `.to(bfloat16)` and the like move the factors and leave their bits alone.
@@ -258,12 +301,6 @@ class FactorsLayer(Strength, nn.Module, BaseTunerLayer):
                     factor.data = old.to(factor.device)
             self.factors(adapter)
             self._scale(adapter)
-        for adapter, left in counts.items():  # `to_empty` has emptied it, and it does not wait on the meta device
-            made = self.dual_lora_left[adapter]
-            if made.is_meta or made.is_inference():
-                self.dual_lora_left[adapter] = left.to("cpu" if made.is_meta else made.device)
-            else:
-                made.copy_(left)  # in place: `share_memory` has put it where other processes read
         return result
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -279,14 +316,15 @@ class FactorsLayer(Strength, nn.Module, BaseTunerLayer):
         device = held.device if device is None and held is not None else device
         if device is None or device.type == "meta":
             return
-        for name in self.adapter_layer_names:
-            factors = getattr(self, name)
+        for factors in self._dicts_of(adapter_name):
             factor = factors[adapter_name]
             moved = factor if factor.device.type == "meta" else factor.detach().to(device)
             if moved.device != factor.device:
                 factors[adapter_name] = nn.Parameter(moved, factor.requires_grad)
         if adapter_name in self.dual_lora_left:
             self.dual_lora_left[adapter_name] = self.dual_lora_left[adapter_name].to(device)
+        if adapter_name in self.dual_lora_seed:
+            self.dual_lora_seed[adapter_name] = self.dual_lora_seed[adapter_name].to(device)
         self._scale(adapter_name)
         mark_as_stored(self._stored(adapter_name))
 

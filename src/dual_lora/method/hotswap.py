@@ -5,7 +5,6 @@ A smaller rank is padded with zeros, which leaves P = B A and Q = D C as they ar
 """
 
 import copy
-import math
 import re
 from collections.abc import Callable
 from functools import wraps
@@ -16,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from .._warning import warn
+from ..core.reference import scaling
 from .cache import composed_weights
 from .config import DualLoraConfig
 from .layer import DualLoraLayer, layers_of, named_layers
@@ -25,7 +25,7 @@ from .precision import mark_as_stored
 from .strength import AdapterState
 
 # What has to agree between the adapters; ranks, α and the estimator (which only training sees) need not.
-KEYS_TO_CHECK = ["magnitude_activation", "direction_activation", "dropout"]
+KEYS_TO_CHECK = ["magnitude_activation", "direction_activation", "plain_rank", "dropout"]
 RANK_DIMENSION = {"A": -2, "B": -1, "C": -2, "D": -1}
 
 
@@ -47,13 +47,23 @@ def hotswap_from_state_dict(
             "weights would otherwise corrupt them."
         )
     new = {key.removesuffix(f".{adapter_name}"): value for key, value in state_dict.items()}
-    own = {f"{name}.dual_lora_{part}" for name in layers for part in ("A", "B", "C", "D", "left")}
+    own = {f"{name}.dual_lora_{part}" for name in layers for part in ("A", "B", "C", "D", "left", "seed")}
     others = {key: value for key, value in state_dict.items() if key.removesuffix(f".{adapter_name}") not in own}
     known = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
     unexpected = [key for key in others if key not in known]
     if unexpected:
         raise RuntimeError(f"Hot swapping the adapter did not succeed, unexpected keys found: {', '.join(unexpected)}.")
     _check_shapes(layers, new, adapter_name)
+    for name, layer in layers.items():
+        if (
+            adapter_name in layer.dual_lora_seed
+            and f"{name}.dual_lora_B" in new
+            and f"{name}.dual_lora_seed" not in new
+        ):
+            raise RuntimeError(
+                f"Hot swapping the adapter did not succeed: the seed of frozen signs, {name}.dual_lora_seed, is "
+                "missing. Save the adapter with `save_pretrained`."
+            )
     key_of = _keys(model)
     with torch.no_grad():
         for key, value in others.items():
@@ -62,8 +72,10 @@ def hotswap_from_state_dict(
             composed_weights.drop(layer)
             if adapter_name in layer.tied:
                 continue  # its factors are the embedding's
-            for letter in RANK_DIMENSION:
-                _write(getattr(layer, f"dual_lora_{letter}")[adapter_name], new.get(f"{name}.dual_lora_{letter}"))
+            for letter, factors in zip(RANK_DIMENSION, layer._dicts_of(adapter_name), strict=False):
+                _write(factors[adapter_name], new.get(f"{name}.dual_lora_{letter}"))
+            if adapter_name in layer.dual_lora_seed and (seed := new.get(f"{name}.dual_lora_seed")) is not None:
+                layer.set_seed(adapter_name, seed)
             mark_as_stored(layer._stored(adapter_name))
             r1, r2, alpha = layer_options(config, key_of(name, layer))
             before, left = layer.states[adapter_name], new.get(f"{name}.dual_lora_left")
@@ -82,6 +94,7 @@ def hotswap_from_state_dict(
     if adapter_name in configs:
         configs[adapter_name] = changed = copy.copy(configs[adapter_name])
         changed.init_weights, changed.warmup_steps = config.init_weights, config.warmup_steps
+        changed.direction_seed = config.direction_seed
         _write_options(changed, model, adapter_name)
 
 
@@ -111,17 +124,16 @@ def _write_options(config: Any, model: nn.Module, adapter: str) -> None:
 
 def _stored_options(layer: DualLoraLayer, adapter: str) -> tuple[int, int, float]:
     """Ranks of the factors as they are stored, padded or not, and the α that makes the same scale with these."""
-    factors = layer._stored(adapter)
-    r1, r2 = factors.A.shape[-2], factors.C.shape[-2]
-    state = layer.states[adapter]
-    return r1, r2, state.alpha * math.sqrt(r1 * r2 / (state.r1 * state.r2))
+    factors, state = layer._stored(adapter), layer.states[adapter]
+    r1, r2 = factors.A.shape[-2], factors.C.shape[-2] if state.r2 else 0
+    return r1, r2, state.strength / scaling(1.0, r1, r2)
 
 
 def _check_shapes(layers: dict[str, DualLoraLayer], new: dict[str, Tensor], adapter: str) -> None:
     for name, layer in layers.items():
-        for letter, dimension in RANK_DIMENSION.items():
+        for (letter, dimension), factors in zip(RANK_DIMENSION.items(), layer._dicts_of(adapter), strict=False):
             key = f"{name}.dual_lora_{letter}"
-            old = list(getattr(layer, f"dual_lora_{letter}")[adapter].shape)
+            old = list(factors[adapter].shape)
             got = list(new[key].shape) if key in new else old
             fixed = [k for k in range(len(old)) if k != len(old) + dimension]
             if len(got) != len(old) or any(got[k] != old[k] for k in fixed):
@@ -153,11 +165,14 @@ def pad_ranks(model: nn.Module, target_rank: int | None, config: Any = None) -> 
         return
     if target_rank < 2:
         raise ValueError(f"target_rank is the total r1 + r2 and has to be at least 2, got {target_rank}.")
-    r1, r2 = target_rank - target_rank // 2, target_rank // 2
-    ranks = {"A": r1, "B": r1, "C": r2, "D": r2}
+
+    def ranks(state: AdapterState) -> tuple[int, int]:
+        return (target_rank - target_rank // 2, target_rank // 2) if state.r2 else (target_rank, 0)
+
     for layer in layers:
         for adapter in layer.adapter_names():
             state = layer.states[adapter]
+            r1, r2 = ranks(state)
             if state.r1 > r1 or state.r2 > r2:
                 raise ValueError(
                     f"Trying to pad the adapter to the target rank {target_rank}, but the original rank is larger "
@@ -170,7 +185,7 @@ def pad_ranks(model: nn.Module, target_rank: int | None, config: Any = None) -> 
             factors = getattr(layer, f"dual_lora_{letter}")
             for adapter, factor in factors.items():
                 if factor not in done:
-                    more = ranks[letter] - factor.shape[dimension]
+                    more = ranks(layer.states[adapter])[letter in "CD"] - factor.shape[dimension]
                     padded = nn.functional.pad(factor.data, (0, more) if dimension == -1 else (0, 0, 0, more))
                     done[factor] = nn.Parameter(padded, requires_grad=factor.requires_grad)
                 factors[adapter] = done[factor]

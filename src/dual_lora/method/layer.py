@@ -122,6 +122,16 @@ def layers_of(model: nn.Module, adapter: str | None = None) -> list[DualLoraLaye
     return list(named_layers(model, adapter).values())
 
 
+def is_plain(base: Any, forwards: tuple[Any, ...], reads_codes: bool = False) -> bool:
+    """Whether calling a layer is one of these forwards and nothing else. reads_codes: also with a library's codes."""
+    return (
+        type(base).forward in forwards
+        and (reads_codes or not is_code(base._parameters.get("weight")))
+        and "forward" not in base.__dict__  # accelerate's hooks sit there
+        and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
+    )
+
+
 class MapLayer(DualLoraLayer):
     """A layer whose output is linear in its weight, f(x; W + ΣΔW) = f(x; W) + Σ f(x; ΔW): how forward chooses.
 
@@ -134,13 +144,7 @@ class MapLayer(DualLoraLayer):
 
     def _is_plain(self) -> bool:
         """Whether calling the base layer is its function and nothing else, so that the fused one may replace it."""
-        base: Any = self.base_layer
-        return (
-            type(base).forward in self.forwards
-            and (self.reads_codes or not is_code(base._parameters.get("weight")))
-            and "forward" not in base.__dict__  # accelerate's hooks sit there
-            and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
-        )
+        return is_plain(self.base_layer, self.forwards, self.reads_codes)
 
     def _is_own(self) -> bool:
         """Whether the base is of a subclass with a forward of its own (a norm, a scale, a padding, other indices)."""

@@ -131,13 +131,14 @@ class DualLoraModel(BaseTuner):
             return  # its output projection, which it adapts itself
         r1, r2, alpha = layer_options(config, current_key)
         share = sampling_of(config, current_key)
+        key = current_key if parameter_name is None else f"{current_key}.{parameter_name}"
         layer: Any = target
         wrapped = isinstance(target, ParamWrapper) and target.parameter_name != parameter_name
         if isinstance(target, DualLoraLayer) and not wrapped:
-            target.update_layer(adapter_name, r1=r1, r2=r2, alpha=alpha, share=share, config=config)
+            target.update_layer(adapter_name, r1=r1, r2=r2, alpha=alpha, share=share, key=key, config=config)
         else:
             warned = vars(self).setdefault("_warned", Warned())
-            options: dict[str, Any] = {"r1": r1, "r2": r2, "alpha": alpha, "share": share, "warned": warned}
+            options: dict[str, Any] = {"r1": r1, "r2": r2, "alpha": alpha, "share": share, "key": key, "warned": warned}
             options |= get_quantization_kwargs(self.model)
             if parameter_name is not None:
                 options["parameter_name"] = parameter_name

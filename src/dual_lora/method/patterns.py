@@ -13,7 +13,7 @@ from .ranks import ranks_of
 def layer_options(config: DualLoraConfig, key: str) -> tuple[int, int, float]:
     """(r1, r2, α) of the layer named `key`, patterns applied."""
     rank = _fitting("rank_pattern", config.rank_pattern, key)
-    r1, r2 = ranks_of([config.r1, config.r2] if rank is None else rank)  # type: ignore[list-item]
+    r1, r2 = ranks_of([config.r1, config.r2] if rank is None else rank, one_group=config.one_group)  # type: ignore[list-item]
     alpha = _fitting("alpha_pattern", config.alpha_pattern, key)
     alpha = config.alpha if alpha is None else alpha
     return r1, r2, config.default_alpha(r1, r2) if alpha is None else alpha

@@ -39,7 +39,7 @@ def mark_as_stored(factors: Iterable[torch.Tensor]) -> None:
 
 def in_fp32(factors: Factors, warned: Warned) -> Factors:
     """The factors in fp32 (or fp64), with one warning where that was not so."""
-    low = [f for f in factors if f.dtype not in FACTOR_DTYPES]
+    low = [f for f in factors if f.is_floating_point() and f.dtype not in FACTOR_DTYPES]
     if not low:
         return factors
     if all(hasattr(f, "_dual_lora_stored") for f in low):
@@ -58,4 +58,4 @@ def in_fp32(factors: Factors, warned: Warned) -> Factors:
         "signs and changes ΔW by some 4.6 %. Load the base model in bf16 and leave FSDP2's MixedPrecisionPolicy "
         "(accelerate: mixed_precision) off: the base then computes in bf16 and the factors stay fp32."
     )
-    return Factors(*(f if f.dtype in FACTOR_DTYPES else f.float() for f in factors))
+    return Factors(*(f.float() if f.is_floating_point() and f.dtype not in FACTOR_DTYPES else f for f in factors))

@@ -5,16 +5,18 @@ from .._warning import warn
 Rank = int | list[int] | tuple[int, int]
 
 
-def ranks_of(rank: Rank, where: str = "rank") -> tuple[int, int]:
-    """(r1, r2) from a total or a pair, as `rank_pattern` takes them."""
+def ranks_of(rank: Rank, where: str = "rank", one_group: bool = False) -> tuple[int, int]:
+    """(r1, r2) from a total or a pair, as `rank_pattern` takes them. one_group: without C and D, (r, 0)."""
     if isinstance(rank, list | tuple):
         if len(rank) != 2:
             raise ValueError(f"{where} must be a total rank or a pair [r1, r2], got {rank!r}.")
-        return split_rank(None, rank[0], rank[1], where=where)
-    return split_rank(rank, None, None, where=where)
+        return split_rank(None, rank[0], rank[1], where=where, one_group=one_group)
+    return split_rank(rank, None, None, where=where, one_group=one_group)
 
 
-def split_rank(r: int | None, r1: int | None, r2: int | None, where: str = "r") -> tuple[int, int]:
+def split_rank(
+    r: int | None, r1: int | None, r2: int | None, where: str = "r", one_group: bool = False
+) -> tuple[int, int]:
     """(r1, r2) from any sufficient choice of the three, or ValueError with the way out."""
     for name, value in (("r", r), ("r1", r1), ("r2", r2)):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
@@ -23,6 +25,13 @@ def split_rank(r: int | None, r1: int | None, r2: int | None, where: str = "r") 
         r = 8
     if r is not None and r < 1:
         raise ValueError(f"{where}: `r` should be a positive integer value but the value passed is {r}.")
+    if one_group:
+        if r2 or (r1 is not None and r1 != (r or r1)) or r1 == 0:
+            raise ValueError(
+                f"{where}: got r={r}, r1={r1}, r2={r2}, but frozen signs have no factors C and D: all of the rank is "
+                "in A and B. Give `r` alone."
+            )
+        return r1 or r or 8, 0
     if r1 is None and r2 is None:
         assert r is not None
         if r == 1:

@@ -6,6 +6,7 @@ random.
 
 import math
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from .._warning import warn
 from ..verify.numbers import check_numbers, header
 from .strength import most_left
 
+_NUMBERS = re.compile(r"\.dual_lora_(left|seed)")  # which are no factors
 PEFT_PREFIX = "base_model.model."
 
 
@@ -82,7 +84,7 @@ def with_counts(state: dict[str, Tensor], layers: Mapping[str, Any], config: Any
 
 def warn_if_not_gathered(state: dict[str, Tensor], adapter_name: str) -> None:
     """Say that what is about to be saved are shards and not the factors: the file would not load again."""
-    factors = {n: t for n, t in state.items() if ".dual_lora_" in n and ".dual_lora_left" not in n}
+    factors = {n: t for n, t in state.items() if ".dual_lora_" in n and not _NUMBERS.search(n)}
     shards = [n for n, t in factors.items() if t.ndim < 2 or 0 in t.shape]
     if shards:
         warn(

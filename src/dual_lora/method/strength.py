@@ -21,6 +21,7 @@ from .parallel import offloaded
 class AdapterState:
     """What a layer knows of one adapter besides its factors.
 
+    r2: 0 where the direction is frozen, for which there are no factors.
     warmup: optimizer steps of the paper's warm-up; below 1, a share of a run whose length is not known yet; 0 for none.
     share: of the tokens, from which gradients are estimated.
     """

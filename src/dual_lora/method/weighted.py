@@ -45,8 +45,9 @@ def copy_at(model: nn.Module, source: str, weight: float, adapter_name: str) -> 
         if adapter_name in layer.tied:
             continue  # the factors are the embedding's
         strength = weight * layer.scaling[source] / layer.scaling[adapter_name]
-        layer.factors(adapter_name).B.data.mul_(abs(strength))
-        if strength < 0:
+        frozen = not layer.states[source].r2
+        layer.factors(adapter_name).B.data.mul_(strength if frozen else abs(strength))
+        if strength < 0 and not frozen:
             layer.factors(adapter_name).D.data.neg_()
         mark_as_stored(layer._stored(adapter_name))
     for module in model.modules():
@@ -59,6 +60,8 @@ def copy_at(model: nn.Module, source: str, weight: float, adapter_name: str) -> 
 def copy_factors(layer: DualLoraLayer, source: str, adapter_name: str) -> None:
     """Factors and warm-up of one adapter to another one of the same ranks."""
     if adapter_name not in layer.tied:
+        if adapter_name in layer.dual_lora_seed:
+            layer.set_seed(adapter_name, layer.dual_lora_seed[source])
         for new, old in zip(layer.factors(adapter_name), layer.factors(source), strict=True):
             new.data.copy_(old.data)
         mark_as_stored(layer._stored(adapter_name))
@@ -68,6 +71,12 @@ def copy_factors(layer: DualLoraLayer, source: str, adapter_name: str) -> None:
 def _refuse_undirected(layer: DualLoraLayer, adapter: str, name: str) -> None:
     """Raise ValueError for rows or columns of D C that are zero: Sign gives them +, and -D C as well."""
     factors, form = layer.adapter(adapter).factors, layer.states[adapter].form
+    if form.direction == "frozen" and form.magnitude == "relu":
+        raise ValueError(
+            f"The layer {name!r} of adapter {adapter!r} has ReLU before signs that are frozen, so no factors of its "
+            "form give the negative of its update. Use it with a negative strength (each layer's `set_scale(name, -1)`)"
+            ", or merge it with one."
+        )
     if form.direction == "sign" and (factors.D.eq(0).all(-1).any() or factors.C.eq(0).all(-2).any()):
         raise ValueError(
             f"The layer {name!r} of adapter {adapter!r} has rows or columns whose direction D C is zero, so turning D "

@@ -13,7 +13,7 @@ from torch import Tensor
 # As a file's header names them: what PEFT computes with as it is. F8_E8M0 is a scale, and smaller ones need some.
 FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 # What methods store as whole numbers.
-_WHOLE = re.compile(r"(\.dual_lora_left|_indices|\.frod_s_(indices|size)(\.\w+)?)$")
+_WHOLE = re.compile(r"(\.dual_lora_(left|seed)|_indices|\.frod_s_(indices|size)(\.\w+)?)$")
 _BUFFERS = {"I32", "I64", "BOOL"}  # counters, positions and masks of modules that are saved whole
 
 

@@ -67,6 +67,8 @@ def rank_bound(r1: int, r2: int, form: Form, shape: tuple[int, int]) -> int:
     patterns (one for each sign of u). From rank 2 on, ReLU and Sign can reach full rank.
     """
     full = min(shape)
+    if form.direction == "frozen":
+        return full
     first = r1 if form.magnitude == "identity" else (2 if r1 == 1 else full)
     second = r2 if form.direction == "identity" else (3 if r2 == 1 else full)
     return min(full, first * second)

@@ -223,7 +223,9 @@ class Walk:
 def _ranks_apart(matrix: Factored) -> Row:
     factors, form = matrix.adapter.factors, matrix.adapter.form
     row: Row = {"rank_bound": rank_bound(factors.A.shape[0], factors.C.shape[0], form, matrix.shape)}
-    row |= {"r1": factors.A.shape[0], "r2": factors.C.shape[0]}
+    row |= {"r1": factors.A.shape[0], "r2": factors.C.shape[0] if form.trains_direction else 0}
+    if not form.trains_direction:
+        return row
     for group in ("magnitude", "direction"):
         row |= {f"{group}_{k}": v for k, v in ranks(matrix.group(group)).items()}  # type: ignore[arg-type]
     return row

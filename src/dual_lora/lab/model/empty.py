@@ -113,7 +113,7 @@ def adapted(
 
     from dual_lora.lab.model.bounds import check_config
     from dual_lora.lab.model.load import quiet
-    from dual_lora.lab.model.methods import method_config
+    from dual_lora.lab.model.methods import fused_if_asked, method_config
 
     config = method_config(_without_start(method), head, steps, list(fresh))
     if config is None:
@@ -122,7 +122,7 @@ def adapted(
     with quiet():
         try:
             with torch.device("meta"):
-                return get_peft_model(copy.deepcopy(base), config, low_cpu_mem_usage=True)
+                return fused_if_asked(get_peft_model(copy.deepcopy(base), config, low_cpu_mem_usage=True), config)
         except Exception as on_meta:  # some methods look at values when they start, which meta tensors have not
             if count_of(base) > _REAL_LIMIT:
                 raise _misfit(method, name, on_meta) from on_meta
@@ -130,7 +130,7 @@ def adapted(
             real = copy.deepcopy(base).to_empty(device="cpu")
             for tensor in real.parameters():
                 torch.nn.init.normal_(tensor, std=0.02)
-            return get_peft_model(real, config)
+            return fused_if_asked(get_peft_model(real, config), config)
         except Exception as error:
             raise _misfit(method, name, error) from error
 
@@ -214,6 +214,10 @@ def become_fake(model: nn.Module, mode: FakeTensorMode) -> None:
     for name, module in model.named_modules():
         for tensors in (module._parameters, module._buffers, getattr(module, "dual_lora_scale", {})):
             for key, tensor in list(tensors.items()):
-                if tensor is not None and not name.endswith("dual_lora_left"):
+                if tensor is not None and not name.endswith(("dual_lora_left", "dual_lora_seed")):
                     kept.append(tensor)
                     tensors[key] = fake(tensor)
+        frozen = getattr(module, "dual_lora_keys", {})
+        for key, pair in list(frozen.items()):
+            kept.extend(pair)
+            frozen[key] = tuple(map(fake, pair))

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from dual_lora.lab.model.load import Loaded
     from dual_lora.lab.recipe.schema import ModelSection
 
+FUSED = ("HIRA", "LOHA")  # which have one field more, `fused`
 RAMP_SHARE = 0.1  # of the optimizer steps, for a method with warm-up whose recipe leaves it out
 
 
@@ -35,7 +36,8 @@ def method_fields(name: str) -> list[str]:
     kind, _ = _resolve(name)
     if kind == "full":
         return []
-    return [f.name for f in dataclasses.fields(_config_classes()[kind]) if f.init and f.name not in OURS]
+    own = [f.name for f in dataclasses.fields(_config_classes()[kind]) if f.init and f.name not in OURS]
+    return own + ["fused"] * (kind in FUSED)
 
 
 def method_config(method: dict[str, Any], head: str, steps: int, fresh: list[str]) -> PeftConfig | None:
@@ -56,6 +58,9 @@ def method_config(method: dict[str, Any], head: str, steps: int, fresh: list[str
     for key in map(str, settings):
         if key not in known:
             raise UserError(f"method {method['name']} has no field {key!r}.{suggest(key, known)}")
+    fused = settings.pop("fused", False)
+    if not isinstance(fused, bool):
+        raise UserError(f"method {method['name']}: fused is true or false, got {fused!r}.")
     if "target_modules" in known:
         settings.setdefault("target_modules", "all-linear")
     if kind == "DUAL_LORA" and settings.get("init_weights") == "paper" and settings.get("warmup_steps") is None:
@@ -80,9 +85,20 @@ def method_config(method: dict[str, Any], head: str, steps: int, fresh: list[str
         outer = {name for name in fresh if not any(name.startswith(f"{other}.") for other in whole)}
         settings["modules_to_save"] = sorted({*(settings.get("modules_to_save") or []), *outer}) or None
     try:
-        return factory(task_type="CAUSAL_LM" if head == "causal" else "SEQ_CLS", **settings)
+        config = factory(task_type="CAUSAL_LM" if head == "causal" else "SEQ_CLS", **settings)
     except Exception as error:  # PEFT checks little, and what is of another kind fails anywhere
         raise UserError(f"method {method['name']}: {described(error, ValueError, TypeError)}") from error
+    config._fused = fused
+    return config
+
+
+def fused_if_asked(model: Any, config: PeftConfig) -> Any:
+    """The model; PEFT's layers by this package's product (`dual_lora.fuse`) where the recipe says `fused: true`."""
+    if getattr(config, "_fused", False):
+        from dual_lora import fuse
+
+        fuse(model)
+    return model
 
 
 def apply_method(loaded: Loaded, config: PeftConfig | None, base: ModelSection, seed: int) -> Any:
@@ -97,8 +113,10 @@ def apply_method(loaded: Loaded, config: PeftConfig | None, base: ModelSection, 
     check_config(config, loaded.model, "method")
     _warn_of_missing(loaded.model, getattr(config, "target_modules", None))
     torch.manual_seed(seed)
+    if getattr(config, "one_group", False) and not config.direction_seed:  # type: ignore[attr-defined]
+        config.direction_seed = seed  # type: ignore[attr-defined]
     try:
-        model = get_peft_model(loaded.model, config, revision=base.revision)
+        model = fused_if_asked(get_peft_model(loaded.model, config, revision=base.revision), config)
     except Exception as error:
         if memory_full(error):
             raise

@@ -21,7 +21,8 @@ from dual_lora.lab.study.job import Job, Outcome, Training, fingerprint
 from dual_lora.lab.study.study import MethodEntry, Study, rank_denominator
 
 _LINEAR = ("Linear", "Conv1D")  # torch's and transformers' names
-_SHAPELESS = {"ste", "magnitude_activation", "direction_activation"}  # Dual LoRA's fields that no tensor's shape needs
+# Dual LoRA's fields that no tensor's shape needs; frozen signs have no C and D.
+_SHAPELESS = {"ste", "magnitude_activation", "direction_activation", "direction_seed", "plain_rank"}
 UNKNOWN = Size(0, 0)  # until a cell has its rank
 MEMORY_RANKS = 4  # the second probe of a memory budget has this many times the first one's rank
 
@@ -104,7 +105,8 @@ class Scale:
         model, method = recipe.model, recipe.method
         if method["name"] == "dual_lora":
             method_config(method, model.head, recipe.train.steps or 100, [])  # is what is left out of the key right?
-            method = {field: value for field, value in method.items() if field not in _SHAPELESS}
+            if method.get("direction_activation") != "frozen":
+                method = {field: value for field, value in method.items() if field not in _SHAPELESS}
         values = [model.path, model.revision, model.head, classes, method, still, named]
         asked = json.dumps(values, sort_keys=True)
         if asked not in self._sizes:
@@ -217,7 +219,8 @@ def written_rank(entry: MethodEntry) -> int | None:
 
 def rank_step(entry: MethodEntry) -> int:
     """The method's rank has to be a multiple of this, so that its parts and what follows from it are whole numbers."""
-    least = 2 if entry.name == "dual_lora" and "r1" not in entry.fields else 1
+    one_group = "r1" in entry.fields or entry.fields.get("direction_activation") == "frozen"
+    least = 2 if entry.name == "dual_lora" and not one_group else 1
     return rank_denominator(entry.fields.values(), least)
 
 

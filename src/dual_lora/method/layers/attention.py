@@ -37,20 +37,22 @@ class MultiheadAttention(DualLoraLayer):
 
     takes_dropout = False
 
-    def update_layer(self, adapter_name: str, *, config: DualLoraConfig, **ranks: Any) -> None:  # type: ignore[override]
+    def update_layer(  # type: ignore[override]
+        self, adapter_name: str, *, config: DualLoraConfig, key: str = "", **ranks: Any
+    ) -> None:
         """Add an adapter to the input projections and the output projection."""
         if config.dropout:
             self.warned.once(
                 f"dropout={config.dropout} has no effect on nn.MultiheadAttention (nor has LoRA's): its projections "
                 "are not called one by one, so that the adapter cannot see another input."
             )
-        out = self._base.out_proj
+        out, name = self._base.out_proj, f"{key}.out_proj"
         is_first = not isinstance(out, ReadLinear)  # else it may have an adapter that the attention has not
         if is_first:
-            self._base.out_proj = ReadLinear(out, adapter_name, config=config, warned=self.warned, **ranks)
-        super().update_layer(adapter_name, config=config, **ranks)
+            self._base.out_proj = ReadLinear(out, adapter_name, config=config, warned=self.warned, key=name, **ranks)
+        super().update_layer(adapter_name, config=config, key=key, **ranks)
         if not is_first:
-            out.update_layer(adapter_name, config=config, **ranks)
+            out.update_layer(adapter_name, config=config, key=name, **ranks)
 
     @property
     def _base(self) -> Any:

@@ -258,12 +258,19 @@ def leave_out_counts(layer: Any, state: dict[str, Any], prefix: str, metadata: A
         A = layer.dual_lora_A[adapter]
         if A.is_meta and is_sharded(A):
             state.pop(f"{prefix}dual_lora_left.{adapter}", None)
+    for adapter in layer.dual_lora_seed:
+        A = layer.dual_lora_A[adapter]
+        if A.is_meta and is_sharded(A):
+            state.pop(f"{prefix}dual_lora_seed.{adapter}", None)
 
 
 def put_counts_in(layer: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Before load_state_dict() of factors without a count: with the layer's own, as one of its own was left out; or as
     that of an adapter that has ended its warm-up, unless the layer is in the middle of one (averages are put in place
     so, and taken out again)."""
+    for adapter, seed in layer.dual_lora_seed.items():
+        if f"{prefix}dual_lora_B.{adapter}" in state:  # a file without the seed has it by the layer's name
+            state.setdefault(f"{prefix}dual_lora_seed.{adapter}", seed.clone())
     for adapter, left in layer.dual_lora_left.items():
         B = state.get(f"{prefix}dual_lora_B.{adapter}")
         if B is not None:

@@ -1,0 +1,66 @@
+"""Checks of a configuration that are too long to stand among its fields."""
+
+from typing import Any
+
+PAPER_WARMUP = 50
+
+
+def check_frozen(config: Any, directions: tuple[str, ...]) -> None:
+    """Raise ValueError for an unknown direction, a seed or a plain rank that cannot be."""
+    if config.direction_activation not in directions:
+        known = ", ".join(map(repr, directions))
+        raise ValueError(f"Unknown direction {config.direction_activation!r}: choose one of {known}.")
+    for name in ("direction_seed", "plain_rank"):
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError(f"{name} must be a whole number, got {value!r}.")
+        if value and not config.one_group:
+            raise ValueError(
+                f"{name}={value} belongs to frozen signs: write direction_activation='frozen', or leave it out."
+            )
+    if not 0 <= config.plain_rank < config.r1:
+        raise ValueError(
+            f"plain_rank is a part of the rank {config.r1}, 0 or more and below it; got {config.plain_rank}."
+        )
+
+
+def check_share(name: str, share: Any) -> None:
+    """Raise ValueError for what is no share of the tokens."""
+    if share not in (None, "auto") and not (is_positive(share) and float(share) <= 1):
+        raise ValueError(f"{name} must be a share above 0 and at most 1, 'auto' or None, got {share!r}.")
+
+
+def check_warmup(config: Any) -> None:
+    """Give the paper's start its warm-up, and raise ValueError for one that cannot be, or for another start's."""
+    if not isinstance(config.init_weights, bool) and config.init_weights not in ("paper", "zero"):
+        raise ValueError(
+            f"Unknown init_weights {config.init_weights!r}: choose True (B = 0), 'paper' (Gaussian factors under the "
+            "warm-up), 'zero' (as version 0.2 drew it) or False (random, for tests)."
+        )
+    steps = config.warmup_steps
+    if config.init_weights != "paper":
+        if steps:
+            raise ValueError(
+                f"warmup_steps={steps!r} belongs to the paper's start, and this adapter has another: its update is "
+                f"zero at the start and needs no warm-up. Leave it out, or write "
+                f"DualLoraConfig.paper(warmup_steps={steps!r}, …)."
+            )
+        config.warmup_steps = None
+        return
+    if steps is None:
+        config.warmup_steps = PAPER_WARMUP
+    elif isinstance(steps, bool) or not isinstance(steps, int | float) or not (is_whole(steps) or 0 < steps < 1):
+        raise ValueError(
+            f"warmup_steps must be a whole number of optimizer steps, 0 or more (0: no warm-up), or a share of the "
+            f"run above 0 and below 1, got {steps!r}."
+        )
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a value is a whole number, 0 or more."""
+    return isinstance(value, int) and value >= 0
+
+
+def is_positive(value: Any) -> bool:
+    """Whether a value is a finite number above 0."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
