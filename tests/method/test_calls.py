@@ -46,7 +46,7 @@ def test_a_pass_forward_and_backward():
     _, theirs = trained(LoraConfig(r=8, **names))
     python, everything = calls(ours)
     assert python <= 155  # 341 before version 0.2
-    assert everything <= 250  # 597
+    assert everything <= 260  # 597
     assert python <= 3 * calls(theirs)[0]
 
 

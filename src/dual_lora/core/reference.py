@@ -47,6 +47,9 @@ class Factors(NamedTuple):
         return Factors(self.A, self.B[start:stop], self.C, self.D[start:stop])
 
 
+TRAINED = "sign", "identity"  # directions of factors of their own, C and D
+
+
 class Form(NamedTuple):
     """Which member of the family is computed. The defaults are the paper's method.
 
@@ -80,7 +83,7 @@ class Form(NamedTuple):
     @property
     def trains_direction(self) -> bool:
         """Whether C and D are factors that train."""
-        return self.direction in ("sign", "identity")
+        return self.direction in TRAINED
 
     @property
     def code(self) -> int:
@@ -199,7 +202,7 @@ class Adapter(NamedTuple):
 
 def parts_of(adapters: Sequence[Adapter]) -> Sequence[Adapter]:
     """The adapters, sums taken apart."""
-    return [part for a in adapters for part in a.parts()] if any(a.form.plain for a in adapters) else adapters
+    return [part for a in adapters for part in a.parts()] if any([a.form.plain for a in adapters]) else adapters
 
 
 def check_factors(adapters: Sequence[Adapter], *shape: int) -> None:

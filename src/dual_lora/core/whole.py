@@ -13,10 +13,11 @@ from . import scratch, tile
 from .blocked import Gradients, Needs
 from .product import mm
 from .reference import Adapter, Factors
+from .tile import ALL
 
 Made = tuple[Adapter, Tensor, Tensor]  # with P and Q
-Space = tuple[Tensor, Tensor, Tensor]  # scratch matrices in working precision: for T, for a composed weight, for G
-ONE = ("T", "composed", "gradient", "P0", "Q0")  # the scratch matrices of one adapter
+Space = tuple[Any, Any, Any]  # scratch matrices in working precision: for T, for a composed weight, for G
+NAMES = "P0", "Q0", "T", "composed", "gradient"  # the first adapter's products, and the three
 
 
 def forward(x: Tensor, weight: Tensor | None, adapters: Sequence[Adapter]) -> Tensor:
@@ -51,7 +52,7 @@ def backward(
     G: Any = None
     made, space = _products(adapters, weight)
     if needs.x:
-        dx = mm(dy, _sum(weight, made, space, x.dtype))
+        dx = mm(dy, _sum(weight, made, space, x.dtype, spare=not needs.factors))
     if needs.weight or needs.factors:
         dyG, xG = of_G or (dy, x)
         *_, room = space
@@ -68,24 +69,28 @@ def factor_gradients(G: Tensor, adapters: Sequence[Adapter], loss_scale: Tensor 
 
 def _products(adapters: Sequence[Adapter], weight: Tensor | None) -> tuple[list[Made], Space]:
     """The adapters in working precision with their P and Q, and room for what is made of them."""
-    adapters = [adapter.working() for adapter in adapters]
-    A, B, *_ = adapters[0].factors
-    names = ONE if len(adapters) == 1 else (*ONE, *(f"{letter}{k}" for k in range(1, len(adapters)) for letter in "PQ"))
-    T, composed, G, *products = scratch.matrices(B.shape[0], A.shape[1], A.dtype, A.device, names)
-    made = [
-        (a, *tile.products(a, P=products[2 * k], Q=products[2 * k + 1], weight=weight)) for k, a in enumerate(adapters)
-    ]
+    made = []
+    T = composed = G = None
+    for k, adapter in enumerate(adapters):
+        adapter = adapter.working()
+        A, B, *_ = adapter.factors
+        names = NAMES if k == 0 else (f"P{k}", f"Q{k}")
+        P, Q, *more = scratch.matrices(B.shape[0], A.shape[1], A.dtype, A.device, names)
+        if more:
+            T, composed, G = more
+        made.append((adapter, *tile.products(adapter, ALL, ALL, P, Q, weight)))
     return made, (T, composed, G)
 
 
-def _sum(weight: Tensor | None, made: list[Made], space: Space, dtype: torch.dtype) -> Tensor:
-    """W + ΣΔW; may lie in scratch memory."""
+def _sum(weight: Tensor | None, made: list[Made], space: Space, dtype: torch.dtype, spare: bool = True) -> Tensor:
+    """W + ΣΔW; may lie in scratch memory. `spare`: P may be overwritten, which spares a cache another matrix."""
     W: Any = weight
     if W is not None and (dtype == torch.float64 or W.dtype.itemsize == 1):
         W = W.to(dtype)
-    out = space[1] if dtype != torch.float64 else None
     for (_, scale, form, _), P, Q in made:
-        T = tile.update(P, Q, form, space[0])
+        room = P if spare else space[0]
+        T = tile.update(P, Q, form, room)
+        out = None if dtype == torch.float64 else room if len(made) == 1 else space[1]
         W = torch.mul(T, scale, out=out) if W is None else tile.add_update(W, T, scale, out)
     return W if W.dtype == dtype else W.to(dtype)
 
