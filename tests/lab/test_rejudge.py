@@ -32,7 +32,7 @@ def old(results):
 
 @pytest.mark.parametrize("diverged", [(), {("b", 2)}])
 def test_stored_scores_give_the_verdicts_that_runs_gave(tmp_path, diverged):
-    fresh = made(tmp_path, {"a": 0.5, "b": 0.7, "c": 0.5}, margin=0.02, diverged=diverged)
+    fresh = made(tmp_path, {"a": 0.5, "b": 0.7, "c": 0.7}, margin=0.02, diverged=diverged)
     again = rejudge(old(fresh))
     assert again["format"] == fresh["format"]
     assert not {"overall", "ranking"} & set(again)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from dataclasses import replace
 from functools import partial
@@ -80,6 +81,32 @@ def test_diverged_seed_counts_with_the_worst_score(tmp_path):
     assert sound["comparisons"][0]["verdict"] == "significantly better"
     assert results["comparisons"][0]["verdict"] == "not significant", "one run in four is no sure thing"
     assert any("1 of 4 runs of b on t diverged" in note for note in results["notes"])
+
+
+def test_a_diverged_run_takes_no_third_method_s_score(tmp_path):
+    """One method that fails badly made every comparison with a diverged run say nothing."""
+    two, skill = {"a": 0.5, "b": 0.9}, {"a": 0.5, "b": 0.9, "bad": 0.02}
+    alone, beside = (
+        made(tmp_path, methods, tasks=("t",), diverged={("a", 2)})["comparisons"][0] for methods in (two, skill)
+    )
+    figures = ("difference", "low", "high", "candidate_score", "reference_score")
+    assert [beside[k] for k in figures] == pytest.approx([alone[k] for k in figures])
+    assert beside["verdict"] == "significantly better"
+
+
+def test_a_published_diverged_run_is_judged_by_the_same_rule(tmp_path):
+    results = made(tmp_path, {"a": 0.5, "b": 0.9, "bad": 0.02}, tasks=("t",), diverged={("a", 2)})
+    (now, _), worst = results["comparisons"], min(s["score"] for s in results["methods"][2]["seeds"])
+    before = json.loads(json.dumps(results))
+    a, b = ([worst if s["score"] is None else s["score"] for s in m["seeds"]] for m in results["methods"][:2])
+    old, items = before["comparisons"][0], now["spread"]["error"] ** 2 - now["spread"]["seed_error"] ** 2
+    d = np.subtract(b, a)
+    old["spread"] |= {"difference": d.mean(), "seed_error": d.std(ddof=1) / 2}
+    old["spread"]["error"] = np.sqrt(items + old["spread"]["seed_error"] ** 2)
+    assert old["spread"]["seed_error"] > 1.5 * now["spread"]["seed_error"]
+    (again, _) = rejudge(before)["comparisons"]
+    figures = ("difference", "low", "high", "p", "candidate_score", "reference_score")
+    assert [again[k] for k in figures] == pytest.approx([now[k] for k in figures])
 
 
 def answers(labels, guesses):

@@ -80,7 +80,15 @@ def _pair(study: Study, c: ComparisonRow, at: Methods) -> verdicts.Comparison:
     if difference is None or error is None:  # every run diverged
         difference = error = seed_error = 0.0
     elif seed_error is None:
-        seed_error = _seed_error(two, at, scenario, error)
+        seed_error = _seed_error(_by_seed([m for key, m in at.items() if key[:2] == scenario], two), error)
+    if error and c["metric"] == two[0]["metric"] and any(0 < m["diverged"] < spread["seeds"] for m in two):
+        # By the rule until 2026-11-30 lost runs had the worst score of any method's. They add a constant to a row of
+        # the table of differences, which leaves the items' part of the error as it was.
+        pair = _by_seed(two, two)
+        items = math.sqrt(max(error**2 - seed_error**2, 0.0))
+        scores, difference = tuple(float(side.mean()) for side in pair), float(np.subtract(*pair).mean())
+        seed_error = _seed_error(pair, math.inf)
+        error = math.hypot(seed_error, items)
     reach = spread.get("reach", metrics.usual_reach(c["metric"]))
     if reach is not None and not 0 < reach < math.inf:
         raise UserError(
@@ -91,12 +99,16 @@ def _pair(study: Study, c: ComparisonRow, at: Methods) -> verdicts.Comparison:
     return verdicts.compare_spread(s, scores, (c["candidate"], c["reference"]), **about)  # type: ignore[arg-type]
 
 
-def _seed_error(two: list[MethodRow], at: Methods, scenario: tuple[str, str], error: float) -> float:
-    """The seeds' part of the error. A diverged run has the worst score of its scenario, as it had before."""
+def _by_seed(among: list[MethodRow], two: list[MethodRow]) -> list[stats.Table]:
+    """The scores of two methods' runs, better is more; lost ones have the worst score of all runs `among` these."""
     sign = metrics.sign(two[0]["metric"])
-    here = [m for key, m in at.items() if key[:2] == scenario]
-    worst = min((sign * s["score"] for m in here for s in m["seeds"] if s["score"] is not None), default=0.0)
-    a, b = ([worst if s["score"] is None else sign * s["score"] for s in m["seeds"]] for m in two)
+    tables = [np.array([[math.nan if s["score"] is None else sign * s["score"]] for s in m["seeds"]]) for m in among]
+    return [table[:, 0] for table, m in zip(stats.with_lost(*tables), among, strict=True) if m in two]
+
+
+def _seed_error(pair: list[stats.Table], error: float) -> float:
+    """The seeds' part of the error."""
+    a, b = pair
     if len(a) < 2:
         return 0.0
     found = float(np.std(np.subtract(a, b), ddof=1)) / math.sqrt(len(a))
