@@ -167,6 +167,38 @@ def test_a_verdict_names_the_settings_that_were_chosen(tmp_path):
     assert "At learning_rate 0.003 against learning_rate 0.001." in c
 
 
+@pytest.mark.parametrize(
+    ("tried", "failed"),
+    [
+        ({1e-3: 0.5, 3e-3: 0.6}, None),
+        ({1e-3: 0.5, 3e-3: 0.6, 1e-2: None}, None),  # a higher rate than the one that was chosen
+        ({1e-3: None, 3e-3: 0.6}, "1 of 2"),
+        ({1e-3: 0.0, 3e-3: 0.6, 1e-2: None}, "1 of 2"),  # one answer to everything
+    ],
+)
+def test_failures_in_tuning_are_said_with_the_verdict(tmp_path, tried, failed):
+    """A run that fails once in eight is in none of five final runs half of the time."""
+    grids = {"a": {1e-3: 0.5, 3e-3: 0.6}, "b": tried}
+    cells = [
+        cell(
+            tmp_path,
+            name,
+            [LEARNED] * 3,
+            trials=[t for rate, s in grid.items() for t in trials({rate: s}, figures={"matthews": s})],
+        )
+        for name, grid in grids.items()
+    ]
+    for f in cells:
+        f.chosen = {"train.learning_rate": 3e-3}
+    results = judged(tmp_path, cells, search={"space": {"learning_rate": [1e-3, 3e-3]}})
+    for sentence in (c["sentence"] for r in (results, rejudge(results)) for c in r["comparisons"]):
+        if failed is None:
+            assert "tuning runs" not in sentence
+        else:
+            assert f"{failed} tuning runs of b at this learning rate or a lower one failed: 3 final runs" in sentence
+            assert "tuning runs of a" not in sentence
+
+
 def test_a_choice_by_less_than_the_noise_of_a_run_is_said(tmp_path):
     """Trials 0.01 apart, final runs that vary by as much."""
     cells = []

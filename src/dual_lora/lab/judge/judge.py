@@ -24,6 +24,7 @@ from dual_lora.lab.study import metrics, verdicts
 from dual_lora.lab.study import results as results_of_studies
 from dual_lora.lab.study.conclude import conclude
 from dual_lora.lab.study.job import task_name
+from dual_lora.lab.study.notes import level_here
 from dual_lora.lab.study.rows import MethodRow, Results
 from dual_lora.lab.study.study import Study
 
@@ -99,7 +100,7 @@ def judge(
         "pareto": results_of_studies.pareto(rows),
         "notes": [
             *(note for note in said.notes if not note.startswith("Chance of any")),
-            *_level(said.false_alarm, level),
+            *level_here(said.false_alarm, level),
             *([TUNED] + [WHOLE_ONLY] * whole) * any(c["p"] is not None for c in said.comparisons),
             *_one_seed(paired),
             *guessed,
@@ -299,12 +300,6 @@ def _method(
         "diverged_in_search": False,
         "cost": {name: known.get(name) for name in results_of_studies.COSTS},
     }
-
-
-def _level(false_alarm: float | None, level: float) -> Iterator[str]:
-    if false_alarm is not None:
-        most = verdicts.percent(level)
-        yield f"Chance of any false alarm here: {false_alarm:.1%} with the noise of these runs, {most} at most."
 
 
 def _one_seed(paired: dict[Scenario, dict[str, Runs]]) -> Iterator[str]:

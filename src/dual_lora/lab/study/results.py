@@ -201,7 +201,12 @@ def _method(study: Study, f: Finished, table: stats.Table | None, reference: sta
         "notes": cell.notes,
         "settings": f.chosen,
         "trials": [
-            {"settings": job.settings, "beyond": job.settings not in grid, **_run(job, outcome)}
+            {
+                "settings": job.settings,
+                "beyond": job.settings not in grid,
+                **_run(job, outcome),
+                "figures": outcome.figures if outcome else None,
+            }
             for job, outcome in f.trials
         ],
         "seeds": [
