@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.judge.copies import copied, repeated
 from dual_lora.lab.judge.lm_eval import read_lm_eval, sample_files
 from dual_lora.lab.judge.peft import read_peft, result_files
 from dual_lora.lab.judge.scores import WHOLE, Runs, Scenario, Scores, one_metric, read_table, reference_of, tables
@@ -70,6 +71,7 @@ def judge(
     chosen = one_metric(scores, metric)
     direction, guessed = _directions(chosen, scores, better)
     paired = tables(scores.rows)
+    copies = list(copied(paired))
     methods = list(dict.fromkeys(row.method for row in scores.rows))
     against = reference_of(methods, reference)
     for scenario, own in paired.items():
@@ -105,7 +107,8 @@ def judge(
             *_one_seed(paired),
             *guessed,
             *_other_units(paired),
-            *_repeated(paired, against),
+            *repeated(paired, against),
+            *copies,
             *_absent(paired, methods),
             *scores.notes,
         ],
@@ -175,19 +178,6 @@ def _other_units(paired: dict[Scenario, dict[str, Runs]]) -> Iterator[str]:
             yield (
                 f"On {task_name(*scenario)} the scores of {', '.join(small)} lie between 0 and 1, those of "
                 f"{', '.join(large)} go up to 100: are some of them in percent?"
-            )
-
-
-def _repeated(paired: dict[Scenario, dict[str, Runs]], against: str) -> Iterator[str]:
-    """Pairs whose seeds changed nothing: models that were evaluated again, and not trained again, are one seed."""
-    for scenario, own in paired.items():
-        fixed = [method for method, runs in own.items() if len(runs.seeds) > 1 and not np.ptp(runs.table, axis=0).any()]
-        reference = own[against].table
-        same = [m for m in fixed if against in fixed and not np.array_equal(own[m].table, reference)]
-        if same:
-            yield (
-                f"On {task_name(*scenario)} every seed of {', '.join([against, *same])} has the same scores, to the "
-                "last digit. If these are evaluations of one trained model each, there is one seed and no verdict."
             )
 
 
