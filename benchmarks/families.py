@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from scipy import special
 
+from dual_lora.lab.advise.pace import LOOKS
 from dual_lora.lab.study import statistics as stats
 
 Array = np.ndarray[Any, Any]
@@ -62,6 +63,18 @@ def wrong(
         good = (differ & ~null) | (same & ~large)
         found[name] = float(bad.any(-1).mean()), float(good.mean())
     return found
+
+
+def looks(studies: int, random: np.random.Generator, level: float, shared: float) -> float:
+    """The share of advices that call one of two methods better or worse than LoRA at any look, where none is."""
+    common = random.standard_normal((studies, 1, LOOKS[-1]))
+    own = random.standard_normal((studies, 2, LOOKS[-1]))
+    d, found = np.sqrt(1 - shared) * own + np.sqrt(shared) * common, np.zeros(studies, bool)
+    for seeds in LOOKS:
+        seen = d[..., :seeds]
+        p = 2 * special.stdtr(seeds - 1, -np.abs(seen.mean(-1)) / (seen.std(-1, ddof=1) / np.sqrt(seeds)))
+        found |= (stats.corrected(p, np.ones_like(p))[0] < level).any(-1)
+    return float(found.mean())
 
 
 def worst(studies: int, random: np.random.Generator) -> Iterator[tuple[Any, ...]]:

@@ -71,7 +71,7 @@ def lora_wins(letters):
         letters, "ramp", method={"name": "dual_lora", "r": 4, "warmup_steps": NEVER, "init_weights": "paper"}
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pace, "MOST_SEEDS", 5)
+        patch.setattr(pace, "LOOKS", (5,))
         return recipe, letters / "lora-wins", advise(recipe, SOME, letters / "lora-wins", progress=False)
 
 
@@ -239,7 +239,7 @@ def test_recipes_by_name(call, tmp_path, monkeypatch):
     assert code == 1
     assert "Did you mean 'sst2-minilm'" in " ".join(err.split())
     monkeypatch.setattr(advising, "recipe_of", lambda source: (source, SimpleNamespace(name=source)))
-    assert str(advising.folder_of("sst2-minilm", 20, None)) == "studies/advise-sst2-minilm-20min"
+    assert str(advising.folder_of("sst2-minilm", None)) == "studies/advise-sst2-minilm"
 
 
 def methods(**method):
@@ -264,15 +264,15 @@ def test_a_shorter_study_has_shorter_ramps(letters):
     recipe = recipe_file(
         letters, "ramped", method={"name": "dual_lora", "r": 4, "warmup_steps": 15, "init_weights": "paper"}
     )
-    short = of_length(paired_study(recipe, 1), Length(3, 20))
+    short = of_length(paired_study(recipe), Length(3, 20))
     assert length_of(short) == (3, 20)
     assert {short.methods[name].fields["warmup_steps"] for name in (DUAL, NO_SIGN)} == {10}
 
 
 def test_a_tenth_is_held_out_where_a_recipe_has_no_validation(letters):
     data = {"train": str(letters / "train.jsonl"), "test": str(letters / "test.jsonl")}
-    assert paired_study(recipe_file(letters, "bare", data=data), 1).search.holdout == 25
-    assert paired_study(recipe_file(letters), 1).search.holdout is None
+    assert paired_study(recipe_file(letters, "bare", data=data)).search.holdout == 25
+    assert paired_study(recipe_file(letters)).search.holdout is None
 
 
 WORK = Work((Pace(1.0, 0.1, 0.01), Pace(1.0, 0.2, 0.01), Pace(1.0, 0.15, 0.01)), 50, 100, 400, 1)
@@ -293,7 +293,7 @@ def test_more_minutes_never_make_a_smaller_study():
         assert found.steps >= WORK.least.steps
         sizes.add(found)
         before = found
-    assert {length.seeds for length in sizes} >= {3, 5, 6, 20}
+    assert {length.seeds for length in sizes} == {5, 8, 12, 20}
     assert before == Length(20, 400)
 
 
@@ -325,15 +325,15 @@ def recipe_file_of(folder):
 def test_needed_seeds_are_just_enough():
     spread = stats.Spread(0.005, 0.01, 0.0098, 5, 1000)
     enough = needed_seeds(spread, 0.02, 0.025, 0.8)
-    assert 5 < enough < 20
-    assert stats.smallest_visible(with_seeds(spread, enough), 0.025, 0.8) <= 0.02
-    assert stats.smallest_visible(with_seeds(spread, enough - 1), 0.025, 0.8) > 0.02
+    assert enough == 12
+    assert stats.smallest_visible(with_seeds(spread, 12), 0.025, 0.8) <= 0.02
+    assert stats.smallest_visible(with_seeds(spread, 8), 0.025, 0.8) > 0.02
     assert needed_seeds(stats.Spread(0.0, 0.01, 0.001, 5, 1000), 0.02, 0.025, 0.8) is None, "the items' error stays"
 
 
 def judged(letters, results, minutes=20.0):
     """The advice on results that were changed by hand."""
-    whole = paired_study(recipe_file(letters), minutes)
+    whole = paired_study(recipe_file(letters))
     return said.advice_of(results, whole, WORK, "mine.yaml", minutes, letters / "x y")
 
 
@@ -479,7 +479,7 @@ def test_adalora_is_compared_at_its_own_rank():
 
 
 def test_an_odd_rank_is_split_unequally(letters):
-    cells = lay_out(paired_study(recipe_file(letters, "odd", method={"name": "lora", "r": 5}), SOME))
+    cells = lay_out(paired_study(recipe_file(letters, "odd", method={"name": "lora", "r": 5})))
     assert len({cell.size.trainable for cell in cells}) == 1
 
 
@@ -501,7 +501,7 @@ def test_an_odd_rank_is_split_unequally(letters):
 )
 def test_a_rank_that_dual_lora_cannot_have_is_named(letters, method, words):
     with pytest.raises(UserError, match=f"^{words}"):
-        paired_study(recipe_file(letters, "rank", method=method), SOME)
+        paired_study(recipe_file(letters, "rank", method=method))
 
 
 def test_what_is_significantly_worse_by_little_is_no_tie():
@@ -559,14 +559,14 @@ def test_fewer_steps_than_were_begun_with_are_noticed(lora_wins, letters):
 
 def test_the_recipe_s_own_rate_is_among_those_that_are_tried(letters):
     train = {"steps": 30, "batch_size": 16, "learning_rate": 1.25e-3}
-    study = paired_study(recipe_file(letters, "rate", train=train), 20)
+    study = paired_study(recipe_file(letters, "rate", train=train))
     assert study.search.space["learning_rate"] == [0.00042, 1.25e-3, 0.0037]
 
 
 @pytest.mark.parametrize("train", [None, [1], {}, {"steps": "x"}, {"steps": None}, {"steps": 0}, {"steps": 1.5}])
 def test_an_earlier_study_without_its_steps_is_an_error(train, letters, tmp_path):
     recipe = recipe_file(letters, "earlier")
-    values = paired_study(recipe, SOME).model_dump(mode="json")
+    values = paired_study(recipe).model_dump(mode="json")
     values["overrides"] = {} if train is None else {"train": train}
     (tmp_path / "study.json").write_text(json.dumps({"format": "dual-lora study", "study": values}))
     with pytest.raises(UserError, match=r"of the steps of its runs, expected 1 or more.*another --out"):

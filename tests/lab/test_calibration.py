@@ -11,6 +11,8 @@ pytest.importorskip("pydantic")
 
 from benchmarks import calibration, families, rules
 
+from dual_lora.lab.advise.pace import LOOK_LEVEL
+
 FEW = 20_000
 
 
@@ -53,6 +55,13 @@ def test_one_family_holds_the_level_where_two_did_not(seeds):
     rows = [line.strip("| ").split(" | ") for line in page.strip().splitlines()[2:]]
     assert [int(row[0]) for row in rows] == list(families.METHODS)
     assert all(float(row[2]) <= 0.055 for row in rows)
+
+
+@pytest.mark.parametrize("shared", families.SHARED)
+def test_the_looks_of_an_advice_share_its_level(shared):
+    random = np.random.default_rng(1)
+    assert families.looks(20_000, random, 0.05, shared) > 0.12
+    assert_level(families.looks(20_000, random, LOOK_LEVEL, shared), 0.05, 20_000, shared)
 
 
 def test_the_level_holds_where_few_answers_differ():

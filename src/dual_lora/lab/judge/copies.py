@@ -1,4 +1,4 @@
-"""Scores that are others' to the last digit: models evaluated again, and runs that were copied, are no further seeds."""
+"""Scores that are others' to the last digit: models evaluated again and copied runs are no further seeds."""
 
 from collections.abc import Iterator
 
