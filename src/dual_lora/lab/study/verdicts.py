@@ -97,7 +97,7 @@ class Comparison:
             end = f"p of a difference as large as the margin {p:.3g} corrected, {self.seeds} seeds"
         else:
             share, low, high = self.confidence, self.low, self.high
-            seen = "" if self.visible is None else f"; visible from {self.visible:.3g}"
+            seen = "" if self.visible is None else f"; minimum detectable effect {self.visible:.3g}"
             end = f"p {self.p_holm:.3g} corrected, {self.seeds} seeds{seen}"
         figure += f", {percent(share)} interval {low:+.4g} to {high:+.4g}"
         return f"{head} ({figure}, {end}). {self.note}".rstrip()
