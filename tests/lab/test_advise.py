@@ -97,8 +97,9 @@ def test_where_lora_wins(lora_wins):
     assert advice.next == f"dual-lora train {out / 'recommended.yaml'}"
 
 
-def test_it_fits_into_its_minutes_and_is_an_ordinary_study(lora_wins, call, tmp_path):
+def test_it_fits_into_its_minutes_and_is_an_ordinary_study(lora_wins, call, tmp_path, monkeypatch):
     recipe, out, advice = lora_wins
+    monkeypatch.setattr(pace, "LOOKS", (5,))  # no next look
     assert advice.seconds < 60 * SOME
     before = outcomes(out)
     code, shown, _ = call("compare", out / "study.yaml", "--out", out, "--json")
@@ -159,6 +160,41 @@ def test_where_dual_lora_wins(letters, call, short):
 
 
 @pytest.mark.long  # as a study that was killed, in test_study_stopped
+def test_more_minutes_add_seeds_in_the_same_folder(letters, monkeypatch, call):
+    """The next look: what is there is kept, and the level of each look is a part of the whole."""
+    recipe, out = (
+        recipe_file(letters, "looks", train={"steps": 20, "batch_size": 8, "learning_rate": 1e-2}),
+        letters / "l",
+    )
+    before: dict[str, object] = {}
+    for seeds in (2, 3):
+        monkeypatch.setattr(Work, "fitting", lambda *_, seeds=seeds: Length(seeds, 20))
+        code, _, err = call("advise", recipe, "--minutes", SOME, "--out", out, "--json")
+        assert code == 0, err
+        results = json.loads((out / "results.json").read_text())
+        assert {len(m["seeds"]) for m in results["methods"]} == {seeds}
+        assert results["study"]["level"] == pace.LOOK_LEVEL
+        now = outcomes(out)
+        before = now if seeds == 2 else before
+    assert before.items() <= now.items(), "no run is repeated"
+    assert len(now) == len(before) + 3, "one more seed of each method"
+    monkeypatch.setattr(Work, "fitting", lambda *_: Length(2, 20))
+    code, _, _ = call("advise", recipe, "--minutes", SOME, "--out", out, "--json")
+    assert code == 0
+    assert outcomes(out) == now, "fewer minutes take nothing away"
+    code, shown, _ = call("advise", recipe, "--minutes", SOME, "--out", out, "--dry-run")
+    assert code == 0
+    assert "If the methods do not differ" in " ".join(shown.split())
+
+
+def test_minutes_that_would_settle_it_are_said_beforehand():
+    many, few = WORK._replace(test=20_000), WORK._replace(test=20)
+    assert pace.settling(many, "accuracy", 0.02) == Length(8, WORK.steps)
+    assert pace.settling(many, "accuracy", 0.001) is None
+    assert pace.settling(few, "accuracy", 0.02) is None, "no number of seeds helps against few records"
+    assert pace.settling(many, "accuracy", 0.05) == Length(5, WORK.steps)
+
+
 def test_interrupted_it_goes_on(letters, tmp_path, monkeypatch, call, short):
     """Stopped while it measures, and again among its runs: no finished run is repeated, and the plan stays."""
     recipe, out = recipe_file(letters), tmp_path / "out"

@@ -63,6 +63,31 @@ def test_two_candidates_are_compared_by_a_bound(tmp_path):
     assert bound.error >= exact.error
 
 
+def test_packed_scores_are_judged_as_the_study_was(tmp_path):
+    """What each item added is published with a study; all of the error follows from it."""
+    from dual_lora.lab.judge import packed
+    from dual_lora.lab.judge.judge import judge
+    from dual_lora.lab.run.write import write_json
+
+    runs, out = tmp_path / "study" / "runs", tmp_path / "out"
+    runs.mkdir(parents=True)
+    results = made(runs, {"a": 0.5, "b": 0.7, "c": 0.6}, tasks=("t",), margin=0.02, pairs="all")
+    write_json(tmp_path / "study" / "results.json", results)
+    assert packed.pack(tmp_path / "study", out) == 12
+    again = judge(out, reference="c", margin=0.02)
+    (c,) = [c for c in results["comparisons"] if {c["candidate"], c["reference"]} == {"b", "c"}]
+    (new,) = [c for c in again["comparisons"] if c["candidate"] == "b"]
+    sign = 1 if c["candidate"] == "b" else -1
+    assert new["difference"] == pytest.approx(sign * c["difference"])
+    assert new["spread"]["error"] == pytest.approx(c["spread"]["error"])
+    (out / packed.PACKED).write_bytes(b"no gzip")
+    with pytest.raises(UserError, match="damaged"):
+        judge(out)
+    (runs / f"{results['methods'][0]['seeds'][0]['key']}.scores.json").unlink()
+    with pytest.raises(UserError, match="lacks the scores of a run"):
+        packed.pack(tmp_path / "study", out)
+
+
 def test_the_interval_over_tasks_holds_its_level():
     random, off = np.random.default_rng(0), 0
     for _ in range(400):

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.judge import packed
 from dual_lora.lab.judge.copies import copied, repeated
 from dual_lora.lab.judge.lm_eval import read_lm_eval, sample_files
 from dual_lora.lab.judge.peft import read_peft, result_files
@@ -132,6 +133,8 @@ def read(path: Path) -> Scores:
         raise UserError(f"{path} is no .csv or .tsv table: give one, or a folder of lm-eval's or PEFT's results.")
     elif not path.is_dir():
         raise UserError(f"There is no {path}: give a .csv or .tsv file, or a folder of lm-eval's or PEFT's results.")
+    elif (path / packed.PACKED).is_file():
+        scores = packed.read_packed(path)
     elif sample_files(path):
         scores = read_lm_eval(path)
     elif result_files(path):

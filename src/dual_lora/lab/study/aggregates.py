@@ -48,7 +48,7 @@ def improvement(scores: Scores, method: str, reference: str, confidence: float =
 
     def chance(pairs: Sequence[tuple[NDArray[np.float64], NDArray[np.float64]]]) -> NDArray[np.float64]:
         each = [0.5 + 0.5 * np.sign(a[..., :, None] - b[..., None, :]).mean((-2, -1)) for a, b in pairs]
-        return np.mean(each, axis=0)
+        return np.asarray(np.mean(each, axis=0))
 
     random = np.random.default_rng(seed)
     again = chance([(_drawn(a, random), _drawn(b, random)) for a, b in tasks])
@@ -64,7 +64,7 @@ def profile(
     tasks = [np.asarray(own[method], np.float64) for own in scores.values()]
 
     def above(runs: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
-        return np.mean([(own[..., None] > thresholds).mean(-2) for own in runs], axis=0)
+        return np.asarray(np.mean([(own[..., None] > thresholds).mean(-2) for own in runs], axis=0))
 
     again, value = above([_drawn(own, random) for own in tasks]), above(tasks)
     return [Interval(float(v), *_ends(draws, confidence)) for v, draws in zip(value, again.T, strict=True)]
