@@ -226,7 +226,7 @@ def test_interrupted_it_goes_on(letters, tmp_path, monkeypatch, call, short):
 
 def test_too_few_minutes_say_how_many_are_needed(letters, tmp_path, monkeypatch):
     recipe = recipe_file(letters)
-    slow = [Pace(1.0, 0.5, 0.01), Pace(1.0, 0.7, 0.01), Pace(1.0, 0.6, 0.01)]
+    slow = [Pace(1.0, 0.5, 0.01), Pace(1.0, 0.75, 0.01), Pace(1.0, 0.6, 0.01)]
     monkeypatch.setattr(pace, "estimated", lambda *_: slow)
     with pytest.raises(UserError, match=r"0\.1 minutes are too few.*Give --minutes (\d+), or fewer test") as found:
         advise(recipe, 0.1, tmp_path / "out", progress=False)
@@ -359,9 +359,9 @@ def recipe_file_of(folder):
 def test_needed_seeds_are_just_enough():
     spread = stats.Spread(0.005, 0.01, 0.0098, 5, 1000)
     enough = needed_seeds(spread, 0.02, 0.025, 0.8)
-    assert enough == 12
-    assert stats.smallest_visible(with_seeds(spread, 12), 0.025, 0.8) <= 0.02
-    assert stats.smallest_visible(with_seeds(spread, 8), 0.025, 0.8) > 0.02
+    assert enough == 20, "the next look, not the next seed"
+    assert stats.smallest_visible(with_seeds(spread, 20), 0.025, 0.8) <= 0.02
+    assert stats.smallest_visible(with_seeds(spread, 12), 0.025, 0.8) > 0.02
     assert needed_seeds(stats.Spread(0.0, 0.01, 0.001, 5, 1000), 0.02, 0.025, 0.8) is None, "the items' error stays"
 
 
