@@ -4,7 +4,7 @@ python -m benchmarks.calibration              # print the tables; some minutes o
 python -m benchmarks.calibration --write      # ... into docs/explanation/calibration.md
 
 Every table of differences is drawn without a true difference, or with a known one. Levels are those of one comparison
-at 5 %, and of a study of ten: ten times the level at 0.5 %, which bounds Holm's procedure whatever comparisons share.
+at 5 %, and of a study of ten: ten times the level at 0.5 %, which bounds the correction whatever comparisons share.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 from dual_lora.lab.study import metrics
 from dual_lora.lab.study import statistics as stats
 
-from . import rules
+from . import families, rules
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "explanation" / "calibration.md"
@@ -360,6 +360,7 @@ def page_tables(work: int) -> dict[str, str]:
     tried = list(rules.worst_levels(600 * work, np.random.default_rng(600), *grid))  # drawn by itself
     return {
         "rules": table(("rule", *(f"S = {seeds}" for seeds in SEEDS), "what of it"), tried),
+        "families": table(families.HEAD, list(families.worst(200 * work, np.random.default_rng(0)))),
         "crossed": table(
             ("seeds", "ρ", *WORST), grouped(crossed(studies, random), lambda r: (r[0], f"{r[1]:g}"))
         ),

@@ -1,7 +1,7 @@
 """The documentation's pictures: `python -m scripts.pictures` draws them all, `… forest demo` some.
 
 matrices  the factors' products, ΔW and an update of LoRA's, entry by entry
-forest    a study's verdicts, from its committed results
+forest    Dual LoRA minus LoRA on each task, from results/pooled/pooled.json
 demo      the demo's last screen, from the record of a real one (docs/pictures/demo.json; a new one: `… demo FOLDER`)
 report    the report as Chromium shows it, if Chromium is installed
 costs     the ledger's curves
@@ -20,55 +20,77 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 PICTURES = ROOT / "docs" / "pictures"
-STUDY = ROOT / "results" / "studies" / "methods-encoder" / "results.json"
+POOLED = ROOT / "results" / "pooled" / "pooled.json"
 REPORT = ROOT / "results" / "report.html"
 
 ALL = ("matrices", "forest", "demo", "report", "costs")
-WIDTH, LEFT, RIGHT, TOP, LINE = 760, 110, 190, 64, 34
-COLOURS = {"equivalent": "#0b6e4f", "better": "#1d4ed8", "worse": "#b91c1c"}
+WIDTH, LEFT, RIGHT, TOP, LINE = 820, 90, 270, 64, 38
+BOLD = ' font-weight="600"'
 
 
-def forest(results: dict[str, Any]) -> str:
-    """Every comparison of a study as a line with its interval, and the margin as a strip around zero."""
-    rows = results["comparisons"]
-    study, first = results["study"], rows[0]
-    margin = study["margin"].get(first["metric"], 0.0)
-    reach = 1.1 * max(margin, *(abs(row[end]) for row in rows for end in ("low", "high", "difference")))
-    height = TOP + LINE * len(rows) + 56
+def forest(found: dict[str, Any]) -> str:
+    """Dual LoRA minus LoRA, a line a task, in units of that task's margin, all tasks together, and what the paper
+    reports. found: results/pooled/pooled.json."""
+    rows = [q for q in found["questions"] if q.get("forest")]
+    lines = [
+        {
+            "name": q["question"].partition(",")[0],
+            "seeds": f"{q['seeds']} seeds",
+            "figure": f"{'reduction of ' if q['metric'] == 'loss' else ''}{q['metric']} {q['difference']:+.4f}",
+            **{end: q[end] / q["margin"] for end in ("difference", "low", "high")},
+            "claimed": q["claimed"] / q["margin"] if q.get("claimed") else None,
+        }
+        for q in rows
+    ]
+    whole = found["across"]
+    lines.append(
+        {"name": "all tasks", "seeds": f"{whole['of']} tasks", "figure": f"{whole['margins']:+.2f} margins"}
+        | {"difference": whole["margins"], "low": whole["low"], "high": whole["high"], "claimed": None}
+    )
+    reach = 1.05 * max(1.5, *(abs(line[end]) for line in lines for end in ("low", "high")))
+    bottom = TOP + LINE * len(lines)
+    height = bottom + 62
 
     def x(value: float) -> float:
         return LEFT + (WIDTH - LEFT - RIGHT) * (value + reach) / (2 * reach)
 
-    bottom = TOP + LINE * len(rows)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" font-size="13" '
-        f'font-family="system-ui, sans-serif"><title>{escape(study["question"])}</title>',
+        'font-family="system-ui, sans-serif"><title>Dual LoRA minus LoRA on each task, in margins</title>',
         f'<rect width="{WIDTH}" height="{height}" rx="12" fill="#fbfbfa"/>',
-        f'<text x="20" y="26" font-size="15">Difference from {escape(first["reference"])} in '
-        f"{escape(first['metric'])}, {first['confidence']:.0%} intervals</text>",
-        f'<text x="20" y="46" fill="#666">{escape(study["name"])}: {escape(study["question"])}</text>',
-        f'<rect x="{x(-margin):.1f}" y="{TOP}" width="{x(margin) - x(-margin):.1f}" height="{bottom - TOP}" '
-        'fill="#e5e7eb"/>',
+        '<text x="20" y="26" font-size="15">Dual LoRA minus LoRA, in margins of the task, 95% intervals</text>',
+        '<text x="20" y="46" fill="#666">Equal trained numbers, each by its own search; right is better for Dual LoRA'
+        "</text>",
+        f'<rect x="{x(-1):.1f}" y="{TOP}" width="{x(1) - x(-1):.1f}" height="{bottom - TOP}" fill="#e5e7eb"/>',
         f'<line x1="{x(0):.1f}" x2="{x(0):.1f}" y1="{TOP}" y2="{bottom}" stroke="#444"/>',
     ]
-    for k, row in enumerate(rows):
-        y = TOP + LINE * (k + 0.5)
-        word = row["verdict"]
-        colour = next((c for name, c in COLOURS.items() if name in word), "#444")
+    for k, line in enumerate(lines):
+        y, last = TOP + LINE * (k + 0.5), k == len(lines) - 1
+        colour = "#1d4ed8" if line["low"] > 0 else "#b91c1c" if line["high"] < 0 else "#444"
+        middle = x(line["difference"])
+        mark = (
+            f'<path d="M{middle - 8:.1f} {y}L{middle:.1f} {y - 7}L{middle + 8:.1f} {y}L{middle:.1f} {y + 7}Z" '
+            f'fill="{colour}"/>'
+            if last
+            else f'<circle cx="{middle:.1f}" cy="{y}" r="4.5" fill="{colour}"/>'
+        )
         parts += [
-            f'<text x="{LEFT - 10}" y="{y + 4}" text-anchor="end">{escape(row["candidate"])}</text>',
-            f'<line x1="{x(row["low"]):.1f}" x2="{x(row["high"]):.1f}" y1="{y}" y2="{y}" stroke="{colour}" '
+            f'<text x="{LEFT - 10}" y="{y + 4}" text-anchor="end"{BOLD * last}>{escape(line["name"])}</text>',
+            f'<line x1="{x(line["low"]):.1f}" x2="{x(line["high"]):.1f}" y1="{y}" y2="{y}" stroke="{colour}" '
             'stroke-width="2.5"/>',
-            f'<circle cx="{x(row["difference"]):.1f}" cy="{y}" r="4.5" fill="{colour}"/>',
-            f'<text x="{WIDTH - RIGHT + 14}" y="{y + 4}" fill="{colour}">'
-            f"{row['difference']:+.4f} {escape(word)}</text>",
+            mark,
+            f'<text x="{WIDTH - RIGHT + 14}" y="{y + 4}" fill="{colour}">{escape(line["figure"])}, '
+            f"{escape(line['seeds'])}</text>",
         ]
-    for value in (-margin, 0.0, margin):
-        shown = f"{value:+g}" if value else "0"
+        if line["claimed"] is not None:
+            at = x(line["claimed"])
+            parts.append(f'<path d="M{at:.1f} {y - 9}L{at + 5:.1f} {y - 16}L{at - 5:.1f} {y - 16}Z" fill="#b45309"/>')
+    for value in (-1, 0, 1):
+        shown = f"{value:+d}" if value else "0"
         parts.append(f'<text x="{x(value):.1f}" y="{bottom + 18}" text-anchor="middle" fill="#666">{shown}</text>')
     parts.append(
-        f'<text x="{x(0):.1f}" y="{bottom + 38}" text-anchor="middle" fill="#666">grey: the margin, too small to matter'
-        "</text>"
+        f'<text x="{LEFT}" y="{bottom + 42}" fill="#666">grey: within the margin, too small to matter · '
+        '<tspan fill="#b45309">▼</tspan> what the paper reports, over its tasks</text>'
     )
     return "\n".join([*parts, "</svg>", ""])
 
@@ -167,7 +189,7 @@ def main(wanted: list[str]) -> int:
     if "matrices" in names:
         (PICTURES / "matrices.svg").write_text(matrices(), encoding="utf-8")
     if "forest" in names:
-        text = forest(json.loads(STUDY.read_text(encoding="utf-8")))
+        text = forest(json.loads(POOLED.read_text(encoding="utf-8")))
         (PICTURES / "forest.svg").write_text(text, encoding="utf-8")
     if "demo" in names:
         record = PICTURES / "demo.json"

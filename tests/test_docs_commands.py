@@ -25,7 +25,7 @@ ELSEWHERE = {
     "push": "a hub: test_hub",
     "compare": "hours; small studies in test_study, these as a plan in test_docs",
     "advise": "twenty minutes; small ones in test_advise",
-    "studies/advise-sst2-minilm-20min": "what advise leaves",
+    "studies/advise-sst2-minilm": "what advise leaves",
     "my-recipe.yaml": "the reader's own",
     "--calibrate": "a minute of this machine",
     "evaluations": "lm-eval's logs: test_judge",

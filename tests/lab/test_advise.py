@@ -71,7 +71,7 @@ def lora_wins(letters):
         letters, "ramp", method={"name": "dual_lora", "r": 4, "warmup_steps": NEVER, "init_weights": "paper"}
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pace, "MOST_SEEDS", 5)
+        patch.setattr(pace, "LOOKS", (5,))
         return recipe, letters / "lora-wins", advise(recipe, SOME, letters / "lora-wins", progress=False)
 
 
@@ -97,8 +97,9 @@ def test_where_lora_wins(lora_wins):
     assert advice.next == f"dual-lora train {out / 'recommended.yaml'}"
 
 
-def test_it_fits_into_its_minutes_and_is_an_ordinary_study(lora_wins, call, tmp_path):
+def test_it_fits_into_its_minutes_and_is_an_ordinary_study(lora_wins, call, tmp_path, monkeypatch):
     recipe, out, advice = lora_wins
+    monkeypatch.setattr(pace, "LOOKS", (5,))  # no next look
     assert advice.seconds < 60 * SOME
     before = outcomes(out)
     code, shown, _ = call("compare", out / "study.yaml", "--out", out, "--json")
@@ -120,9 +121,7 @@ def test_it_fits_into_its_minutes_and_is_an_ordinary_study(lora_wins, call, tmp_
 
 def test_another_question_in_its_folder_is_refused(lora_wins):
     recipe, out, _ = lora_wins
-    with pytest.raises(UserError, match=r"holds another study.*Asked with 20 minutes.*another --out"):
-        advise(recipe, 10, out, progress=False)
-    with pytest.raises(UserError, match="Give the same recipe, --minutes and --margin"):
+    with pytest.raises(UserError, match="Give the same recipe and --margin to go on with it, or another --out"):
         advise(recipe, SOME, out, margin=0.5, progress=False)
 
 
@@ -159,6 +158,41 @@ def test_where_dual_lora_wins(letters, call, short):
 
 
 @pytest.mark.long  # as a study that was killed, in test_study_stopped
+def test_more_minutes_add_seeds_in_the_same_folder(letters, monkeypatch, call):
+    """The next look: what is there is kept, and the level of each look is a part of the whole."""
+    recipe, out = (
+        recipe_file(letters, "looks", train={"steps": 20, "batch_size": 8, "learning_rate": 1e-2}),
+        letters / "l",
+    )
+    before: dict[str, object] = {}
+    for seeds in (2, 3):
+        monkeypatch.setattr(Work, "fitting", lambda *_, seeds=seeds: Length(seeds, 20))
+        code, _, err = call("advise", recipe, "--minutes", SOME, "--out", out, "--json")
+        assert code == 0, err
+        results = json.loads((out / "results.json").read_text())
+        assert {len(m["seeds"]) for m in results["methods"]} == {seeds}
+        assert results["study"]["level"] == pace.LOOK_LEVEL
+        now = outcomes(out)
+        before = now if seeds == 2 else before
+    assert before.items() <= now.items(), "no run is repeated"
+    assert len(now) == len(before) + 3, "one more seed of each method"
+    monkeypatch.setattr(Work, "fitting", lambda *_: Length(2, 20))
+    code, _, _ = call("advise", recipe, "--minutes", SOME, "--out", out, "--json")
+    assert code == 0
+    assert outcomes(out) == now, "fewer minutes take nothing away"
+    code, shown, _ = call("advise", recipe, "--minutes", SOME, "--out", out, "--dry-run")
+    assert code == 0
+    assert "If the methods do not differ" in " ".join(shown.split())
+
+
+def test_minutes_that_would_settle_it_are_said_beforehand():
+    many, few = WORK._replace(test=20_000), WORK._replace(test=20)
+    assert pace.settling(many, "accuracy", 0.02) == Length(8, WORK.steps)
+    assert pace.settling(many, "accuracy", 0.001) is None
+    assert pace.settling(few, "accuracy", 0.02) is None, "no number of seeds helps against few records"
+    assert pace.settling(many, "accuracy", 0.05) == Length(5, WORK.steps)
+
+
 def test_interrupted_it_goes_on(letters, tmp_path, monkeypatch, call, short):
     """Stopped while it measures, and again among its runs: no finished run is repeated, and the plan stays."""
     recipe, out = recipe_file(letters), tmp_path / "out"
@@ -192,7 +226,7 @@ def test_interrupted_it_goes_on(letters, tmp_path, monkeypatch, call, short):
 
 def test_too_few_minutes_say_how_many_are_needed(letters, tmp_path, monkeypatch):
     recipe = recipe_file(letters)
-    slow = [Pace(1.0, 0.5, 0.01), Pace(1.0, 0.7, 0.01), Pace(1.0, 0.6, 0.01)]
+    slow = [Pace(1.0, 0.5, 0.01), Pace(1.0, 0.75, 0.01), Pace(1.0, 0.6, 0.01)]
     monkeypatch.setattr(pace, "estimated", lambda *_: slow)
     with pytest.raises(UserError, match=r"0\.1 minutes are too few.*Give --minutes (\d+), or fewer test") as found:
         advise(recipe, 0.1, tmp_path / "out", progress=False)
@@ -239,7 +273,7 @@ def test_recipes_by_name(call, tmp_path, monkeypatch):
     assert code == 1
     assert "Did you mean 'sst2-minilm'" in " ".join(err.split())
     monkeypatch.setattr(advising, "recipe_of", lambda source: (source, SimpleNamespace(name=source)))
-    assert str(advising.folder_of("sst2-minilm", 20, None)) == "studies/advise-sst2-minilm-20min"
+    assert str(advising.folder_of("sst2-minilm", None)) == "studies/advise-sst2-minilm"
 
 
 def methods(**method):
@@ -264,15 +298,15 @@ def test_a_shorter_study_has_shorter_ramps(letters):
     recipe = recipe_file(
         letters, "ramped", method={"name": "dual_lora", "r": 4, "warmup_steps": 15, "init_weights": "paper"}
     )
-    short = of_length(paired_study(recipe, 1), Length(3, 20))
+    short = of_length(paired_study(recipe), Length(3, 20))
     assert length_of(short) == (3, 20)
     assert {short.methods[name].fields["warmup_steps"] for name in (DUAL, NO_SIGN)} == {10}
 
 
 def test_a_tenth_is_held_out_where_a_recipe_has_no_validation(letters):
     data = {"train": str(letters / "train.jsonl"), "test": str(letters / "test.jsonl")}
-    assert paired_study(recipe_file(letters, "bare", data=data), 1).search.holdout == 25
-    assert paired_study(recipe_file(letters), 1).search.holdout is None
+    assert paired_study(recipe_file(letters, "bare", data=data)).search.holdout == 25
+    assert paired_study(recipe_file(letters)).search.holdout is None
 
 
 WORK = Work((Pace(1.0, 0.1, 0.01), Pace(1.0, 0.2, 0.01), Pace(1.0, 0.15, 0.01)), 50, 100, 400, 1)
@@ -293,7 +327,7 @@ def test_more_minutes_never_make_a_smaller_study():
         assert found.steps >= WORK.least.steps
         sizes.add(found)
         before = found
-    assert {length.seeds for length in sizes} >= {3, 5, 6, 20}
+    assert {length.seeds for length in sizes} == {5, 8, 12, 20}
     assert before == Length(20, 400)
 
 
@@ -325,15 +359,15 @@ def recipe_file_of(folder):
 def test_needed_seeds_are_just_enough():
     spread = stats.Spread(0.005, 0.01, 0.0098, 5, 1000)
     enough = needed_seeds(spread, 0.02, 0.025, 0.8)
-    assert 5 < enough < 20
-    assert stats.smallest_visible(with_seeds(spread, enough), 0.025, 0.8) <= 0.02
-    assert stats.smallest_visible(with_seeds(spread, enough - 1), 0.025, 0.8) > 0.02
+    assert enough == 20, "the next look, not the next seed"
+    assert stats.smallest_visible(with_seeds(spread, 20), 0.025, 0.8) <= 0.02
+    assert stats.smallest_visible(with_seeds(spread, 12), 0.025, 0.8) > 0.02
     assert needed_seeds(stats.Spread(0.0, 0.01, 0.001, 5, 1000), 0.02, 0.025, 0.8) is None, "the items' error stays"
 
 
 def judged(letters, results, minutes=20.0):
     """The advice on results that were changed by hand."""
-    whole = paired_study(recipe_file(letters), minutes)
+    whole = paired_study(recipe_file(letters))
     return said.advice_of(results, whole, WORK, "mine.yaml", minutes, letters / "x y")
 
 
@@ -479,7 +513,7 @@ def test_adalora_is_compared_at_its_own_rank():
 
 
 def test_an_odd_rank_is_split_unequally(letters):
-    cells = lay_out(paired_study(recipe_file(letters, "odd", method={"name": "lora", "r": 5}), SOME))
+    cells = lay_out(paired_study(recipe_file(letters, "odd", method={"name": "lora", "r": 5})))
     assert len({cell.size.trainable for cell in cells}) == 1
 
 
@@ -501,7 +535,7 @@ def test_an_odd_rank_is_split_unequally(letters):
 )
 def test_a_rank_that_dual_lora_cannot_have_is_named(letters, method, words):
     with pytest.raises(UserError, match=f"^{words}"):
-        paired_study(recipe_file(letters, "rank", method=method), SOME)
+        paired_study(recipe_file(letters, "rank", method=method))
 
 
 def test_what_is_significantly_worse_by_little_is_no_tie():
@@ -559,14 +593,14 @@ def test_fewer_steps_than_were_begun_with_are_noticed(lora_wins, letters):
 
 def test_the_recipe_s_own_rate_is_among_those_that_are_tried(letters):
     train = {"steps": 30, "batch_size": 16, "learning_rate": 1.25e-3}
-    study = paired_study(recipe_file(letters, "rate", train=train), 20)
+    study = paired_study(recipe_file(letters, "rate", train=train))
     assert study.search.space["learning_rate"] == [0.00042, 1.25e-3, 0.0037]
 
 
 @pytest.mark.parametrize("train", [None, [1], {}, {"steps": "x"}, {"steps": None}, {"steps": 0}, {"steps": 1.5}])
 def test_an_earlier_study_without_its_steps_is_an_error(train, letters, tmp_path):
     recipe = recipe_file(letters, "earlier")
-    values = paired_study(recipe, SOME).model_dump(mode="json")
+    values = paired_study(recipe).model_dump(mode="json")
     values["overrides"] = {} if train is None else {"train": train}
     (tmp_path / "study.json").write_text(json.dumps({"format": "dual-lora study", "study": values}))
     with pytest.raises(UserError, match=r"of the steps of its runs, expected 1 or more.*another --out"):

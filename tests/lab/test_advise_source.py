@@ -30,7 +30,7 @@ def test_options_make_a_recipe_the_same_one_each_time(here, tiny_encoder):
         "sentiment",
     )
     assert source_of(*given) == file
-    study = paired_study(file, 1)
+    study = paired_study(file)
     assert study.overrides["train"]["keep_best"] is False
     assert read_recipe(file, study.overrides).train.validate_every is None
     (here / file).write_text("name: other\n")

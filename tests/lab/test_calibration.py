@@ -9,7 +9,9 @@ import pytest
 
 pytest.importorskip("pydantic")
 
-from benchmarks import calibration, rules
+from benchmarks import calibration, families, rules
+
+from dual_lora.lab.advise.pace import LOOK_LEVEL
 
 FEW = 20_000
 
@@ -38,6 +40,28 @@ def test_the_level_holds_for_every_kind_of_score(kind, luck):
         tally = calibration.Tally()
         tally.add(mean, error, seed_error, seeds, items, float(mean.std()))
         assert_level(tally.shares()["one"], 0.05, 300, (seeds, items))
+
+
+@pytest.mark.parametrize("seeds", families.SEEDS)
+def test_one_family_holds_the_level_where_two_did_not(seeds):
+    """Methods that are alike beside others at the margin: the chance of any wrong word."""
+    former, now = families.RULES
+    for many, alike in ((2, 1), (6, 3), (6, 5)):
+        truth = np.where(np.arange(many) < alike, 0.0, 16.0)
+        shares = families.wrong(4000, np.random.default_rng(many), seeds, truth, 16.0, 0.0)
+        assert_level(shares[now][0], 0.05, 4000, (seeds, many, alike))
+        assert shares[former][0] > 0.05, "the former rule promised less"
+    page = calibration.PAGE.read_text(encoding="utf-8").partition("<!-- families -->")[2].partition("<!-- end -->")[0]
+    rows = [line.strip("| ").split(" | ") for line in page.strip().splitlines()[2:]]
+    assert [int(row[0]) for row in rows] == list(families.METHODS)
+    assert all(float(row[2]) <= 0.055 for row in rows)
+
+
+@pytest.mark.parametrize("shared", families.SHARED)
+def test_the_looks_of_an_advice_share_its_level(shared):
+    random = np.random.default_rng(1)
+    assert families.looks(20_000, random, 0.05, shared) > 0.12
+    assert_level(families.looks(20_000, random, LOOK_LEVEL, shared), 0.05, 20_000, shared)
 
 
 def test_the_level_holds_where_few_answers_differ():

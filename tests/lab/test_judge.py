@@ -477,6 +477,32 @@ def test_one_model_evaluated_again_and_again_is_named(tmp_path):
     assert not any("there is one seed" in n for n in judge(write_table(tmp_path / "r.csv", rows))["notes"])
 
 
+@pytest.mark.parametrize("items", [0, 30])
+def test_copied_seeds_are_refused(tmp_path, items):
+    """Three seeds copied four times made 13 % of studies err in place of 5 %."""
+    random = np.random.default_rng(0)
+    once = {m: random.integers(0, 2, (3, items)) if items else random.normal(0.8, 0.02, (3, 1)) for m in "ab"}
+    columns = ("method", "seed", "item", "score") if items else ("method", "seed", "score")
+
+    def source(tables):
+        rows = [
+            [m, s, *([i] if items else []), float(x)] for m, own in tables.items() for s, row in enumerate(own)
+            for i, x in enumerate(row)
+        ]  # fmt: skip
+        return write_table(tmp_path / "s.csv", rows, columns)
+
+    with pytest.raises(
+        UserError, match=r"same scores in every method, to the last digit: 3 of 0, 4 of 1, 5 of 2, 6 of"
+    ):
+        judge(source({m: np.tile(own, (4, 1)) for m, own in once.items()}))
+    notes = judge(
+        source({"a": np.concatenate([once["a"], once["a"][:1]]), "b": np.tile(once["b"], (2, 1))[[0, 1, 2, 4]]})
+    )
+    (said,) = [n for n in notes["notes"] if "the same scores" in n and "of a " in n]
+    assert "seeds of a have the same scores, to the last digit: 3 as 0" in said
+    assert not any("same scores" in note for note in judge(source(once))["notes"])
+
+
 def test_a_method_that_is_absent_from_a_task_is_named(tmp_path):
     rows = [*rows_of({"lora": 0.5, "mine": 0.6}, task="easy"), *rows_of({"lora": 0.5, "other": 0.5}, task="hard")]
     columns = ("method", "task", "seed", "item", "score")

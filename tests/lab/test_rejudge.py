@@ -32,7 +32,7 @@ def old(results):
 
 @pytest.mark.parametrize("diverged", [(), {("b", 2)}])
 def test_stored_scores_give_the_verdicts_that_runs_gave(tmp_path, diverged):
-    fresh = made(tmp_path, {"a": 0.5, "b": 0.7, "c": 0.5}, margin=0.02, diverged=diverged)
+    fresh = made(tmp_path, {"a": 0.5, "b": 0.7, "c": 0.7}, margin=0.02, diverged=diverged)
     again = rejudge(old(fresh))
     assert again["format"] == fresh["format"]
     assert not {"overall", "ranking"} & set(again)
@@ -93,12 +93,15 @@ def test_a_file_of_something_else_is_named():
         rejudge({"study": {"name": "s", "tasks": ["t"], "methods": {"a": {}, "b": {}}, "seeds": 2}})
 
 
-def test_judged_scores_are_judged_from_their_source(tmp_path):
-    """They carry their margin and direction in the comparisons: judged as a study they lost both."""
+def test_judged_scores_keep_their_margin_and_direction(tmp_path):
+    """They carry both in the comparisons: judged as a study they lost them."""
     from dual_lora.lab.judge.judge import judge
 
     file = tmp_path / "s.csv"
-    rows = [f"{m},{s},{i},loss,{s + i + (m == 'b')}" for m in "ab" for s in range(3) for i in range(3)]
+    rows = [f"{m},{s},{i},loss,{s * i + 5 * (m == 'b')}" for m in "abc" for s in range(3) for i in range(3)]
     file.write_text("\n".join(["method,seed,item,metric,score", *rows]))
-    with pytest.raises(UserError, match=r"scores that others made: .*`dual-lora judge s\.csv`"):
-        rejudge(judge(file, margin=3, better="more"))
+    results = judge(file, margin=6, better="more")
+    again = rejudge(json.loads(json.dumps(results)))
+    assert again["judged_from"] == "s.csv"
+    assert again["amendments"][-1]["changed"] == []
+    assert again["comparisons"] == results["comparisons"]

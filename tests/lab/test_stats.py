@@ -357,7 +357,7 @@ def test_family_of_comparisons_keeps_the_level():
     for _ in range(150):
         reference = draw(random, 4, 40, NOISES["seeds"])
         p = [stats.difference_p(stats.spread(draw(random, 4, 40, NOISES["seeds"]) - reference)) for _ in range(8)]
-        any_hit.append(min(stats.holm(p)) < 0.05)
+        any_hit.append(stats.corrected(p, np.nan)[0].min() < 0.05)
         any_plain.append(min(p) < 0.05)
     assert np.mean(any_hit) < 0.05 + 3 * np.sqrt(0.05 * 0.95 / 150)
     assert np.mean(any_plain) > 2 * 0.05
@@ -369,10 +369,27 @@ def test_a_difference_without_any_error_is_certain():
     assert stats.difference_p(stats.Spread(0.0, 0.0, 0.0, 3, 10)) == 1.0
 
 
-def test_holm_by_hand():
-    assert stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert stats.holm([0.9, 0.8]) == [1.0, 1.0]
-    assert stats.holm([]) == []
+def test_without_equivalence_the_correction_is_holms():
+    nothing = float("nan")
+    assert stats.corrected([0.01, 0.04, 0.03, 0.005], nothing)[0] == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert stats.corrected([0.9, 0.8], nothing)[0].tolist() == [1.0, 1.0]
+    assert [x.tolist() for x in stats.corrected([], [])] == [[], []]
+
+
+def test_differences_and_equivalences_are_one_family():
+    """Of a comparison's two hypotheses one may be true, so one that is found different gives nothing to the others."""
+    apart, alike = stats.corrected([0.001, 0.02, 0.5], [1.0, 1.0, 0.03])
+    assert apart == pytest.approx([0.003, 0.06, 1.0])
+    assert alike == pytest.approx([1.0, 1.0, 0.09])
+    apart, alike = stats.corrected([0.001, 0.03], [0.002, 1.0])  # different, and by less than the margin: it is done
+    assert (*apart, *alike) == pytest.approx((0.002, 0.03, 0.004, 1.0))
+    apart, alike = stats.corrected([0.001, 0.03], [np.nan, 1.0])  # as where equivalence is not asked
+    assert apart == pytest.approx([0.002, 0.03])
+    assert np.isnan(alike[0])
+    random = np.random.default_rng(0)
+    many = random.random((2, 50, 4))
+    for p, p_same, *together in zip(*many, *stats.corrected(*many), strict=True):
+        assert np.array(together) == pytest.approx(np.array(stats.corrected(p, p_same)))
 
 
 def test_spread_with_one_item_is_the_paired_t_test():

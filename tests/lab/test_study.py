@@ -385,6 +385,9 @@ def test_the_mean_over_the_seeds_of_a_search_decides():
     """One lucky run of a point does not."""
     lucky, steady = [(0, score) for score in (0.1, 0.9, 0.9)], [(1, score) for score in (0.5, 0.5, 0.5)]
     assert choose(of_trials(lucky + steady)) == {"a": 1}
+    failing = [(0, 0.1), (0, 9.0), (1, 1.0), (1, 1.2)]
+    assert choose(of_trials(failing), "worst") == {"a": 1}
+    assert choose(of_trials([(0, 0.6), (0, 0.6), (1, 0.9), (1, 0.1)], "choice"), "worst") == {"a": 0}
     assert choose(of_trials(lucky + steady[:2] + [(1, "diverged")])) == {"a": 0}
     assert choose(of_trials(lucky + steady[:2] + [(1, None)])) is None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from dataclasses import replace
 from functools import partial
@@ -82,6 +83,32 @@ def test_diverged_seed_counts_with_the_worst_score(tmp_path):
     assert any("1 of 4 runs of b on t diverged" in note for note in results["notes"])
 
 
+def test_a_diverged_run_takes_no_third_method_s_score(tmp_path):
+    """One method that fails badly made every comparison with a diverged run say nothing."""
+    two, skill = {"a": 0.5, "b": 0.9}, {"a": 0.5, "b": 0.9, "bad": 0.02}
+    alone, beside = (
+        made(tmp_path, methods, tasks=("t",), diverged={("a", 2)})["comparisons"][0] for methods in (two, skill)
+    )
+    figures = ("difference", "low", "high", "candidate_score", "reference_score")
+    assert [beside[k] for k in figures] == pytest.approx([alone[k] for k in figures])
+    assert beside["verdict"] == "significantly better"
+
+
+def test_a_published_diverged_run_is_judged_by_the_same_rule(tmp_path):
+    results = made(tmp_path, {"a": 0.5, "b": 0.9, "bad": 0.02}, tasks=("t",), diverged={("a", 2)})
+    (now, _), worst = results["comparisons"], min(s["score"] for s in results["methods"][2]["seeds"])
+    before = json.loads(json.dumps(results))
+    a, b = ([worst if s["score"] is None else s["score"] for s in m["seeds"]] for m in results["methods"][:2])
+    old, items = before["comparisons"][0], now["spread"]["error"] ** 2 - now["spread"]["seed_error"] ** 2
+    d = np.subtract(b, a)
+    old["spread"] |= {"difference": d.mean(), "seed_error": d.std(ddof=1) / 2}
+    old["spread"]["error"] = np.sqrt(items + old["spread"]["seed_error"] ** 2)
+    assert old["spread"]["seed_error"] > 1.5 * now["spread"]["seed_error"]
+    (again, _) = rejudge(before)["comparisons"]
+    figures = ("difference", "low", "high", "p", "candidate_score", "reference_score")
+    assert [again[k] for k in figures] == pytest.approx([now[k] for k in figures])
+
+
 def answers(labels, guesses):
     return metrics.confusion_cells(labels, np.asarray([guesses]), 2)[0].tolist()
 
@@ -138,6 +165,38 @@ def test_a_verdict_names_the_settings_that_were_chosen(tmp_path):
     b, c = (row["sentence"] for row in judged(tmp_path, cells)["comparisons"])
     assert "Both at learning_rate 0.001." in b
     assert "At learning_rate 0.003 against learning_rate 0.001." in c
+
+
+@pytest.mark.parametrize(
+    ("tried", "failed"),
+    [
+        ({1e-3: 0.5, 3e-3: 0.6}, None),
+        ({1e-3: 0.5, 3e-3: 0.6, 1e-2: None}, None),  # a higher rate than the one that was chosen
+        ({1e-3: None, 3e-3: 0.6}, "1 of 2"),
+        ({1e-3: 0.0, 3e-3: 0.6, 1e-2: None}, "1 of 2"),  # one answer to everything
+    ],
+)
+def test_failures_in_tuning_are_said_with_the_verdict(tmp_path, tried, failed):
+    """A run that fails once in eight is in none of five final runs half of the time."""
+    grids = {"a": {1e-3: 0.5, 3e-3: 0.6}, "b": tried}
+    cells = [
+        cell(
+            tmp_path,
+            name,
+            [LEARNED] * 3,
+            trials=[t for rate, s in grid.items() for t in trials({rate: s}, figures={"matthews": s})],
+        )
+        for name, grid in grids.items()
+    ]
+    for f in cells:
+        f.chosen = {"train.learning_rate": 3e-3}
+    results = judged(tmp_path, cells, search={"space": {"learning_rate": [1e-3, 3e-3]}})
+    for sentence in (c["sentence"] for r in (results, rejudge(results)) for c in r["comparisons"]):
+        if failed is None:
+            assert "tuning runs" not in sentence
+        else:
+            assert f"{failed} tuning runs of b at this learning rate or a lower one failed: 3 final runs" in sentence
+            assert "tuning runs of a" not in sentence
 
 
 def test_a_choice_by_less_than_the_noise_of_a_run_is_said(tmp_path):

@@ -14,8 +14,8 @@ from dual_lora.lab.advise import pace
 from dual_lora.lab.advise.paired import length_of, of_length, paired_study, recipe_of
 from dual_lora.lab.advise.said import Advice, advice_of
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.progress import Bar
-from dual_lora.lab.read import unlinked
+from dual_lora.lab.progress import Bar, console
+from dual_lora.lab.read import read_json, unlinked
 from dual_lora.lab.recipe.read import build_recipe, merged
 from dual_lora.lab.run.write import write_atomically
 from dual_lora.lab.study.cell import Cell, pace_job
@@ -32,9 +32,9 @@ RECOMMENDED = "recommended.yaml"
 HOPELESS = 4  # times the minutes, by arithmetic: not even a few steps are tried
 
 
-def folder_of(source: str | Path, minutes: float, out: str | Path | None) -> Path:
-    """Where the study lies: a folder for each number of minutes, for another number is another study."""
-    return Path(out) if out is not None else Path("studies") / f"advise-{recipe_of(source)[1].name}-{minutes:g}min"
+def folder_of(source: str | Path, out: str | Path | None) -> Path:
+    """Where the study lies: one folder a recipe, in which more minutes add to what is there."""
+    return Path(out) if out is not None else Path("studies") / f"advise-{recipe_of(source)[1].name}"
 
 
 def advise(
@@ -47,14 +47,17 @@ def advise(
     update: bool = False,
     progress: bool = True,
 ) -> Advice:
-    """Run the paired study of a recipe in `out`, and say which method to use. Called again, it goes on.
+    """Run the paired study of a recipe in `out`, and say which method to use. Called again, it goes on; with more
+    minutes it takes the next look, with more seeds.
 
     metric: that judges, the recipe's first evaluation unless told. margin: the difference that is too small to matter.
     Raises UserError for everything that a person can put right, too few minutes among it, and for runs that failed.
     """
     made = _Made(source, minutes, out, metric, margin)
-    study = made.begun or made.fitted(progress)
-    results = compare(study, made.folder.path, update=update, progress=progress)
+    study = made.next or made.begun or made.fitted(progress)
+    if progress and (said := made.beforehand(study)):
+        console.print(said, markup=False)
+    results = compare(study, made.folder.path, update=update or made.next is not None, progress=progress)
     if not results["complete"]:
         raise UserError(
             f"{len(results['failed'])} runs failed, so there is no advice yet: {results['failed'][0]} Put it right and "
@@ -74,7 +77,8 @@ def plan(
 ) -> Forecast:
     """`--dry-run`: what the study would be, fitted by its first steps if measured already; its time by arithmetic."""
     made = _Made(source, minutes, out, metric, margin)
-    return forecast(made.begun or made.guessed(), made.folder.path)
+    study = made.next or made.begun or made.guessed()
+    return replace(forecast(study, made.folder.path), said=made.beforehand(study))
 
 
 class _Made:
@@ -86,8 +90,8 @@ class _Made:
         if not 0 < minutes < 1e6:
             raise UserError(f"--minutes is {minutes:g}, expected a number above 0.")
         self.source, self.minutes = source, minutes
-        whole = paired_study(source, minutes, metric, margin)
-        self.folder = StudyFolder(folder_of(source, minutes, out)).read()
+        whole = paired_study(source, metric, margin, pace.LOOK_LEVEL)
+        self.folder = StudyFolder(folder_of(source, out)).read()
         _check_same_question(whole, self.folder)
         self.whole, _ = settled_study(whole, self.folder)
         # What the recipe says today, as long as it was begun: `compare` sees what has changed since.
@@ -96,6 +100,40 @@ class _Made:
         self.cells = lay_out(self.whole)
         self.runs = self.folder.runs(None)
         self.probes = [pace_job(self.whole, cell) for cell in self.cells]
+
+    @property
+    def next(self) -> Study | None:
+        """The study of the next look: where the one that was begun has ended, and a longer one fits the minutes."""
+        if self.begun is None or not self._all() or not self._complete():
+            return None
+        before, found = length_of(self.begun), self.work.fitting(60 * self.minutes)
+        longer = found is not None and found.steps >= before.steps and found > before
+        return of_length(self.whole, found) if found is not None and longer else None
+
+    def _complete(self) -> bool:
+        try:
+            return bool(read_json(self.folder.path / "results.json")["complete"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    def beforehand(self, study: Study) -> str:
+        """What to expect where the methods do not differ, and how many minutes would usually settle it; "" if these
+        do."""
+        work = self.work
+        ((metric, margin),) = self.whole.margin.items()
+        wanted = pace.settling(work, metric, margin)
+        if wanted is None:
+            return (
+                f"If the methods do not differ, {work.test:,} test records will usually not rule out {margin:g} of "
+                f"{metric}, however many minutes there are: give more records, or a larger --margin."
+            )
+        if wanted <= length_of(study):
+            return ""
+        needed = pace.minutes_of(work, wanted)
+        return (
+            f'If the methods do not differ, this will usually end in "not known". --minutes {needed} ({wanted.seeds} '
+            f"seeds of {wanted.steps} steps) would usually settle it; it can be given later, and goes on from here."
+        )
 
     @property
     def work(self) -> pace.Work:
@@ -140,8 +178,8 @@ def _check_same_question(whole: Study, folder: StudyFolder) -> None:
     known = build_study(folder.known.study, f"{folder.path}/study.json")
     if (known.name, known.question, known.margin) != (whole.name, whole.question, whole.margin):
         raise UserError(
-            f"{folder.path} holds another study: {known.name}, {known.question!r}. Give the same recipe, --minutes and "
-            "--margin to go on with it, or another --out."
+            f"{folder.path} holds another study: {known.name}, {known.question!r}. Give the same recipe and --margin "
+            "to go on with it, or another --out."
         )
     train, now = known.overrides.get("train"), length_of(whole).steps
     begun = train.get("steps") if isinstance(train, dict) else None

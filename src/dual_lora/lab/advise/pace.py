@@ -12,21 +12,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from dual_lora.lab.advise.paired import EXTEND, Length
+from dual_lora.lab.advise.paired import EXTEND, TUNING_SEEDS, Length
 from dual_lora.lab.data.examples import load_split
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.device import crowded
 from dual_lora.lab.run.folder import RunFolder
 from dual_lora.lab.run.record import read_metrics
+from dual_lora.lab.study import metrics
 from dual_lora.lab.study import statistics as stats
 from dual_lora.lab.study.budget import planned_steps
 from dual_lora.lab.study.cell import Cell, base_jobs
 from dual_lora.lab.study.forecast import START_SECONDS, Speed, run_seconds
 from dual_lora.lab.study.job import Job, Outcome
 
-TRIALS = 3 + EXTEND
-GOOD_SEEDS, FEW_SEEDS, MOST_SEEDS = 5, 3, 20
-LONG_ENOUGH = 0.25  # of the recipe's steps: with fewer, seeds are given up for steps
+TRIALS = (3 + EXTEND) * TUNING_SEEDS
+LOOKS = (5, 8, 12, 20)  # seeds at which an answer is given
+# The level of each, so that all four together err in 5 % (docs/explanation/calibration.md#looks-of-an-advice).
+LOOK_LEVEL = 0.015
 LEAST_SHARE, LEAST_STEPS = 0.05, 20  # of the recipe's steps: fewer say nothing about it
 
 
@@ -62,21 +64,18 @@ class Work(NamedTuple):
     @property
     def least(self) -> Length:
         """The shortest study that says anything."""
-        return Length(FEW_SEEDS, min(self.steps, max(LEAST_STEPS, math.ceil(LEAST_SHARE * self.steps))))
+        return Length(LOOKS[0], min(self.steps, max(LEAST_STEPS, math.ceil(LEAST_SHARE * self.steps))))
 
     def fitting(self, seconds: float) -> Length | None:
-        """The best study that fits: the recipe's own steps with as many seeds as there is time for, at least five; else
-        fewer steps; at last three seeds. None where nothing fits.
+        """The best study that fits: the recipe's own steps with the most seeds of `LOOKS` that there is time for; else
+        the fewest seeds and fewer steps. None where nothing fits.
         """
-        for seeds in range(MOST_SEEDS, GOOD_SEEDS - 1, -1):
+        for seeds in reversed(LOOKS):
             if self.seconds(whole := Length(seeds, self.steps)) <= seconds:
                 return whole
-        for seeds, least in ((GOOD_SEEDS, math.ceil(LONG_ENOUGH * self.steps)), (FEW_SEEDS, self.least.steps)):
-            start = self.seconds(Length(seeds, 0))
-            steps = math.floor((seconds - start) / (self.seconds(Length(seeds, 1)) - start))
-            if steps >= max(least, self.least.steps):
-                return Length(seeds, min(steps, self.steps))
-        return None
+        start = self.seconds(Length(LOOKS[0], 0))
+        steps = math.floor((seconds - start) / (self.seconds(Length(LOOKS[0], 1)) - start))
+        return Length(LOOKS[0], min(steps, self.steps)) if steps >= self.least.steps else None
 
 
 def work_of(cells: Sequence[Cell], paces: Sequence[Pace]) -> Work:
@@ -132,20 +131,42 @@ def too_few(source: object, minutes: float, work: Work, spent: float, basis: str
     )
 
 
+# What runs usually vary by: the deviation of a difference over seeds, and over single test records (three quarters of
+# the published comparisons had less). By metric; accuracy's where a metric is not here.
+USUAL = {"accuracy": (0.008, 0.11), "choice": (0.025, 0.2), "matthews": (0.073, 0.42), "loss": (0.012, 0.05)}
+
+
+def settling(work: Work, metric: str, margin: float) -> Length | None:
+    """The study that would usually rule a difference of the margin out, if there is none; None if no look would."""
+    seed, item = USUAL.get(metric, USUAL["accuracy"])
+    reach = metrics.usual_reach(metric)
+    for seeds in LOOKS:
+        parts = seed / math.sqrt(seeds), item / math.sqrt(work.test)
+        usual = stats.Spread(0.0, math.hypot(*parts), parts[0], seeds, work.test, reach)
+        if _shows(stats.against_margin(usual, margin), margin, LOOK_LEVEL / (len(work.paces) - 1), 0.8):
+            return Length(seeds, work.steps)
+    return None
+
+
+def minutes_of(work: Work, length: Length) -> int:
+    """Minutes to ask for, in fives."""
+    return 5 * math.ceil(work.seconds(length) / 300 + 0.1)
+
+
 def needed_seeds(spread: stats.Spread, margin: float, level: float, power: float) -> int | None:
-    """Seeds with which a difference of the margin would be seen; None where even `MOST_SEEDS` are too few.
+    """The look at which a difference of the margin would be seen; None where even the last is too early.
 
     The seeds' part of the error falls with their root, the items' part stays.
     """
-    more = (with_seeds(spread, seeds) for seeds in range(spread.seeds, MOST_SEEDS + 1))
+    more = (with_seeds(spread, seeds) for seeds in LOOKS)
     return next((s.seeds for s in more if _shows(s, margin, level, power)), None)
 
 
 def needed_records(spread: stats.Spread, margin: float, level: float, power: float) -> int | None:
-    """Test records with which `MOST_SEEDS` seeds would show a difference of the margin; None where the seeds alone vary
+    """Test records with which the most seeds would show a difference of the margin; None where the seeds alone vary
     too much. The items' part of the error falls with their root, the seeds' part stays.
     """
-    seeds = with_seeds(spread, MOST_SEEDS)
+    seeds = with_seeds(spread, LOOKS[-1])
     for records in (float(f"{spread.items * 1.1**k:.2g}") for k in range(80)):
         error = math.hypot(seeds.seed_error, spread.item_error * math.sqrt(spread.items / records))
         if _shows(replace(seeds, error=error, items=int(records)), margin, level, power):

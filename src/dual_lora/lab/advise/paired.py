@@ -22,6 +22,7 @@ from dual_lora.method.config import LORA_ALPHA
 
 LORA, DUAL, NO_SIGN = "LoRA", "Dual LoRA", "Dual LoRA without Sign"
 SPREAD = 3.0  # between two of the three learning rates that are tried; the recipe's own is in the middle
+TUNING_SEEDS = 2  # of each rate that is tried; the worse of them decides
 EXTEND = 1  # more rates, where the best is the first or the last
 RANK = 16  # where the recipe's method has none
 HELD_OUT = (16, 400)  # validation records, least and most, where the recipe has none: a tenth of its training records
@@ -46,7 +47,9 @@ def recipe_of(source: str | Path) -> tuple[str, Recipe]:
     return (str(path.resolve()) if path.is_file() else str(source)), read_recipe(source)
 
 
-def paired_study(source: str | Path, minutes: float, metric: str | None = None, margin: float | None = None) -> Study:
+def paired_study(
+    source: str | Path, metric: str | None = None, margin: float | None = None, level: float = 0.05
+) -> Study:
     """The study, with the recipe's own number of steps and five seeds: see `of_length`.
 
     Raises UserError for a recipe without test records, or whose metric needs a margin from the user.
@@ -74,9 +77,10 @@ def paired_study(source: str | Path, minutes: float, metric: str | None = None, 
             over["train"]["arguments"] = {"eval_on_start": False}
     if recipe.evaluate.forgetting is not None:
         over["evaluate"] = {"forgetting": None}  # one question
+    by = "mse" if recipe.model.head == "regression" else "loss"
     values = {
         "name": f"advise-{recipe.name.lstrip('.')}",
-        "question": f"Is Dual LoRA worth it on {recipe.name}? Asked with {minutes:g} minutes.",
+        "question": f"Is Dual LoRA worth it on {recipe.name}?",
         "tasks": {recipe.name: {"recipe": name, "metric": metric}},
         "overrides": over,
         "methods": methods_of(recipe),
@@ -85,9 +89,14 @@ def paired_study(source: str | Path, minutes: float, metric: str | None = None, 
         "search": {
             "space": {"learning_rate": [float(f"{rate / SPREAD:.2g}"), rate, float(f"{rate * SPREAD:.2g}")]},
             "extend": EXTEND,
+            "metric": by,
+            "why": "" if by == metric else "A loss tells rates apart by fewer records than the metric does.",
+            "seeds": TUNING_SEEDS,
+            "decide": "worst",
             "holdout": _held_out(recipe),
         },
         "seeds": 5,
+        "level": level,
         "margin": {metric: margin},
         "cost": False,
     }

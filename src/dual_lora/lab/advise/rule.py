@@ -9,8 +9,9 @@ A method that has not learned the task, or of which a run diverged, is never rec
 nothing is known of a gain either.
 
 A gain is ruled out where a method is significantly worse, or none of its runs came to an end, or by the upper end of
-the interval where that lies below the margin: 2.5 % for each of two methods, so that LoRA too is recommended wrongly in
-5 % of studies at most. For shares of right answers the interval has a least width (`said.upper`).
+the interval where that lies below the margin: half of a look's level for each of two methods, so that LoRA too is
+recommended wrongly in 5 % of studies at most, all looks together. For shares of right answers the interval has a least
+width (`said.upper`).
 """
 
 from collections.abc import Sequence

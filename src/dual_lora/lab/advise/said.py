@@ -1,13 +1,12 @@
 """An advice in plain English: the answer first, with how sure it is, then the figures and how it came about."""
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 from typing import Any, cast
 
-from dual_lora.lab.advise.pace import GOOD_SEEDS, MOST_SEEDS, TRIALS, Work, needed_records, needed_seeds
+from dual_lora.lab.advise.pace import LOOKS, TRIALS, Work, minutes_of, needed_records, needed_seeds
 from dual_lora.lab.advise.paired import DUAL, LORA, Length, length_of
 from dual_lora.lab.advise.rule import Recommendation, Rival, Why, recommend
 from dual_lora.lab.errors import UserError
@@ -162,14 +161,14 @@ def _needed(
             continue
         enough = needed_seeds(_spread(c), rival.margin, level, study.power)
         if enough is None and short:
-            enough = GOOD_SEEDS
+            enough = LOOKS[0]
         if enough is None:
             return None, needed_records(_spread(c), rival.margin, level, study.power)
         wanted = max(wanted, enough)
-    if not wanted or (now >= MOST_SEEDS and not short):
+    if not wanted or (now >= LOOKS[-1] and not short):
         return None, None
-    longer = Length(min(MOST_SEEDS, max(wanted, now if short else math.ceil(1.5 * now))), work.steps)
-    return 5 * math.ceil(work.seconds(longer) / 300 + 0.1), None
+    seeds = next(look for look in LOOKS if look >= wanted and (short or look > now))
+    return minutes_of(work, Length(seeds, work.steps)), None
 
 
 def _figure(c: ComparisonRow, alike: bool = False) -> str:
@@ -266,9 +265,7 @@ def _open(
     if needed:
         out = f"Give --minutes {needed}."
     elif records:
-        out = (
-            f"More minutes alone will not settle it: that takes {MOST_SEEDS} seeds and about {records:,} test records."
-        )
+        out = f"More minutes alone will not settle it: that takes {LOOKS[-1]} seeds and about {records:,} test records."
     else:
         out = "Give more test records, or a larger --margin."
     return f"with {minutes:g} minutes {could}. {out}"
@@ -297,11 +294,13 @@ def _how(study: Study, whole: Study, work: Work, methods: Methods, metric: str, 
     )
     rates = ", ".join(f"{rate:g}" for rate in study.search.space["learning_rate"]) if study.search else ""
     return [
-        f"Each method was tuned alike (learning rates {rates}; at most {TRIALS} trials) on {work.validation} "
-        f"validation records, then trained with {length.seeds} new seeds and compared by {metric} on {work.test} test "
-        f"records. They train {' to '.join(f'{size:,}' for size in sizes)} parameters each.",
+        f"Each method was tuned alike (learning rates {rates}; at most {TRIALS} runs, the worse of two seeds a rate) "
+        f"by its loss on {work.validation} validation records, then trained with {length.seeds} new seeds and compared "
+        f"by {metric} on {work.test} test records. They train {' to '.join(f'{size:,}' for size in sizes)} parameters "
+        "each.",
         f"{short} Differences below {margin:g} count as none (--margin).",
         "A method is recommended for its score only if it is significantly better, and LoRA only if a gain of "
-        f"{margin:g} is ruled out: either is wrong in at most {percent(study.level)} of such studies, for the settings "
-        "named here.",
+        f"{margin:g} is ruled out: either is wrong in at most 5% of such studies, for the settings named here. All "
+        f"looks at it together, with {', '.join(map(str, LOOKS))} seeds, have that level, so each has "
+        f"{percent(study.level)}.",
     ]

@@ -25,9 +25,7 @@ def advise(
     data: Annotated[str | None, Parameter(help="Training records, in place of the recipe's.")] = None,
     test: Annotated[str | None, Parameter(help="Test records, in place of the recipe's.")] = None,
     minutes: Annotated[float, Parameter(help="About how long it may take; steps and seeds are fitted to it.")] = 20,
-    out: Annotated[
-        Path | None, Parameter(help="Folder of its study. [default: studies/advise-NAME-MINUTESmin]")
-    ] = None,
+    out: Annotated[Path | None, Parameter(help="Folder of its study. [default: studies/advise-NAME]")] = None,
     metric: Annotated[
         str | None, Parameter(help="Metric that compares and tunes. [default: the recipe's first evaluation]")
     ] = None,
@@ -52,7 +50,8 @@ def advise(
     Without a recipe: `dual-lora advise --base ./my-model --data my.csv --test my-test.csv`
 
     LoRA, Dual LoRA and Dual LoRA without Sign get equal parameters, equal tuning and the same seeds. Stopped at any
-    moment, the same command goes on where it was; `dual-lora report` shows the study with all its figures.
+    moment, the same command goes on where it was; with more minutes it adds seeds to what is there;
+    `dual-lora report` shows the study with all its figures.
     """
     from dual_lora.lab.advise.advise import advise as run
     from dual_lora.lab.advise.advise import plan

@@ -1,5 +1,6 @@
 """dual-lora judge"""
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,13 +12,13 @@ from dual_lora.lab.commands.parameters import Json
 
 def judge(
     source: Annotated[
-        Path,
+        Path | None,
         Parameter(
             help="A .csv or .tsv file with the columns method, seed, score and as far as there are such item, task, "
             "model, metric; or a folder METHOD/SEED/ of lm-eval's samples_*.jsonl; or the results of PEFT's "
             "method_comparison; or a study's folder, to write it for PEFT."
         ),
-    ],
+    ] = None,
     /,
     *,
     reference: Annotated[
@@ -35,7 +36,10 @@ def judge(
     out: Annotated[Path | None, Parameter(help="Folder for results.json and report.html.")] = None,
     peft: Annotated[
         Path | None,
-        Parameter(help="Folder for a study's runs as PEFT's method_comparison has them."),
+        Parameter(
+            help="With SOURCE: folder for a study's runs as PEFT's method_comparison has them. Alone: a clone of PEFT "
+            "with its history, or a table of its results; writes a page of what that comparison can tell apart."
+        ),
     ] = None,
     methods: Annotated[
         bool,
@@ -52,9 +56,27 @@ def judge(
 
     Of PEFT's method comparison: `dual-lora judge method_comparison/MetaMathQA --metric "test accuracy"`; and for it:
     `dual-lora judge studies/mine --peft method_comparison/mine`
+
+    What PEFT's table can tell apart, by the reruns in its history: `dual-lora judge --peft peft --out peft-verdicts`
     """
+    from dual_lora.lab.errors import UserError
     from dual_lora.lab.study.tables import show_results
 
+    if source is None and peft is not None:
+        from dual_lora.lab.judge.history import write_page
+
+        folder = out or Path("peft-verdicts")
+        found = write_page(peft, folder)
+        first = sum(place.first == 1 for place in found.places)
+        text = (
+            f"A rerun has a standard deviation of {100 * found.sd:.2f} points; two runs differ from "
+            f"{100 * found.apart:.1f} on, any two of {len(found.places)} from {100 * found.apart_all:.1f}. {first} are "
+            f"not told apart from the first. Page: {folder / 'index.html'}"
+        )
+        finish(dataclasses.asdict(found), text, json)
+        return
+    if source is None:
+        raise UserError("Nothing to judge: give a table, a folder of results, or --peft with a history of PEFT's.")
     if methods:
         from dual_lora.lab import yaml_text
         from dual_lora.lab.judge.peft import study_methods

@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.judge import packed
+from dual_lora.lab.judge.copies import copied, repeated
 from dual_lora.lab.judge.lm_eval import read_lm_eval, sample_files
 from dual_lora.lab.judge.peft import read_peft, result_files
 from dual_lora.lab.judge.scores import WHOLE, Runs, Scenario, Scores, one_metric, read_table, reference_of, tables
@@ -24,6 +26,7 @@ from dual_lora.lab.study import metrics, verdicts
 from dual_lora.lab.study import results as results_of_studies
 from dual_lora.lab.study.conclude import conclude
 from dual_lora.lab.study.job import task_name
+from dual_lora.lab.study.notes import level_here
 from dual_lora.lab.study.rows import MethodRow, Results
 from dual_lora.lab.study.study import Study
 
@@ -69,6 +72,7 @@ def judge(
     chosen = one_metric(scores, metric)
     direction, guessed = _directions(chosen, scores, better)
     paired = tables(scores.rows)
+    copies = list(copied(paired))
     methods = list(dict.fromkeys(row.method for row in scores.rows))
     against = reference_of(methods, reference)
     for scenario, own in paired.items():
@@ -99,12 +103,13 @@ def judge(
         "pareto": results_of_studies.pareto(rows),
         "notes": [
             *(note for note in said.notes if not note.startswith("Chance of any")),
-            *_level(said.false_alarm, level),
+            *level_here(said.false_alarm, level),
             *([TUNED] + [WHOLE_ONLY] * whole) * any(c["p"] is not None for c in said.comparisons),
             *_one_seed(paired),
             *guessed,
             *_other_units(paired),
-            *_repeated(paired, against),
+            *repeated(paired, against),
+            *copies,
             *_absent(paired, methods),
             *scores.notes,
         ],
@@ -128,6 +133,8 @@ def read(path: Path) -> Scores:
         raise UserError(f"{path} is no .csv or .tsv table: give one, or a folder of lm-eval's or PEFT's results.")
     elif not path.is_dir():
         raise UserError(f"There is no {path}: give a .csv or .tsv file, or a folder of lm-eval's or PEFT's results.")
+    elif (path / packed.PACKED).is_file():
+        scores = packed.read_packed(path)
     elif sample_files(path):
         scores = read_lm_eval(path)
     elif result_files(path):
@@ -174,19 +181,6 @@ def _other_units(paired: dict[Scenario, dict[str, Runs]]) -> Iterator[str]:
             yield (
                 f"On {task_name(*scenario)} the scores of {', '.join(small)} lie between 0 and 1, those of "
                 f"{', '.join(large)} go up to 100: are some of them in percent?"
-            )
-
-
-def _repeated(paired: dict[Scenario, dict[str, Runs]], against: str) -> Iterator[str]:
-    """Pairs whose seeds changed nothing: models that were evaluated again, and not trained again, are one seed."""
-    for scenario, own in paired.items():
-        fixed = [method for method, runs in own.items() if len(runs.seeds) > 1 and not np.ptp(runs.table, axis=0).any()]
-        reference = own[against].table
-        same = [m for m in fixed if against in fixed and not np.array_equal(own[m].table, reference)]
-        if same:
-            yield (
-                f"On {task_name(*scenario)} every seed of {', '.join([against, *same])} has the same scores, to the "
-                "last digit. If these are evaluations of one trained model each, there is one seed and no verdict."
             )
 
 
@@ -299,12 +293,6 @@ def _method(
         "diverged_in_search": False,
         "cost": {name: known.get(name) for name in results_of_studies.COSTS},
     }
-
-
-def _level(false_alarm: float | None, level: float) -> Iterator[str]:
-    if false_alarm is not None:
-        most = verdicts.percent(level)
-        yield f"Chance of any false alarm here: {false_alarm:.1%} with the noise of these runs, {most} at most."
 
 
 def _one_seed(paired: dict[Scenario, dict[str, Runs]]) -> Iterator[str]:

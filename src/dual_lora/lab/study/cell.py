@@ -121,7 +121,7 @@ def trial_jobs(study: Study, cell: Cell, outcome: Callable[[Job], Outcome | None
     points = search.points(cell.entry.search or None)
     jobs = [job for point in points for job in at(point)]
     for _ in range(search.extend):
-        best = choose([(job, outcome(job)) for job in jobs])
+        best = choose([(job, outcome(job)) for job in jobs], search.decide)
         further = beyond(best, points) if best else None
         if further is None:
             break

@@ -134,8 +134,9 @@ class Runner:
         while (trials := {c.at: trial_jobs(self.study, c, self._outcome) for c in self.cells}) != self.trials:
             self.trials = trials  # a best rate at the end of its grid makes another trial
             self._do("tuning", _in_turns(trials.values()))
+        decide = self.study.search.decide if self.study.search else "mean"
         for cell in self.cells:
-            self.chosen[cell.at] = settings = choose(self._ended(trials[cell.at]))
+            self.chosen[cell.at] = settings = choose(self._ended(trials[cell.at]), decide)
             self.finals[cell.at] = final_jobs(self.study, cell, settings) if settings is not None else []
         self.later = []
         finals = _in_turns(self.finals.values())

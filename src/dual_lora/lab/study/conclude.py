@@ -36,9 +36,11 @@ def conclude(
     at = {(m["model"], m["task"], m["method"]): m for m in methods}
     ends = {key: end for key, m in at.items() if (end := notes.end_of_search(m))}
     unlearned = {key: why for key, m in at.items() if (why := notes.why_unlearned(m, untrained))}
+    tuned = study.search.metric if study.search else None
+    failing = {key: why for key, m in at.items() if (why := notes.failed_in_tuning(m, untrained, tuned))}
     judged = verdicts.judge([_as_far_as_it_goes(pair, at) for pair in pairs], study.level, missing)
     late = "Amended after final runs had ended." if any(a.get("ended", 0) > 0 for a in amendments) else ""
-    comparisons = [_with_doubt(_as_tuned(_learned(c, unlearned), at), ends) for c in judged]
+    comparisons = [_as_failing(_with_doubt(_as_tuned(_learned(c, unlearned), at), ends), failing) for c in judged]
     false_alarm = verdicts.false_alarm(judged, study.level, missing)
     return Said(
         [_plain(_noted(c, c.note, late)) for c in comparisons],
@@ -46,7 +48,7 @@ def conclude(
         [
             *notes.level(false_alarm, study.level),
             *notes.tuned_by(study.search, methods),
-            *notes.near_choices(methods, study.search.metric if study.search else None),
+            *notes.near_choices(methods, tuned),
             *notes.extended_searches(study.search, methods),
             *(f"{cell_name(*at)} did best with {end}: it may do better beyond." for at, end in ends.items()),
             *notes.level_searches(methods),
@@ -149,3 +151,9 @@ def _with_doubt(c: verdicts.Comparison, ends: dict[tuple[str, str, str], str]) -
     loser = {verdicts.Verdict.WORSE: c.candidate, verdicts.Verdict.BETTER: c.reference}.get(c.verdict)
     end = ends.get((*c.scenario, loser)) if loser else None
     return _noted(c, c.note, f"{loser} did best with {end}.") if end else c
+
+
+def _as_failing(c: verdicts.Comparison, failing: dict[tuple[str, str, str], str]) -> verdicts.Comparison:
+    """A verdict on a method of which tuning runs failed says so: the seeds of a study need not show its failures."""
+    why = [failing[key] for name in (c.candidate, c.reference) if (key := (*c.scenario, name)) in failing]
+    return _noted(c, c.note, *why) if why and c.verdict is not verdicts.Verdict.DIVERGED else c

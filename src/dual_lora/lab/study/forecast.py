@@ -187,6 +187,7 @@ class Forecast:
     adapter_bytes: int
     basis: str
     memory: float | None = None  # of the card, where one was named
+    said: str = ""  # what else is to be said, of an advice
 
 
 def forecast(
@@ -214,7 +215,11 @@ def forecast(
     outcome = outcomes_here(runs_folder)
     trials = [trial_jobs(study, cell, outcome) for cell in cells]
     finals = [
-        final_jobs(study, cell, choose([(job, outcome(job)) for job in tried]) or {})
+        final_jobs(
+            study,
+            cell,
+            choose([(job, outcome(job)) for job in tried], study.search.decide if study.search else "mean") or {},
+        )
         for cell, tried in zip(cells, trials, strict=True)
     ]
     left, done = [], 0

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,6 +56,13 @@ def level(false_alarm: float | None, allowed: float) -> Iterator[str]:
         )
 
 
+def level_here(false_alarm: float | None, allowed: float) -> Iterator[str]:
+    """The same of scores that were made elsewhere."""
+    if false_alarm is not None:
+        most = percent(allowed)
+        yield f"Chance of any false alarm here: {false_alarm:.1%} with the noise of these runs, {most} at most."
+
+
 def near_choices(methods: Sequence[MethodRow], metric: str | None) -> Iterator[str]:
     """Methods whose search was decided by less than its noise. metric: of the search; None for the task's."""
     near = []
@@ -98,12 +105,12 @@ def level_searches(methods: Sequence[MethodRow]) -> Iterator[str]:
 def why_unlearned(method: MethodRow, untrained: Sequence[UntrainedRow]) -> str:
     """By what a method has not learned its task; "" if it has, or if there is nothing to measure it by."""
     score, figures = method["score"], [s["figures"] or {} for s in method["seeds"] if s["status"] == "done"]
-    if score is None:
-        return ""
     if figures and all(f.get("matthews") == 0 for f in figures):
         return "every run is right as often as one that gives every item the same answer (Matthews 0)"
     if figures and all((correlation := f.get("pearson")) is not None and correlation <= 0 for f in figures):
         return "what it predicts does not rise with what is right in any run (Pearson 0 or less)"
+    if score is None:
+        return ""
     sign = metrics.direction(method["better"])
     for base in untrained:
         if (base["model"], base["task"]) != (method["model"], method["task"]):
@@ -113,6 +120,29 @@ def why_unlearned(method: MethodRow, untrained: Sequence[UntrainedRow]) -> str:
         if score <= base.get("constant", -1.0) + 1e-12:
             return f"it is right no more often than one answer to everything ({base['constant']:.4g})"
     return ""
+
+
+def failed_in_tuning(method: MethodRow, untrained: Sequence[UntrainedRow], metric: str | None) -> str:
+    """Which tuning runs failed at the learning rate that was chosen or a lower one; "" if none did.
+
+    A run fails that diverged or did not learn the task. metric: of the search; None for the task's.
+    """
+    if not method["trials"]:
+        return ""
+    rate = (method["settings"] or {}).get(RATE)
+    here = [t for t in method["trials"] if rate is None or t["settings"].get(RATE, rate) <= rate]
+    failed = 0
+    for t in here:
+        score = t["score"] if metric in (None, method["metric"]) else None
+        alone: dict[str, Any] = {**method, "score": score, "seeds": [{"figures": t.get("figures"), "status": "done"}]}
+        failed += t["status"] == "diverged" or bool(why_unlearned(cast(MethodRow, alone), untrained))
+    if not failed:
+        return ""
+    where = "" if rate is None else " at this learning rate or a lower one"
+    return (
+        f"{failed} of {len(here)} tuning runs of {method['method']}{where} failed: {len(method['seeds'])} final runs "
+        "may not show how often it fails."
+    )
 
 
 def amended(results: Results) -> Iterator[str]:

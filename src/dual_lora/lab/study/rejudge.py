@@ -17,9 +17,10 @@ import numpy as np
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.read import read_json
 from dual_lora.lab.run.write import write_json
-from dual_lora.lab.study import metrics, verdicts
+from dual_lora.lab.study import metrics, notes, verdicts
 from dual_lora.lab.study import statistics as stats
 from dual_lora.lab.study.conclude import Methods, about_pairs, conclude
+from dual_lora.lab.study.job import task_name
 from dual_lora.lab.study.read import build_study
 from dual_lora.lab.study.results import RESULTS_FORMAT, wanted
 from dual_lora.lab.study.rows import AmendmentRow, ComparisonRow, MethodRow, Results
@@ -32,15 +33,12 @@ NEW_WORDS = {"better": "significantly better", "worse": "significantly worse", "
 
 def rejudge(results: Results) -> Results:
     """The results with today's verdicts. Raises UserError for a file that does not hold what they need."""
-    if "judged_from" in results:  # its margins and directions are no study's
-        raise UserError(
-            f"These are scores that others made: use `dual-lora judge {results['judged_from']}` for new verdicts."
-        )
+    foreign = "judged_from" in results
     try:
         study = build_study(results["study"])
         methods, before, untrained = results["methods"], results["comparisons"], results.get("untrained", [])
         at = {(m["model"], m["task"], m["method"]): m for m in methods}
-        pairs = [_pair(study, c, at) for c in before]
+        pairs = [_pair(study, c, at, foreign) for c in before]
     except (KeyError, TypeError) as error:
         raise UserError(f"These are no results of a study: {error!r} is missing or not what it should be.") from None
     missing = 0 if results.get("complete", True) else _missing(study, pairs)
@@ -53,12 +51,16 @@ def rejudge(results: Results) -> Results:
     ]
     amendment: AmendmentRow = {"date": time.strftime("%Y-%m-%d"), "what": WHY, "changed": changed}
     kept = [note for note in results["notes"] if note not in said.notes and not note.startswith("Chance of any")]
+    ours = said.notes
+    if foreign:
+        ours = [note for note in ours if not note.startswith("Chance of any")]
+        ours += notes.level_here(said.false_alarm, study.level)
     rest = cast(Results, {key: value for key, value in results.items() if key not in GONE})
     return rest | {
         "format": RESULTS_FORMAT,
         "comparisons": said.comparisons,
         "false_alarm": said.false_alarm,
-        "notes": said.notes + kept,
+        "notes": ours + kept,
         "amendments": [*results.get("amendments", []), amendment],
     }
 
@@ -70,33 +72,51 @@ def _missing(study: Study, pairs: list[verdicts.Comparison]) -> int:
     return max(0, planned - (len(pairs) - forgetting)) * (2 if forgetting else 1)
 
 
-def _pair(study: Study, c: ComparisonRow, at: Methods) -> verdicts.Comparison:
+def _pair(study: Study, c: ComparisonRow, at: Methods, foreign: bool) -> verdicts.Comparison:
+    """foreign: of scores made elsewhere, whose metric, direction and margin the comparison alone knows."""
     scenario = (c["model"], c["task"])
     two = [at[(*scenario, c[side])] for side in ("candidate", "reference")]
-    spread, sign = c["spread"], metrics.sign(c["metric"])
+    spread, sign = c["spread"], metrics.direction(c["better"]) if foreign else metrics.sign(c["metric"])
     own = (c["candidate_score"], c["reference_score"])
     scores = tuple(sign * (math.nan if value is None else value) for value in own)
     difference, error, seed_error = spread["difference"], spread["error"], spread.get("seed_error")
     if difference is None or error is None:  # every run diverged
         difference = error = seed_error = 0.0
     elif seed_error is None:
-        seed_error = _seed_error(two, at, scenario, error)
-    reach = spread.get("reach", metrics.usual_reach(c["metric"]))
+        seed_error = _seed_error(_by_seed([m for key, m in at.items() if key[:2] == scenario], two), error)
+    if error and c["metric"] == two[0]["metric"] and any(0 < m["diverged"] < spread["seeds"] for m in two):
+        # By the rule until 2026-11-30 lost runs had the worst score of any method's. They add a constant to a row of
+        # the table of differences, which leaves the items' part of the error as it was.
+        pair = _by_seed(two, two)
+        items = math.sqrt(max(error**2 - seed_error**2, 0.0))
+        scores, difference = tuple(float(side.mean()) for side in pair), float(np.subtract(*pair).mean())
+        seed_error = _seed_error(pair, math.inf)
+        error = math.hypot(seed_error, items)
+    reach = spread.get("reach", None if foreign else metrics.usual_reach(c["metric"]))
     if reach is not None and not 0 < reach < math.inf:
         raise UserError(
             f"The reach of {c['candidate']} against {c['reference']} is {reach}: expected a number above 0."
         )
     s = stats.Spread(difference, error, seed_error, spread["seeds"], spread["items"], reach)
-    about = about_pairs(study, scenario, c["metric"])
+    own_about = {"metric": c["metric"], "better": c["better"], "margin": c["margin"], "confidence": 1 - study.level}
+    about = (
+        {"task": task_name(*scenario), "scenario": scenario, **own_about}
+        if foreign
+        else about_pairs(study, scenario, c["metric"])
+    )
     return verdicts.compare_spread(s, scores, (c["candidate"], c["reference"]), **about)  # type: ignore[arg-type]
 
 
-def _seed_error(two: list[MethodRow], at: Methods, scenario: tuple[str, str], error: float) -> float:
-    """The seeds' part of the error. A diverged run has the worst score of its scenario, as it had before."""
-    sign = metrics.sign(two[0]["metric"])
-    here = [m for key, m in at.items() if key[:2] == scenario]
-    worst = min((sign * s["score"] for m in here for s in m["seeds"] if s["score"] is not None), default=0.0)
-    a, b = ([worst if s["score"] is None else sign * s["score"] for s in m["seeds"]] for m in two)
+def _by_seed(among: list[MethodRow], two: list[MethodRow]) -> list[stats.Table]:
+    """The scores of two methods' runs, better is more; lost ones have the worst score of all runs `among` these."""
+    sign = metrics.direction(two[0]["better"])
+    tables = [np.array([[math.nan if s["score"] is None else sign * s["score"]] for s in m["seeds"]]) for m in among]
+    return [table[:, 0] for table, m in zip(stats.with_lost(*tables), among, strict=True) if m in two]
+
+
+def _seed_error(pair: list[stats.Table], error: float) -> float:
+    """The seeds' part of the error."""
+    a, b = pair
     if len(a) < 2:
         return 0.0
     found = float(np.std(np.subtract(a, b), ddof=1)) / math.sqrt(len(a))

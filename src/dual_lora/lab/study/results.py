@@ -57,7 +57,9 @@ def build_results(
     """
     lost: list[str] = []
     tables, reaches = _score_tables(finished, runs, lost, len(study.seeds))
-    methods = [_method(study, f, tables.get(f.cell.at)) for f in finished]
+    methods = [
+        _method(study, f, tables.get(f.cell.at), tables.get((*f.cell.scenario, study.baseline))) for f in finished
+    ]
     pairs = _pairs(study, finished, tables, reaches)
     missing = _missing(study, finished)
     alone = dict.fromkeys(key[:2] for key, table in tables.items() if table.shape[1] == 1)
@@ -96,7 +98,7 @@ def build_results(
 def _score_tables(finished: Sequence[Finished], runs: Path, said: list[str], seeds: int) -> tuple[Tables, Reaches]:
     """Item shares [S, N], better is more, of every complete cell, and how far an answer moves each scenario's metric.
 
-    A diverged run gets the worst score of its task.
+    A diverged run has NaN for each item: what it counts with depends on the other method (`stats.with_lost`).
     """
     tables: Tables = {}
     reaches: Reaches = {}
@@ -117,9 +119,8 @@ def _score_tables(finished: Sequence[Finished], runs: Path, said: list[str], see
             said.append(f"Every run on {task_name(*scenario)} diverged: there is nothing to compare.")
             continue
         reaches[scenario] = metrics.reach(metric, [row for rows in came.values() for row in rows.values()])
-        worst = min(table.mean(1).min() for table in good.values())
         for key, rows in came.items():
-            tables[key] = np.full((seeds, counts[0]), worst)
+            tables[key] = np.full((seeds, counts[0]), np.nan)
             if rows:
                 tables[key][list(rows)] = good[key]
             lost = seeds - len(rows)
@@ -127,8 +128,8 @@ def _score_tables(finished: Sequence[Finished], runs: Path, said: list[str], see
                 said.append(f"Every run of {cell_name(*key)} diverged: it has no score there, and ranks last.")
             elif lost:
                 said.append(
-                    f"{lost} of {seeds} runs of {cell_name(*key)} diverged; each counts with the "
-                    f"worst score of any run there ({metrics.sign(metric) * worst:.4g})."
+                    f"{lost} of {seeds} runs of {cell_name(*key)} diverged; each counts with the worst score of the "
+                    "two methods' runs in a comparison."
                 )
     return tables, reaches
 
@@ -147,7 +148,9 @@ def _pairs(
         about = about_pairs(study, scenario, metric or here[0].metric) if here else {}
         about["reach"] = reaches.get(scenario)
         pairs += [
-            verdicts.compare_pair(tables[(*scenario, a)], tables[(*scenario, b)], names=(a, b), **about)
+            verdicts.compare_pair(
+                *stats.with_lost(tables[(*scenario, a)], tables[(*scenario, b)]), names=(a, b), **about
+            )
             for a, b in wanted(study, [cell.method for cell in here])
         ]
     return pairs
@@ -173,13 +176,15 @@ def _missing(study: Study, finished: Sequence[Finished]) -> int:
     return count
 
 
-def _method(study: Study, f: Finished, table: stats.Table | None) -> MethodRow:
-    """One method on one task: what it was, what was tried, what came out, what it cost."""
+def _method(study: Study, f: Finished, table: stats.Table | None, reference: stats.Table | None) -> MethodRow:
+    """One method on one task: what it was, what was tried, what came out, what it cost. reference: the table of the
+    method that all are compared with, by which lost runs count."""
     cell, sign = f.cell, metrics.sign(f.cell.metric)
     done = [outcome for _, outcome in f.finals if outcome and outcome.status == "done"]
     diverged = sum(outcome is not None and outcome.status == "diverged" for _, outcome in f.finals)
     scored = not f.diverged_in_search and diverged < len(f.finals)
-    means = sign * table.mean(1) if table is not None and scored else None
+    known = [t for t in (table, reference) if t is not None]
+    means = sign * stats.with_lost(*known)[0].mean(1) if table is not None and scored else None
     grid = study.search.points(cell.entry.search or None) if study.search and f.trials else []
     return {
         "model": cell.model,
@@ -196,7 +201,12 @@ def _method(study: Study, f: Finished, table: stats.Table | None) -> MethodRow:
         "notes": cell.notes,
         "settings": f.chosen,
         "trials": [
-            {"settings": job.settings, "beyond": job.settings not in grid, **_run(job, outcome)}
+            {
+                "settings": job.settings,
+                "beyond": job.settings not in grid,
+                **_run(job, outcome),
+                "figures": outcome.figures if outcome else None,
+            }
             for job, outcome in f.trials
         ],
         "seeds": [

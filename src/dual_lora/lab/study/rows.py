@@ -18,6 +18,7 @@ class TrialRow(RunRow):
 
     settings: dict[str, Any]
     beyond: NotRequired[bool]
+    figures: NotRequired[dict[str, float | None] | None]
 
 
 class SeedRow(RunRow):

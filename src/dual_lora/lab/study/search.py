@@ -44,6 +44,7 @@ class Range(Section):
 
 
 Axis = list[Any] | Range
+Decide = Literal["mean", "worst"]
 
 
 class Search(Section):
@@ -65,6 +66,10 @@ class Search(Section):
     seed: int = Field(SEARCH_SEED, ge=0, description="Training seed of the trials; never one of the study's seeds.")
     seeds: int = Field(
         1, ge=1, le=MOST_RUNS, description="Each trial is run with so many seeds, from `seed` on; their mean decides."
+    )
+
+    decide: Decide = Field(
+        "mean", description="Of the seeds of a trial, what decides: their mean, or the worst of them."
     )
 
     @model_validator(mode="after")
@@ -130,8 +135,8 @@ def _at(axis: Axis, u: float) -> Any:
     return float(f"{axis.low * (axis.high / axis.low) ** u:.4g}")
 
 
-def choose(trials: Sequence[tuple[Job, Outcome | None]]) -> Settings | None:
-    """The settings of the best trial ({} without a search), by the mean over the search's seeds.
+def choose(trials: Sequence[tuple[Job, Outcome | None]], decide: Decide = "mean") -> Settings | None:
+    """The settings of the best trial ({} without a search), by the mean over the search's seeds or the worst of them.
 
     None when a trial is missing or failed (the search was not equal to the others'), and when all of them diverged.
     Settings with which one seed diverged are not chosen.
@@ -140,18 +145,23 @@ def choose(trials: Sequence[tuple[Job, Outcome | None]]) -> Settings | None:
         return {}
     if any(outcome is None for _, outcome in trials):
         return None
-    means = mean_scores((job.settings, outcome.score) for job, outcome in trials if outcome)
     better = sign(trials[0][0].metric)
-    return max(means, key=lambda pair: better * pair[1])[0] if means else None
+    turned = [(job.settings, None if o.score is None else better * o.score) for job, o in trials if o]
+    scored = mean_scores(turned, decide)
+    return max(scored, key=lambda pair: pair[1])[0] if scored else None
 
 
-def mean_scores(trials: Iterable[tuple[Settings, float | None]]) -> list[tuple[Settings, float]]:
-    """Settings that were tried, with the mean score over their seeds; without those with which one seed diverged."""
+def mean_scores(
+    trials: Iterable[tuple[Settings, float | None]], decide: Decide = "mean"
+) -> list[tuple[Settings, float]]:
+    """Settings that were tried, with the mean score over their seeds (worst: the lowest); without those with which one
+    seed diverged."""
     found = []
     for settings, group in itertools.groupby(trials, key=lambda trial: trial[0]):  # the seeds of one follow each other
-        scores = [math.nan if score is None else score for _, score in group]
-        if not math.isnan(mean := sum(scores) / len(scores)):
-            found.append((settings, mean))
+        scores = [score for _, score in group]
+        known = [score for score in scores if score is not None]
+        if len(known) == len(scores):
+            found.append((settings, min(known) if decide == "worst" else sum(known) / len(known)))
     return found
 
 

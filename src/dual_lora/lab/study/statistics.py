@@ -28,12 +28,11 @@ right or wrong an item's part in it varies by m (R - m) or more: the items' erro
 the chance that none of the answers is seen that would make up for the difference (`difference_p`).
 
 Sources: Clark 1973 (crossed random effects), Banerjee 1960 (the interval), Schuirmann 1987 (two one-sided tests),
-Holm 1979.
+Holm 1979 and Shaffer 1986 (many comparisons).
 """
 
 import functools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -76,6 +75,16 @@ def table(scores: ArrayLike) -> Table:
             "the worst score of its task, do not leave it out."
         )
     return t
+
+
+def with_lost(*methods: Table) -> list[Table]:
+    """Tables [S, N] whose lost runs (NaN) have the worst score of all runs of these methods; 0 where no run has one.
+
+    Of the two that are compared, and of no third: another method's failure would decide how bad this one's is.
+    """
+    means = np.concatenate([method.mean(1) for method in methods])
+    worst = np.nanmin(means) if np.isfinite(means).any() else 0.0
+    return [np.where(np.isnan(method), worst, method) for method in methods]
 
 
 def error_parts(d: Table) -> tuple[Table, Table, Table]:
@@ -192,15 +201,26 @@ def same_p(s: Spread, margin: float) -> float:
     return max(few, p if distance > 0 else 1 - p)
 
 
-def holm(p: Sequence[float]) -> list[float]:
-    """Holm's adjusted p values, in the order given: the chance of *any* false alarm stays at the level."""
-    order = np.argsort(p, kind="stable")
-    adjusted = np.empty(len(p))
-    running = 0.0
-    for step, index in enumerate(order):
-        running = max(running, min(1.0, (len(p) - step) * p[index]))
-        adjusted[index] = running
-    return adjusted.tolist()
+def corrected(p: ArrayLike, p_same: ArrayLike) -> tuple[Table, Table]:
+    """Adjusted p values [..., K] of K comparisons made together: the chance of *any* wrong word stays at the level.
+
+    p: of "no difference" [..., K]; p_same: of "as large as the margin", NaN where it is not asked. All are one family.
+    Of the two hypotheses about one comparison at most one is true: a difference that is as large as the margin is not
+    zero. So before anything is rejected no more than K of the 2 K can be true, and later no more than there are
+    comparisons with one that is not rejected yet. By that number the next p is multiplied (Shaffer 1986, his second
+    procedure; Holm's, where equivalence is not asked).
+    """
+    both = np.stack(np.broadcast_arrays(np.asarray(p, np.float64), np.asarray(p_same, np.float64)), -1)
+    family = both.reshape(*both.shape[:-2], -1)  # [..., 2 K], the two of one comparison next to each other
+    order = np.argsort(family, -1, kind="stable")  # NaN last
+    place = np.argsort(order, -1, kind="stable").reshape(both.shape)
+    last = np.where(np.isnan(both), -1, place).max(-1)  # where a comparison has nothing more to reject
+    open_ = (last[..., None, :] >= np.arange(family.shape[-1])[:, None]).sum(-1)
+    grown = np.maximum.accumulate(np.minimum(1.0, open_ * np.take_along_axis(family, order, -1)), -1)
+    adjusted = np.empty_like(family)
+    np.put_along_axis(adjusted, order, grown, -1)
+    apart, alike = np.moveaxis(adjusted.reshape(both.shape), -1, 0)
+    return apart, alike
 
 
 @functools.cache

@@ -30,6 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from dual_lora.lab.errors import UserError, suggest
 from dual_lora.lab.patterns import compiled
+from dual_lora.lab.read import parse_yaml
 from dual_lora.lab.recipe.schema import NAME, Recipe, Section
 from dual_lora.lab.study.metrics import METRICS
 from dual_lora.lab.study.search import MOST_RUNS, MetricName, Search, dotted
@@ -49,6 +50,22 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "full": {"name": "full", "unmatched": True},
 }
+
+
+# `search: thorough`, as arXiv 2602.04998 asks for: four rates a decade over 2.5 decades and further where the best lies
+# at an end, three seeds each, the worst of which decides. Each rank of a sweep is a method, and so has its own search.
+THOROUGH: dict[str, Any] = {
+    "space": {"learning_rate": [float(f"{10 ** (k / 4 - 4.5):.2g}") for k in range(11)]},
+    "extend": 4,
+    "seeds": 3,
+    "decide": "worst",
+}
+
+
+def usual_margins() -> dict[str, Any]:
+    """What margins.yaml holds: one margin a metric with its reason, and which studies had another before."""
+    file = Path(__file__).with_name("margins.yaml")
+    return dict(parse_yaml(file.read_text(encoding="utf-8"), file.name))
 
 
 class MethodEntry(BaseModel):
@@ -142,10 +159,10 @@ class Study(Section):
     pairs: Literal["reference", "all"] = Field("reference", description="Comparisons that are made and corrected for.")
     budget: Budget = Field(default_factory=lambda: Budget.model_validate({}), description="What is held equal.")
     seeds: list[int] = Field(default=[1, 2, 3, 4, 5], description="Seeds of the final runs: a list, or how many.")
-    search: Search | None = Field(None, description="Tuning before the final runs; left out: none.")
+    search: Search | None = Field(None, description="Tuning before the final runs, or `thorough`; left out: none.")
     margin: dict[str, float] = Field(
         default_factory=dict,
-        description="Metric: the difference that is too small to matter; one number for all but forgetting.",
+        description="Metric: the difference that is too small to matter; one for all but forgetting; or `usual`.",
     )
     level: float = Field(0.05, gt=0, lt=0.5, description="Chance of any false alarm in the whole study.")
     power: float = Field(0.8, gt=0.5, lt=1, description="Power at which the minimum detectable effect is computed.")
@@ -196,9 +213,16 @@ class Study(Section):
             raise ValueError(f"{value:,} seeds, expected at most {MOST_RUNS:,}")
         return list(range(1, value + 1))
 
-    @field_validator("margin", mode="before", json_schema_input_type=float | dict[str, float])
+    @field_validator("search", mode="before", json_schema_input_type=Literal["thorough"] | Search | None)
+    @classmethod
+    def _preset(cls, value: Any) -> Any:
+        return THOROUGH if value == "thorough" else value
+
+    @field_validator("margin", mode="before", json_schema_input_type=float | Literal["usual"] | dict[str, float])
     @classmethod
     def _one_margin(cls, value: Any) -> Any:
+        if value == "usual":
+            return {metric: entry["margin"] for metric, entry in usual_margins()["margins"].items()}
         return (
             dict.fromkeys((m for m in METRICS if m != "forgetting"), value) if isinstance(value, int | float) else value
         )

@@ -55,3 +55,5 @@ def show_forecast(f: Forecast, console: Console | None = None) -> None:
         f"{f.runs} runs, {f.done} of them finished; about {in_words(f.seconds)} left with {f.workers} at a time "
         f"(by {f.basis}); about {f.adapter_bytes / 2**20:,.0f} MiB of adapters. Nothing was run."
     )
+    if f.said:
+        console.print(f.said, markup=False)

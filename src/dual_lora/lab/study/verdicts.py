@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
+import numpy as np
 from numpy.typing import ArrayLike
 
 from dual_lora.lab.study import statistics as stats
@@ -32,10 +33,10 @@ class Verdict(StrEnum):
 class Comparison:
     """One candidate against one reference on one task; differences in the metric's unit, positive is better.
 
-    p: chance of a difference this large if there were none (seeds and items both random); `p_holm` after
-        Holm's correction over all comparisons made together. p_same: chance of looking this alike if the true
-        difference were as large as the margin; same_low, same_high: the interval which that test holds against the
-        margin (90 % at a level of 5 %).
+    p: chance of a difference this large if there were none (seeds and items both random). p_same: chance of looking
+        this alike if the true difference were as large as the margin; same_low, same_high: the interval which that test
+        holds against the margin (90 % at a level of 5 %). p_holm, p_same_holm: the two after the correction for all
+        comparisons made together (`statistics.corrected`).
     visible: the smallest true difference that a study of this size finds with `power`, at the corrected
     level; None where nothing varied, and noise can't be estimated.
     """
@@ -96,7 +97,7 @@ class Comparison:
             end = f"p of a difference as large as the margin {p:.3g} corrected, {self.seeds} seeds"
         else:
             share, low, high = self.confidence, self.low, self.high
-            seen = "" if self.visible is None else f"; visible from {self.visible:.3g}"
+            seen = "" if self.visible is None else f"; minimum detectable effect {self.visible:.3g}"
             end = f"p {self.p_holm:.3g} corrected, {self.seeds} seeds{seen}"
         figure += f", {percent(share)} interval {low:+.4g} to {high:+.4g}"
         return f"{head} ({figure}, {end}). {self.note}".rstrip()
@@ -179,21 +180,25 @@ def compare_spread(
 def judge(comparisons: Sequence[Comparison], level: float = 0.05, missing: int = 0) -> list[Comparison]:
     """Verdicts for comparisons that are made together, corrected for their number and for those that are yet to come.
 
+    `level` bounds the chance that any of them is wrong: a difference where there is none, or equivalence where the
+    difference is as large as the margin (`statistics.corrected`).
+
     Equivalence comes first: the margin is the user's word for what is too small to matter, so a difference
     that is surely inside it is no victory, however sure its sign. Nor is a significant difference whose estimate lies
     inside the margin, though it may be larger. A comparison without a p gets no verdict, and is not corrected for: it
     keeps the reason that it came with.
     """
-    to_come = [1.0] * missing
-    apart = [c.p for c in comparisons if c.p is not None] + to_come
-    alike = [c.p_same for c in comparisons if c.p is not None and c.p_same is not None] + to_come
-    next_apart, next_alike = iter(stats.holm(apart)), iter(stats.holm(alike))
+    asked = [c for c in comparisons if c.p is not None]
+    apart = np.array([c.p for c in asked] + [1.0] * missing, np.float64)
+    alike = np.array([math.nan if c.p_same is None else c.p_same for c in asked] + [1.0] * missing)
+    corrected = iter(np.transpose(stats.corrected(apart, alike)).tolist())
     judged = []
     for c in comparisons:
         if c.p is None:
             judged.append(c)
             continue
-        p, same = next(next_apart), None if c.p_same is None else next(next_alike)
+        p, same = next(corrected)
+        same = None if c.p_same is None else same
         verdict, note = _verdict(c, p < level, same is not None and same < level)
         note = f"{note} {c.note}".strip()
         visible = stats.smallest_visible(c.spread, level / len(apart), c.power)

@@ -1,0 +1,95 @@
+"""How often a study has a wrong word anywhere, where some of its methods are alike and others at the margin.
+
+A word is wrong that says *significantly* where there is no difference, or *equivalent* where the difference is as large
+as the margin. Compared are the rule in use (`statistics.corrected`, one family) and its predecessor until 2026-11-30
+(Holm over the differences and over the equivalences apart).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from scipy import special
+
+from dual_lora.lab.advise.pace import LOOKS
+from dual_lora.lab.study import statistics as stats
+
+Array = np.ndarray[Any, Any]
+LEVEL = 0.05
+SEEDS = (3, 5, 8, 1000)  # the last: errors that are known
+METHODS = (1, 2, 4, 6, 10)
+MARGINS = (4.0, 8.0, 16.0)  # in standard errors of a difference
+SHARED = (0.0, 0.5)  # of a difference's variance, what all differences have in common: the reference's own
+
+
+def apart(p: Array, p_same: Array) -> tuple[Array, Array]:
+    """Holm's procedure twice [..., K]: the former rule."""
+    nothing = np.full_like(p, np.nan)
+    return stats.corrected(p, nothing)[0], stats.corrected(p_same, nothing)[0]
+
+
+HEAD = ("methods", "wrong word, former", "wrong word, now", "right words, former", "now", "worst mixture of the former")
+RULES = {"until 2026-11-30, two families": apart, "now, one family": stats.corrected}
+
+
+def wrong(
+    studies: int, random: np.random.Generator, seeds: int, truth: Array, margin: float, shared: float
+) -> dict[str, tuple[float, float]]:
+    """The share of studies with a wrong word, and the share of right words that are said, by each rule.
+
+    truth [K]: true differences in standard errors. The noise is that of seeds alone, where each test holds its level
+    exactly.
+    """
+    noise = random.standard_normal((studies, len(truth), 1)) if seeds == SEEDS[-1] else None
+    if noise is None:
+        common = random.standard_normal((studies, 1, seeds))
+        d = np.sqrt(seeds) * (
+            np.sqrt(1 - shared) * random.standard_normal((studies, len(truth), seeds)) + np.sqrt(shared) * common
+        )
+        mean, error = d.mean(-1), d.std(-1, ddof=1) / np.sqrt(seeds)
+    else:
+        common = random.standard_normal((studies, 1))
+        mean, error = np.sqrt(1 - shared) * noise[..., 0] + np.sqrt(shared) * common, np.ones((studies, len(truth)))
+    mean = mean + truth
+    p = 2 * special.stdtr(seeds - 1, -np.abs(mean) / error)
+    p_same = special.stdtr(seeds - 1, (np.abs(mean) - margin) / error)
+    null, large = truth == 0, np.abs(truth) >= margin
+    found = {}
+    for name, rule in RULES.items():
+        differ, same = (adjusted < LEVEL for adjusted in rule(p, p_same))
+        bad = (differ & null) | (differ & (np.sign(mean) != np.sign(truth)) & ~null) | (same & large)
+        good = (differ & ~null) | (same & ~large)
+        found[name] = float(bad.any(-1).mean()), float(good.mean())
+    return found
+
+
+def looks(studies: int, random: np.random.Generator, level: float, shared: float) -> float:
+    """The share of advices that call one of two methods better or worse than LoRA at any look, where none is."""
+    common = random.standard_normal((studies, 1, LOOKS[-1]))
+    own = random.standard_normal((studies, 2, LOOKS[-1]))
+    d, found = np.sqrt(1 - shared) * own + np.sqrt(shared) * common, np.zeros(studies, bool)
+    for seeds in LOOKS:
+        seen = d[..., :seeds]
+        p = 2 * special.stdtr(seeds - 1, -np.abs(seen.mean(-1)) / (seen.std(-1, ddof=1) / np.sqrt(seeds)))
+        found |= (stats.corrected(p, np.ones_like(p))[0] < level).any(-1)
+    return float(found.mean())
+
+
+def worst(studies: int, random: np.random.Generator) -> Iterator[tuple[Any, ...]]:
+    """For every number of methods: the worst share of studies with a wrong word by each rule, and at which mixture; and
+    what of the right words is said, in the mean over all mixtures."""
+    for many in METHODS:
+        cells: dict[str, list[tuple[float, float, str]]] = {name: [] for name in RULES}
+        for seeds in SEEDS:
+            for margin in MARGINS:
+                for shared in SHARED:
+                    for alike in range(many + 1):
+                        truth = np.where(np.arange(many) < alike, 0.0, margin)
+                        what = f"{alike} alike, {many - alike} at the margin"
+                        for name, (bad, good) in wrong(studies, random, seeds, truth, margin, shared).items():
+                            cells[name].append((bad, good, what))
+        bad = [max(own) for own in cells.values()]
+        good = [np.mean([said for _, said, _ in own]) for own in cells.values()]
+        yield many, *(f"{b:.3f}" for b, _, _ in bad), *(f"{g:.3f}" for g in good), bad[0][2]

@@ -1,0 +1,261 @@
+"""What a public table of single runs can tell apart: PEFT's method comparison, read from its git history.
+
+PEFT reruns its experiments at one seed, now and then, all of them together (a campaign). So its history has what its
+table has not: how far a rerun of the same experiment lies from the first.
+
+    accuracy = experiment + campaign + noise        least squares; sd of the noise from the residuals
+
+What all runs of a campaign have in common (another PyTorch, another machine) is no noise of a comparison within it. Of
+each experiment the last run is ranked, among those of the last campaign. Two of them differ where their distance is
+above Tukey's for all pairs (the studentised range), so that in 95 % of such tables no pair is told apart wrongly.
+
+Sources: https://github.com/huggingface/peft/tree/main/method_comparison, Tukey 1949, Hsu 1996 (intervals of ranks).
+"""
+
+import csv
+import functools
+import hashlib
+import json
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.read import opened
+from dual_lora.lab.report.blocks import Axis, Block, Chart, Page, Section, Table, Text, View
+from dual_lora.lab.report.columns import Column
+from dual_lora.lab.report.page import render
+from dual_lora.lab.run.write import write_atomically
+
+RESULTS = "method_comparison/MetaMathQA/results"
+COLUMNS = ("experiment", "date", "accuracy", "settings")
+PAUSE = 30  # days without a run, between two campaigns
+LEAST = 0.1  # of accuracy: a model that hardly answers has no noise to show
+LATER = {"init_kv_cache_prefix", "attn_implementation", "use_gc"}  # fields that came in between, no change of settings
+
+
+class Run(NamedTuple):
+    """One public result. settings: a hash of what it was trained with, so that a changed experiment is another one."""
+
+    experiment: str
+    date: str
+    accuracy: float
+    settings: str
+
+
+@dataclass(frozen=True)
+class Place:
+    """An experiment's place in the last campaign. first, last: its rank may be anything from one to the other.
+
+    groups: letters of the groups it belongs to; two experiments with a letter in common are not told apart.
+    """
+
+    experiment: str
+    accuracy: float
+    runs: int
+    first: int
+    last: int
+    groups: str
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What the history says. sd: of a rerun within a campaign, on df degrees of freedom; raw: with what campaigns add.
+
+    shifts: what each campaign adds to all, against the last. apart: two runs that were chosen beforehand differ from
+    here on; apart_all: any two of the table.
+    """
+
+    runs: int
+    experiments: int
+    repeated: int
+    sd: float
+    df: int
+    raw: float
+    shifts: dict[str, float]
+    apart: float
+    apart_all: float
+    places: list[Place]
+
+
+def read_history(source: Path) -> list[Run]:
+    """All results in a git history (a clone of PEFT, or its bare git directory), or in a table that `extract` wrote.
+
+    Raises UserError for a folder without such a history, and for a table with other columns.
+    """
+    if source.is_file():
+        with opened(source) as lines:
+            rows = list(csv.DictReader(lines))
+        if not rows or set(rows[0]) != set(COLUMNS):
+            raise UserError(f"{source} has the columns {', '.join(rows[0] if rows else ())}: expected {COLUMNS}.")
+        return sorted(Run(r["experiment"], r["date"], float(r["accuracy"]), r["settings"]) for r in rows)
+    blobs: dict[str, None] = {}
+    for commit in _git(source, "log", "--format=%H", "--", RESULTS).split():
+        for line in _git(source, "ls-tree", "-r", commit, RESULTS).splitlines():
+            about, _, name = line.partition("\t")
+            if name.endswith(".json"):
+                blobs[about.split()[2]] = None
+    found = {run for blob in blobs if (run := _run(_git(source, "cat-file", "blob", blob))) is not None}
+    if not found:
+        raise UserError(f"{source} has no {RESULTS} in its history: give a clone of huggingface/peft with its history.")
+    return sorted(found)
+
+
+def _git(folder: Path, *words: str) -> str:
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError(f"{folder} holds no git history: {getattr(error, 'stderr', None) or error}".strip()) from None
+    return done.stdout
+
+
+def _run(text: str) -> Run | None:
+    """A result that ended well; None for any other file."""
+    try:
+        result = json.loads(text)
+        run, train = result["run_info"], result["train_info"]
+        if train["status"] != "success":
+            return None
+        accuracy = float(train["metrics"][-1]["test accuracy"])
+        used = {name: value for name, value in run["train_config"].items() if name not in LATER}
+        main = {name: used.get(name) for name in ("model_id", "optimizer_type", "optimizer_kwargs", "lr_scheduler")}
+        main |= {name: used.get(name) for name in ("max_steps", "batch_size", "seed", "dtype", "max_seq_length")}
+        settings = hashlib.sha256(json.dumps(main, sort_keys=True).encode()).hexdigest()[:8]
+        return Run(str(run["experiment_name"]), str(run["created_at"])[:10], round(accuracy, 6), settings)
+    except (ValueError, KeyError, TypeError, IndexError):
+        return None
+
+
+def extract(runs: Iterable[Run], file: Path) -> None:
+    """Write the results as a small table."""
+    lines = [",".join(COLUMNS), *(f"{r.experiment},{r.date},{r.accuracy:.6g},{r.settings}" for r in runs)]
+    write_atomically(file, "\n".join(lines) + "\n")
+
+
+def standing(runs: Sequence[Run], level: float = 0.05) -> Standing:
+    """The noise of a rerun, and what it leaves of the last table. Raises UserError where nothing was run twice."""
+    campaigns = _campaigns(runs)
+    kept = [r for r in runs if r.accuracy >= LEAST]
+    names = sorted({(r.experiment, r.settings) for r in kept})
+    times = sorted(set(campaigns.values()))
+    design = np.zeros((len(kept), len(names) + len(times)))
+    for i, r in enumerate(kept):
+        design[i, names.index((r.experiment, r.settings))] = 1
+        design[i, len(names) + times.index(campaigns[r.date])] = 1
+    design = np.delete(design, len(names) + len(times) - 1, 1)  # the last campaign is what all are measured against
+    y = np.array([r.accuracy for r in kept])
+    fit, _, rank, _ = np.linalg.lstsq(design, y, rcond=None)
+    df, many = len(kept) - int(rank), len(kept) - len(names)
+    if df < 2:
+        raise UserError(f"{len(kept)} results of {len(names)} experiments: too few of them were run again.")
+    sd = float(np.sqrt(((y - design @ fit) ** 2).sum() / df))
+    by_name: dict[tuple[str, str], list[float]] = {}
+    for r in kept:
+        by_name.setdefault((r.experiment, r.settings), []).append(r.accuracy)
+    raw = float(np.sqrt(sum(((np.array(v) - np.mean(v)) ** 2).sum() for v in by_name.values()) / many))
+    shifts = dict(zip(times, [*fit[len(names) :].tolist(), 0.0], strict=True))
+    last = {r.experiment: r for r in runs if campaigns[r.date] == times[-1]}  # sorted by date: the last run of each
+    table = sorted(last.values(), key=lambda r: -r.accuracy)
+    apart_all = _tukey(len(table), df, level) * sd
+    scores = np.array([r.accuracy for r in table])
+    letters = _groups(scores, apart_all)
+    places = [
+        Place(
+            r.experiment,
+            r.accuracy,
+            len(by_name.get((r.experiment, r.settings), [r])),
+            1 + int((scores - r.accuracy > apart_all).sum()),
+            len(table) - int((r.accuracy - scores > apart_all).sum()),
+            letters[i],
+        )
+        for i, r in enumerate(table)
+    ]
+    repeated = sum(len(v) > 1 for v in by_name.values())
+    apart = float(stats.t.isf(level / 2, df)) * np.sqrt(2) * sd
+    return Standing(len(kept), len(names), repeated, sd, df, raw, shifts, float(apart), apart_all, places)
+
+
+@functools.cache
+def _tukey(many: int, df: int, level: float) -> float:
+    return float(stats.studentized_range.ppf(1 - level, many, df))
+
+
+def _campaigns(runs: Sequence[Run]) -> dict[str, str]:
+    """Date -> the first date of its campaign."""
+    found: dict[str, str] = {}
+    before = start = ""
+    for day in sorted({r.date for r in runs}):
+        if not before or (date.fromisoformat(day) - date.fromisoformat(before)).days > PAUSE:
+            start = day
+        found[day], before = start, day
+    return found
+
+
+def _groups(scores: np.ndarray, apart: float) -> list[str]:
+    """Letters of the groups of falling scores: each group is as long as its ends are not told apart."""
+    ends = [int((scores[i] - scores <= apart).sum()) for i in range(len(scores))]
+    starts = [i for i in range(len(scores)) if i == 0 or ends[i] > ends[i - 1]]
+    letters = [chr(ord("a") + n) if n < 26 else f"({n})" for n in range(len(starts))]
+    return ["".join(x for x, s in zip(letters, starts, strict=True) if s <= i < ends[s]) for i in range(len(scores))]
+
+
+def page_of(s: Standing, source: str) -> str:
+    """One static page: the noise, the places with their intervals, the groups."""
+    tied = sum(p.first == 1 for p in s.places)
+    lead = (
+        f"One rerun of the same experiment has a standard deviation of {100 * s.sd:.2f} points within a campaign. Two "
+        f"runs that were chosen beforehand differ from {100 * s.apart:.1f} points on, any two of the table from "
+        f"{100 * s.apart_all:.1f}. {tied} of {len(s.places)} experiments are not told apart from the first."
+    )
+    about = (
+        f"{s.runs} results of {s.experiments} experiments, {s.repeated} of them run more than once, all at one seed; "
+        f"{s.df} degrees of freedom. Campaigns differ as a whole: without that the deviation would be "
+        f"{100 * s.raw:.2f} points. Against the last campaign: "
+        + ", ".join(f"{day} {100 * shift:+.1f}" for day, shift in list(s.shifts.items())[:-1])
+        + f". Results below {LEAST:.0%} are not counted for the noise: a model that hardly answers has none."
+    )
+    half = s.apart_all / 2
+    points = [
+        {"label": p.experiment, "x": p.accuracy, "low": p.accuracy - half, "high": p.accuracy + half}
+        | {"note": f"place {p.first} to {p.last}"}
+        for p in s.places
+    ]
+    rows = [
+        {"experiment": p.experiment, "accuracy": p.accuracy, "places": f"{p.first} to {p.last}", "groups": p.groups}
+        | {"runs": p.runs}
+        for p in s.places
+    ]
+    named = [
+        Column("experiment", "experiment"),
+        Column("accuracy", "test accuracy", ".2%"),
+        Column("places", "place", help="from and to: simultaneous 95 % intervals"),
+        Column("groups", "groups", help="experiments with a letter in common are not told apart"),
+        Column("runs", "runs", "g", "results of the same experiment in the history"),
+    ]
+    view = View("", Axis("test accuracy", form="%"), Axis(""), points)
+    note = "Bars are half of the distance from which any two are told apart: two that overlap are not."
+    blocks: list[Block] = [
+        Text(lead, "lead"),
+        Text(about),
+        Table("Places", named, rows),
+        Chart("Accuracies of the last campaign", "intervals", [view], note),
+        Text(f"Source: {source}. One seed, so this is the noise of a rerun, not of a seed: that is larger.", "note"),
+    ]
+    return render(Page("PEFT's method comparison: what it can tell apart", [Section("MetaMathQA", blocks, "PEFT")]))
+
+
+def write_page(source: Path, out: Path) -> Standing:
+    """Read the history, and write its page and its table (results.csv) into `out`."""
+    runs = read_history(source)
+    found = standing(runs)
+    out.mkdir(parents=True, exist_ok=True)
+    extract(runs, out / "results.csv")
+    origin = f"https://github.com/huggingface/peft, {RESULTS}, {len(runs)} results until {max(r.date for r in runs)}"
+    write_atomically(out / "index.html", page_of(found, origin))
+    return found

@@ -1,0 +1,93 @@
+"""Items' scores of a study's final runs, packed for publication: half of each error rests on them.
+
+    python -m dual_lora.lab.judge.packed studies/mine results/studies/mine
+
+writes results.json and scores.json.gz there: {key of a run: [N, K] what each test item adds to the metric}. Then
+`dual-lora judge results/studies/mine` compares any two of its methods by items as well. Studies that were published
+before 2026-11-30 have none: their items' scores are not available.
+"""
+
+import gzip
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.judge.scores import Score, Scores
+from dual_lora.lab.read import LARGEST, parse_json, read_json, regular
+from dual_lora.lab.run.write import write_atomically
+from dual_lora.lab.study import metrics
+from dual_lora.lab.study.job import read_scores
+from dual_lora.lab.study.rows import Results
+
+PACKED = "scores.json.gz"
+DIGITS = 9  # of an item's share; verdicts need no more
+
+
+def pack(study: Path, out: Path) -> int:
+    """Write the study's results and the scores of its finished final runs into `out`; returns how many runs.
+
+    Raises UserError for a folder that is no study's, or whose runs have gone.
+    """
+    results = _results(study)
+    keys = [s["key"] for m in results["methods"] for s in m["seeds"] if s["status"] == "done"]
+    try:
+        found = {key: np.round(np.asarray(read_scores(study / "runs", key)), DIGITS).tolist() for key in keys}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{study} lacks the scores of a run ({error}): they lie in the folder of its runs.") from None
+    out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(found, separators=(",", ":"), sort_keys=True)
+    (out / PACKED).write_bytes(gzip.compress(text.encode(), mtime=0))
+    if out.resolve() != study.resolve():
+        write_atomically(out / "results.json", (study / "results.json").read_text(encoding="utf-8"))
+    return len(found)
+
+
+def _results(folder: Path) -> Results:
+    try:
+        results: Results = read_json(folder / "results.json")
+        assert results["methods"], "no methods"
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        raise UserError(f"{folder} is no study's folder: {error}.") from None
+    return results
+
+
+def read_packed(folder: Path) -> Scores:
+    """A published study as scores to judge: what each item adds, by run. Lost runs are named, and their seed is left
+    out of all methods.
+
+    Raises UserError for a file that is damaged or too large, or that lacks a run.
+    """
+    results = _results(folder)
+    file = regular(folder / PACKED)
+    try:
+        with gzip.open(file) as packed:
+            content = packed.read(LARGEST + 1)
+        known: dict[str, Any] = parse_json(content.decode()) if len(content) <= LARGEST else {}
+    except (ValueError, EOFError, gzip.BadGzipFile) as error:
+        raise UserError(f"{file} is damaged: {error}.") from None
+    rows, notes = [], []
+    lost = {(m["model"], m["task"], s["seed"]) for m in results["methods"] for s in m["seeds"] if s["status"] != "done"}
+    for m in results["methods"]:
+        for s in m["seeds"]:
+            if (m["model"], m["task"], s["seed"]) in lost:
+                continue
+            if s["key"] not in known:
+                raise UserError(f"{file} lacks the scores of {m['method']}, seed {s['seed']}: pack the study again.")
+            shares = metrics.sign(m["metric"]) * metrics.score_table(m["metric"], [known[s["key"]]])[0]
+            rows += [
+                Score((m["model"], m["task"]), m["method"], s["seed"], str(i), m["metric"], float(x), str(file))
+                for i, x in enumerate(shares)
+            ]
+    if lost:
+        named = ", ".join(f"{seed} on {task}" for _, task, seed in sorted(lost))
+        notes.append(f"Left out for all methods, as a run of them did not end well: seed {named}.")
+    better = {("", m["metric"]): m["better"] for m in results["methods"]}
+    return Scores(rows, better=better, notes=notes)
+
+
+if __name__ == "__main__":
+    print(f"{pack(Path(sys.argv[1]), Path(sys.argv[2]))} runs")
