@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .ieee import ieee_fp32
 from .product import factors_mm
-from .reference import Adapter, Form, steepness
+from .reference import TRAINED, Adapter, Form, steepness
 
 # A normal number: where subnormal ones are flushed, such a bound would be zero.
 JUST_BELOW_ZERO = -torch.finfo(torch.float32).tiny
@@ -40,7 +40,7 @@ def products(
         A, C = A[:, cols], C[:, cols]
     with ieee_fp32():
         P = factors_mm(B, A, P)
-        if adapter.form.trains_direction:
+        if adapter.form.direction in TRAINED:
             return P, factors_mm(D, C, Q)
     Q = torch.empty_like(P) if Q is None else Q
     if adapter.form.direction == "frozen":  # the sign of an integer is that of the number that it is rounded to
@@ -80,7 +80,7 @@ class Estimator(NamedTuple):
             _passed_above(G, P, JUST_BELOW_ZERO if form.live_zero else 0.0, grad_input=G)
         if form.direction == "one":
             return G, None
-        if not form.trains_direction:
+        if form.direction not in TRAINED:
             return (_turned(G, Q, -1.0, False, grad_input=G) if form.direction in SIGNED else G.mul_(Q)), None
         H = P.mul_(G)
         if form.direction != "sign":
