@@ -2,7 +2,7 @@
 
     D [O, 1] = mix(row ⊕ seed's low half) | 1     C [1, I] = mix(column ⊕ seed's high half) | 1     S₀ = Sign(D C)
 
-in int32, where products wrap around: bits that are the same on every device. C and D stand in the place of the
+in int32, where products wrap around: bits that are the same on every device. C and D take the place of the
 direction group, so that a part of a weight (a block, a shard, rows of an embedding, an expert) takes the part of S₀
 that belongs to it. C and D are odd, so that no product is zero. Means, correlations of rows and of columns, and
 singular values are those of independent signs (`tests/core/test_frozen.py`). mix: C. Wellons' "lowbias32", a bijection.

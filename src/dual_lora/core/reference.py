@@ -27,6 +27,9 @@ Magnitude = Literal["relu", "identity"]
 Direction = Literal["sign", "identity", "frozen", "weight", "one"]
 _STES, _MAGNITUDES, _DIRECTIONS = get_args(Ste), get_args(Magnitude), get_args(Direction)
 
+TRAINED = ("sign", "identity")
+"""Directions whose factors C and D train."""
+
 SHARPNESS = 4.0
 """k of the surrogate derivative, chosen by `results/surrogates/make.py`."""
 
@@ -202,7 +205,10 @@ class Adapter(NamedTuple):
 
 def parts_of(adapters: Sequence[Adapter]) -> Sequence[Adapter]:
     """The adapters, sums taken apart."""
-    return [part for a in adapters for part in a.parts()] if any([a.form.plain for a in adapters]) else adapters
+    for adapter in adapters:
+        if adapter.form.plain:
+            return [part for a in adapters for part in a.parts()]
+    return adapters
 
 
 def check_factors(adapters: Sequence[Adapter], *shape: int) -> None:

@@ -211,14 +211,15 @@ class FactorsLayer(Strength, Seeds, nn.Module, BaseTunerLayer):
     def _stored(self, adapter: str) -> Factors:
         held: Any = self._modules
         A, B, C, D = (held["dual_lora_A"], held["dual_lora_B"], held["dual_lora_C"], held["dual_lora_D"])
+        frozen = self.states[adapter].form.direction == "frozen"  # not the ranks, which a hot-swap changes
         try:
-            if not self.states[adapter].r2:
+            if frozen:
                 return Factors(A._parameters[adapter], B._parameters[adapter], *self._keys(adapter, A[adapter].device))
             return Factors(
                 A._parameters[adapter], B._parameters[adapter], C._parameters[adapter], D._parameters[adapter]
             )
         except KeyError:  # FSDP1 puts views in their place, which are no parameters
-            if not self.states[adapter].r2:
+            if frozen:
                 return Factors(A[adapter], B[adapter], *self._keys(adapter, A[adapter].device))
             return Factors(A[adapter], B[adapter], C[adapter], D[adapter])
 
@@ -226,7 +227,7 @@ class FactorsLayer(Strength, Seeds, nn.Module, BaseTunerLayer):
         """The four factors of an adapter, restored to fp32 if foreign code has cast them down."""
         four = self._stored(adapter)
         A, B, C, D = four
-        frozen = not self.states[adapter].r2
+        frozen = self.states[adapter].form.direction == "frozen"
         right = A.dtype == B.dtype == torch.float32 and (frozen or C.dtype == D.dtype == torch.float32)
         if right and not (A.is_meta or B.is_meta or C.is_meta or D.is_meta):
             return four

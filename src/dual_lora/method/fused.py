@@ -201,7 +201,9 @@ def fuse(model: nn.Module, token_sampling: Sampling = None) -> Fused:
     """
     check_share("token_sampling", token_sampling)
     share = EXACT if token_sampling is None else AUTO if token_sampling == "auto" else float(token_sampling)
-    theirs = {name: m for name, m in model.named_modules() if isinstance(m, hira.HiraLayer | loha.LoHaLayer)}
+    theirs: dict[str, Any] = {
+        name: m for name, m in model.named_modules() if isinstance(m, hira.HiraLayer | loha.LoHaLayer)
+    }
     if not theirs:
         raise ValueError(
             "This model has no layer of PEFT's HiRA or LoHa: pass what `get_peft_model(model, HiraConfig(…))` returns. "
@@ -214,13 +216,13 @@ def fuse(model: nn.Module, token_sampling: Sampling = None) -> Fused:
         if ours is None:
             left[name] = f"PEFT's {before.__module__.split('.')[-2]}.{before.__name__} has no other form here"
             continue
-        layer.__class__ = ours  # type: ignore[assignment]
-        reason = layer._why_not([n for n in layer._all_available_adapter_names() if layer._has(n)])  # type: ignore
+        layer.__class__ = ours
+        reason = layer._why_not([n for n in layer._all_available_adapter_names() if layer._has(n)])
         if reason:
-            layer.__class__ = _plain_class(ours)  # type: ignore[assignment]
+            layer.__class__ = _plain_class(ours)
             left[name] = reason
         else:
-            layer._fused_share = share  # type: ignore[assignment]
+            layer._fused_share = share
     if left:
         some = "; ".join(f"{name}: {why}" for name, why in list(left.items())[:3])
         more = f"; and {len(left) - 3} more" if len(left) > 3 else ""

@@ -88,7 +88,7 @@ def method_config(method: dict[str, Any], head: str, steps: int, fresh: list[str
         config = factory(task_type="CAUSAL_LM" if head == "causal" else "SEQ_CLS", **settings)
     except Exception as error:  # PEFT checks little, and what is of another kind fails anywhere
         raise UserError(f"method {method['name']}: {described(error, ValueError, TypeError)}") from error
-    config._fused = fused
+    config._fused = fused  # type: ignore[attr-defined]
     return config
 
 
