@@ -3,7 +3,7 @@
 matrices  the factors' products, ΔW and an update of LoRA's, entry by entry
 forest    a study's verdicts, from its committed results
 demo      the demo's last screen, from the record of a real one (docs/pictures/demo.json; a new one: `… demo FOLDER`)
-report    the report as Chromium shows it, if Chromium is installed
+report    the report of today's results as Chromium shows it, if Chromium is installed
 costs     the ledger's curves
 The two diagrams, update.svg and gradient.svg, are written as SVG.
 """
@@ -14,6 +14,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 PICTURES = ROOT / "docs" / "pictures"
 STUDY = ROOT / "results" / "studies" / "methods-encoder" / "results.json"
-REPORT = ROOT / "results" / "report.html"
+REPORTED = (ROOT / "results", ROOT / "benchmarks" / "ledger.jsonl")
 
 ALL = ("matrices", "forest", "demo", "report", "costs")
 WIDTH, LEFT, RIGHT, TOP, LINE = 760, 110, 190, 64, 34
@@ -148,15 +149,20 @@ def _without_fonts() -> str:
     return plain.replace("font-family: Fira Code, monospace", "font-family: ui-monospace, monospace")
 
 
-def report(page: Path, target: Path) -> bool:
-    """A screenshot of the report's first screen; False without Chromium."""
+def report(target: Path) -> bool:
+    """Write the report into a folder that goes again, and draw its first screen; False without Chromium."""
+    from dual_lora.lab.report.report import report as write
+
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         return False
     flags = ["--headless", "--no-sandbox", "--hide-scrollbars", "--window-size=1280,900", "--virtual-time-budget=8000"]
-    subprocess.run(
-        [chromium, *flags, f"--screenshot={target}", page.as_uri()], check=True, capture_output=True, timeout=120
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        page = Path(folder) / "report.html"
+        write([*REPORTED], page)
+        subprocess.run(
+            [chromium, *flags, f"--screenshot={target}", page.as_uri()], check=True, capture_output=True, timeout=120
+        )
     return True
 
 
@@ -178,7 +184,7 @@ def main(wanted: list[str]) -> int:
         from benchmarks import plot
 
         plot.main(PICTURES)
-    if "report" in names and not report(REPORT, PICTURES / "report.png"):
+    if "report" in names and not report(PICTURES / "report.png"):
         print("The report was not drawn: it needs Chromium (apt-get install chromium).", file=sys.stderr)
         return 1
     return 0
