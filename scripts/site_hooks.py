@@ -45,7 +45,7 @@ def admonition(found: re.Match[str]) -> str:
 
 
 def tabs(found: re.Match[str]) -> str:
-    """What stands under bold titles between `<!-- tabs -->` and `<!-- /tabs -->`, a tab each; GitHub shows it as it is."""
+    """What stands under bold titles between `<!-- tabs -->` and `<!-- /tabs -->`, a tab each. GitHub shows titles."""
     before, *parts = re.split(r"^\*\*(.+)\*\*$\n", found[1], flags=re.MULTILINE)
     if before.strip() or len(parts) < 4:
         raise PluginError(f"Tabs need two **titles** on lines of their own, and nothing before them: {found[0][:200]}")
@@ -79,7 +79,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Links out of docs/ lead to the copies, notes as GitHub writes them become admonitions, and ways side by side tabs."""
+    """Links out of docs/ lead to the copies; notes as GitHub writes them, and ways side by side, become the site's."""
     markdown = _TABS.sub(tabs, _ALERT.sub(admonition, markdown))
     docs = Path(config.docs_dir)
     here = docs / page.file.src_uri
