@@ -60,4 +60,6 @@ class Docstrings(Extension):
 
     def _rewrite(self, item: Any, parameters: set[str]) -> None:
         if item.docstring is not None:
-            item.docstring = Docstring(shown(item.docstring.value, parameters), lineno=item.docstring.lineno, parent=item)
+            item.docstring = Docstring(
+                shown(item.docstring.value, parameters), lineno=item.docstring.lineno, parent=item
+            )

@@ -334,6 +334,14 @@ def test_drawn_pictures_are_current():
     assert pictures.forest(results) != drawn
 
 
+def test_badges_are_current():
+    import pictures
+
+    for name, text in pictures.badges().items():
+        assert (pictures.PICTURES / name).read_text(encoding="utf-8") == text, "run `make pictures`"
+    assert "3.11 – 3.14" in pictures.badges()["badge-python.svg"]
+
+
 def test_pictures_load_nothing_and_name_no_machine():
     for picture in (ROOT / "docs" / "pictures").glob("*.svg"):
         text = picture.read_text(encoding="utf-8").replace("http://www.w3.org/", "")
