@@ -53,6 +53,9 @@ class Docstrings(Extension):
     def on_function(self, *, func: Any, **_: Any) -> None:
         self._rewrite(func, {parameter.name for parameter in func.parameters})
 
+    def on_module(self, *, mod: Any, **_: Any) -> None:
+        self._rewrite(mod, set())
+
     def on_class(self, *, cls: Any, **_: Any) -> None:
         init = cls.members.get("__init__")
         fields = {name for name, member in cls.members.items() if member.is_attribute}

@@ -20,6 +20,8 @@ ROOT = Path(__file__).parent.parent
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 _ALERT = re.compile(r"^> \[!(NOTE|TIP|IMPORTANT|WARNING|CAUTION)\]\n((?:^>.*(?:\n|\Z))+)", re.MULTILINE)
 _TABS = re.compile(r"^<!-- tabs -->\n(.*?)^<!-- /tabs -->$", re.MULTILINE | re.DOTALL)
+_INLINE = re.compile(r"(?<!<pre>)(?<!</span>)<code>([^<]*-[^<]*)</code>")
+LONGEST = 32  # letters of code that stay together: all of them fit on a phone
 _LOADED = re.compile(
     r"<(?:script|img|iframe|source|video|audio)\b[^>]*\ssrc=\"?(?:https?:)?//"
     r"|<link\b[^>]*\brel=\"?(?:stylesheet|preload|preconnect|icon)\"?[^>]*href=\"?(?:https?:)?//"
@@ -95,6 +97,22 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         return f"{found[1]}[{found[2]}]({os.path.relpath(docs / _copy(target), here.parent)})"
 
     return _LINK.sub(rewritten, markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """A browser breaks a line behind each hyphen: in code an option stays in one piece, as long as a phone is wide."""
+    return _INLINE.sub(lambda found: f"<code>{re.sub('[^ ]+', _together, found[1])}</code>", html)
+
+
+def _together(word: re.Match[str]) -> str:
+    return f'<span class="together">{word[0]}</span>' if "-" in word[0] and len(word[0]) <= LONGEST else word[0]
+
+
+def on_page_context(context: Any, page: Any, **_: Any) -> Any:
+    """The home page has no neighbours to show beside it."""
+    if page.is_homepage:
+        page.meta["hide"] = ["navigation"]
+    return context
 
 
 def hosted(file: File, repository: str) -> str:

@@ -388,6 +388,14 @@ def test_the_site_is_built_without_a_network(tmp_path):
     assert 'href="https://github.com/owner/name"' in home
     assert 'href="how-to/studies.html"' in home, "a page that was opened from disk finds the next one"
     assert (tmp_path / "site" / "search" / "search_index.js").is_file()
+    settings = (tmp_path / "site" / "how-to" / "settings.html").read_text()
+    assert [settings.count(f'<label for="__tabbed_1_{n}">') for n in (1, 2, 3, 4)] == [1, 1, 1, 0]
+    assert "<!-- tabs -->" not in settings
+    assert '<span class="together">--help-all</span>' in (tmp_path / "site" / "reference" / "cli.html").read_text()
+    api = (tmp_path / "site" / "reference" / "api.html").read_text()
+    assert "<li><code>rank</code>: " in api, "parameters are a list"
+    assert "<strong>Raises</strong> ValueError" in api
+    assert "doctest" not in api
     assert 'class="admonition note"' in (tmp_path / "site" / "install.html").read_text()
     for name in ("quickstart", "results"):
         notebook = f"https://colab.research.google.com/github/owner/name/blob/main/docs/tutorials/{name}.ipynb"
