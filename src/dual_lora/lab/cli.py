@@ -167,7 +167,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 @contextmanager
 def _help_without_sources() -> Iterator[None]:
-    """Spare a third of `train --help`: cyclopts has the source of each class of options parsed, for docstrings of fields.
+    """Spare a third of `train --help`: cyclopts has the source of each class of options parsed, for docstrings in it.
 
     Ours say their help in `Field`, and pydantic's own class, 1,500 lines of it, is parsed with each of them.
     """
