@@ -1,7 +1,7 @@
 """The Triton kernels as a Python-only package of Hugging Face's `kernels`: `python -m scripts.kernels_package FOLDER`.
 
 Not published: no card has run the kernels yet. FOLDER becomes what kernel-builder takes (build.toml, flake.nix and
-torch-ext/), and beside it what it would build of that, which `kernels.get_local_kernel` loads: build/torch-cuda/ with
+torch-ext/), and with it what it would build of that, which `kernels.get_local_kernel` loads: build/torch-cuda/ with
 its metadata.json. Both hold the same files: core/kernels/linear.py and all that it imports, copied as they are. The
 format: https://huggingface.co/docs/kernels/kernel-requirements. It asks for relative imports alone, which ours are, and
 for no name in torch.ops, as several versions may be loaded at once: the operators (core/op.py) stay out.

@@ -109,7 +109,7 @@ def _together(word: re.Match[str]) -> str:
 
 
 def on_page_context(context: Any, page: Any, **_: Any) -> Any:
-    """The home page has no neighbours to show beside it."""
+    """The home page has no neighbours to show."""
     if page.is_homepage:
         page.meta["hide"] = ["navigation"]
     return context

@@ -171,9 +171,12 @@ def _help_without_sources() -> Iterator[None]:
 
     Ours say their help in `Field`, and pydantic's own class, 1,500 lines of it, is parsed with each of them.
     """
-    from docstring_parser import parser
-
-    former = parser.add_attribute_docstrings
+    try:
+        from docstring_parser import parser
+        from docstring_parser.parser import add_attribute_docstrings as former
+    except ImportError:  # a later cyclopts may do without
+        yield
+        return
     parser.add_attribute_docstrings = lambda *_: None
     try:
         yield
