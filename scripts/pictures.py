@@ -3,8 +3,9 @@
 matrices  the factors' products, ΔW and an update of LoRA's, entry by entry
 forest    Dual LoRA minus LoRA on each task, from results/pooled/pooled.json
 demo      the demo's last screen, from the record of a real one (docs/pictures/demo.json; a new one: `… demo FOLDER`)
-report    the report as Chromium shows it, if Chromium is installed
+report    the report of today's results as Chromium shows it, if Chromium is installed
 costs     the ledger's curves
+badges    Python, licence and paper, from pyproject.toml: files of ours, which load nothing from elsewhere
 The two diagrams, update.svg and gradient.svg, are written as SVG.
 """
 
@@ -14,6 +15,8 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
+import tomllib
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -21,9 +24,9 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 PICTURES = ROOT / "docs" / "pictures"
 POOLED = ROOT / "results" / "pooled" / "pooled.json"
-REPORT = ROOT / "results" / "report.html"
+REPORTED = (ROOT / "results", ROOT / "benchmarks" / "ledger.jsonl")
 
-ALL = ("matrices", "forest", "demo", "report", "costs")
+ALL = ("matrices", "forest", "demo", "report", "costs", "badges")
 WIDTH, LEFT, RIGHT, TOP, LINE = 820, 90, 270, 64, 38
 BOLD = ' font-weight="600"'
 
@@ -170,15 +173,50 @@ def _without_fonts() -> str:
     return plain.replace("font-family: Fira Code, monospace", "font-family: ui-monospace, monospace")
 
 
-def report(page: Path, target: Path) -> bool:
-    """A screenshot of the report's first screen; False without Chromium."""
+def badge(name: str, value: str, width: float = 6.7) -> str:
+    """Two words side by side. width: of a letter at this size, about."""
+    left, right = (round(width * len(word) + 16) for word in (name, value))
+    words = ((left / 2, name), (left + right / 2, value))
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + right}" height="20" role="img" font-size="11" '
+            f'font-family="system-ui, sans-serif" text-anchor="middle"><title>{escape(name)}: {escape(value)}</title>',
+            f'<rect width="{left + right}" height="20" rx="3" fill="#444"/>',
+            f'<path d="M{left} 0h{right - 3}a3 3 0 0 1 3 3v14a3 3 0 0 1 -3 3h-{right - 3}z" fill="#00796b"/>',
+            *(f'<text x="{x}" y="14" fill="#fff">{escape(word)}</text>' for x, word in words),
+            "</svg>",
+            "",
+        ]
+    )
+
+
+def badges() -> dict[str, str]:
+    """The file's name and text of each badge."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    named = [line.rpartition(" ")[2] for line in project["classifiers"] if line.startswith("Programming Language")]
+    versions = [version for version in named if version.startswith("3.")]
+    shown = {
+        "python": f"{versions[0]} – {versions[-1]}",
+        "license": project["license"],
+        "arXiv": project["urls"]["Paper"].rpartition("/")[2],
+    }
+    return {f"badge-{name.lower()}.svg": badge(name, value) for name, value in shown.items()}
+
+
+def report(target: Path) -> bool:
+    """Write the report into a folder that goes again, and draw its first screen; False without Chromium."""
+    from dual_lora.lab.report.report import report as write
+
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         return False
     flags = ["--headless", "--no-sandbox", "--hide-scrollbars", "--window-size=1280,900", "--virtual-time-budget=8000"]
-    subprocess.run(
-        [chromium, *flags, f"--screenshot={target}", page.as_uri()], check=True, capture_output=True, timeout=120
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        page = Path(folder) / "report.html"
+        write([*REPORTED], page)
+        subprocess.run(
+            [chromium, *flags, f"--screenshot={target}", page.as_uri()], check=True, capture_output=True, timeout=120
+        )
     return True
 
 
@@ -200,7 +238,10 @@ def main(wanted: list[str]) -> int:
         from benchmarks import plot
 
         plot.main(PICTURES)
-    if "report" in names and not report(REPORT, PICTURES / "report.png"):
+    if "badges" in names:
+        for name, text in badges().items():
+            (PICTURES / name).write_text(text, encoding="utf-8")
+    if "report" in names and not report(PICTURES / "report.png"):
         print("The report was not drawn: it needs Chromium (apt-get install chromium).", file=sys.stderr)
         return 1
     return 0

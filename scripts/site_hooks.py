@@ -1,4 +1,4 @@
-"""What mkdocs does not do by itself: notebooks as pages, formulas as MathML, GitHub's notes, links out of docs/.
+"""What mkdocs does not do by itself: notebooks as pages, formulas as MathML, GitHub's notes, tabs, links out of docs/.
 
 A linked file of the repository is copied into the site (as text), a linked folder becomes plain text: the site
 needs no repository behind it. The build fails where a page would load something from elsewhere. Where the repository's
@@ -19,6 +19,9 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parent.parent
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 _ALERT = re.compile(r"^> \[!(NOTE|TIP|IMPORTANT|WARNING|CAUTION)\]\n((?:^>.*(?:\n|\Z))+)", re.MULTILINE)
+_TABS = re.compile(r"^<!-- tabs -->\n(.*?)^<!-- /tabs -->$", re.MULTILINE | re.DOTALL)
+_INLINE = re.compile(r"(?<!<pre>)(?<!</span>)<code>([^<]*-[^<]*)</code>")
+LONGEST = 32  # letters of code that stay together: all of them fit on a phone
 _LOADED = re.compile(
     r"<(?:script|img|iframe|source|video|audio)\b[^>]*\ssrc=\"?(?:https?:)?//"
     r"|<link\b[^>]*\brel=\"?(?:stylesheet|preload|preconnect|icon)\"?[^>]*href=\"?(?:https?:)?//"
@@ -41,6 +44,18 @@ def admonition(found: re.Match[str]) -> str:
     kind = {"IMPORTANT": "note", "CAUTION": "danger"}.get(found[1], found[1].lower())
     lines = [re.sub(r"^> ?", "", line) for line in found[2].splitlines()]
     return f"!!! {kind}\n\n" + "".join(f"    {line}\n" if line else "\n" for line in lines)
+
+
+def tabs(found: re.Match[str]) -> str:
+    """What stands under bold titles between `<!-- tabs -->` and `<!-- /tabs -->`, a tab each. GitHub shows titles."""
+    before, *parts = re.split(r"^\*\*(.+)\*\*$\n", found[1], flags=re.MULTILINE)
+    if before.strip() or len(parts) < 4:
+        raise PluginError(f"Tabs need two **titles** on lines of their own, and nothing before them: {found[0][:200]}")
+    shown = []
+    for title, body in zip(parts[::2], parts[1::2], strict=True):
+        lines = [f"    {line}\n" if line else "\n" for line in body.strip("\n").splitlines()]
+        shown.append(f'=== "{title}"\n\n' + "".join(lines))
+    return "\n".join(shown)
 
 
 def formula(source: str, *_: Any, **__: Any) -> str:
@@ -66,8 +81,8 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Links out of docs/ lead to the copies, and notes as GitHub writes them become admonitions."""
-    markdown = _ALERT.sub(admonition, markdown)
+    """Links out of docs/ lead to the copies; notes as GitHub writes them, and ways side by side, become the site's."""
+    markdown = _TABS.sub(tabs, _ALERT.sub(admonition, markdown))
     docs = Path(config.docs_dir)
     here = docs / page.file.src_uri
 
@@ -82,6 +97,22 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         return f"{found[1]}[{found[2]}]({os.path.relpath(docs / _copy(target), here.parent)})"
 
     return _LINK.sub(rewritten, markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """A browser breaks a line behind each hyphen: in code an option stays in one piece, as long as a phone is wide."""
+    return _INLINE.sub(lambda found: f"<code>{re.sub('[^ ]+', _together, found[1])}</code>", html)
+
+
+def _together(word: re.Match[str]) -> str:
+    return f'<span class="together">{word[0]}</span>' if "-" in word[0] and len(word[0]) <= LONGEST else word[0]
+
+
+def on_page_context(context: Any, page: Any, **_: Any) -> Any:
+    """The home page has no neighbours to show."""
+    if page.is_homepage:
+        page.meta["hide"] = ["navigation"]
+    return context
 
 
 def hosted(file: File, repository: str) -> str:

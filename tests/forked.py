@@ -2,8 +2,11 @@
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
+
+import pytest
 
 SERVER = """
 import json, os, sys, traceback
@@ -32,6 +35,8 @@ for line in sys.stdin:
 @contextlib.contextmanager
 def forking(first):
     """Function: code -> (exit status, what it printed), in a process that began with the code `first`."""
+    if not hasattr(os, "fork"):
+        pytest.skip("this system has no fork")
     command = [sys.executable, "-W", "ignore", "-c", SERVER.format(first=first)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
 

@@ -6,9 +6,15 @@
 <!-- test: from FILE -->     an excerpt of a tested file: its lines are there, in this order; `...` leaves some out
 <!-- test: file NAME -->     the block is a file, which the blocks after it find
 <!-- test: run -->           these commands are executed, not only parsed
+<!-- test: output -->        what the block before it prints. A number stands for any number, a time for any time, a
+                             size for any size, `…` for what is left out, whole lines too: machines differ in these,
+                             and in no word
+<!-- test: output, exact -->    … with the same numbers
+<!-- test: output, whole -->    … where the whole tutorial runs (`make tutorial`): a shortened one gives other answers
 <!-- test: recipe -->        YAML of a recipe; `study` of a study
 """
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -54,6 +60,27 @@ def blocks(page: Path) -> list[Block]:
 def commands(code: str) -> list[str]:
     """The lines of a shell block, those that go on in the next one joined."""
     return [line.strip() for line in code.replace("\\\n", " ").splitlines() if line.strip()]
+
+
+def differs(shown: str, printed: str, exact: bool = False) -> str:
+    """The first line of `shown` that is not in `printed`, in its order; "" where all are."""
+    at, text = 0, _comparable(printed, exact)
+    for line in filter(None, map(str.strip, shown.splitlines())):
+        parts = map(re.escape, _comparable(line, exact).split("…"))
+        found = re.compile(r"[^\n]*?".join(parts)).search(text, at)
+        if not found:
+            return line
+        at = found.end()
+    return ""
+
+
+def _comparable(text: str, exact: bool) -> str:
+    """Without the frames of tables, with one space for many and, if not exact, one number for all."""
+    text = re.sub(r"[^\S\n]+", " ", re.sub("[─-╿]", " ", text))
+    if exact:
+        return text
+    text = re.sub(r"(\d+ h )?(\d+ min )?\b\d+(\.\d+)? m?s\b|\b\d+ (h|min)\b", "0 s", text)
+    return re.sub(r"\d+([.,]\d+)*( [kMGT]B\b)?", "0", text)
 
 
 def only_looks(words: list[str]) -> bool:

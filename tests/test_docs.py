@@ -1,6 +1,8 @@
 """The README and every page of the documentation: each block of code runs or is parsed, each link leads somewhere."""
 
+import contextlib
 import importlib.util
+import io
 import json
 import os
 import re
@@ -14,12 +16,14 @@ import pytest
 import yaml
 
 from forked import forking
-from pages import PAGES, ROOT, blocks, commands, name_of, only_looks
+from pages import PAGES, ROOT, blocks, commands, differs, name_of, only_looks
 
 pytest.importorskip("cyclopts")
-KNOWN = {"hidden", "skip", "needs", "from", "file", "run", "recipe", "study"}
+KNOWN = {"hidden", "skip", "needs", "from", "file", "run", "recipe", "study", "output"}
 KEYWORDS = {"for", "done", "until", "kill"}
 TEXT = {page: page.read_text(encoding="utf-8") for page in PAGES}
+WHOLE = os.environ.get("WHOLE_TUTORIAL") == "1"
+SCREEN = {"COLUMNS": "100"}
 RUNS = [page for page in PAGES if any("run" in block.marks for block in blocks(page))]
 
 
@@ -29,24 +33,36 @@ def with_blocks(*languages, pages=PAGES):
 
 
 def execute(page, some, names):
-    """Run a page's Python, and the commands that are marked so, in the working folder."""
+    """Run a page's Python, and the commands that are marked so, in the working folder; compare what they print."""
+    printed = ""
     for block in some:
         where = f"{name_of(page)}:{block.line}"
         if "skip" in block.marks or "from" in block.marks:
             continue
         if "needs" in block.marks:
             pytest.importorskip(block.marks["needs"])
-        if "file" in block.marks:
+        if "output" in block.marks:
+            if "whole" not in block.marks["output"] or WHOLE:
+                missing = differs(block.code, printed, exact="exact" in block.marks["output"])
+                assert not missing, f"{where}: {missing!r} is not in what was printed, or not in this order:\n{printed}"
+        elif "file" in block.marks:
             Path(block.marks["file"]).write_text(block.code)
         elif block.language in ("python", "hidden"):
-            exec(compile("\n" * (block.line - 1) + block.code, str(page), "exec"), names)
+            out = io.StringIO()
+            with contextlib.redirect_stdout(out):
+                exec(compile("\n" * (block.line - 1) + block.code, str(page), "exec"), names)
+            printed = printed if block.language == "hidden" else out.getvalue()
         elif "run" in block.marks:
+            printed = ""
             for line in commands(block.code):
                 program, *arguments = shlex.split(line, comments=True)
                 assert program == "dual-lora", where
                 command = [sys.executable, "-m", "dual_lora.lab.cli", *arguments]
-                done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
-                assert done.returncode == 0, f"{where}: {line}\n{done.stderr}"
+                done = subprocess.run(
+                    command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **SCREEN}
+                )
+                assert done.returncode == 0, f"{where}: {line}\n{done.stdout}"
+                printed += done.stdout
 
 
 @pytest.mark.slow
@@ -70,13 +86,30 @@ def test_a_tutorial_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
             pytest.skip(f"{package} comes by `make models`")
     monkeypatch.chdir(tmp_path)
     some = blocks(page)
-    if os.environ.get("WHOLE_TUTORIAL") != "1":
+    if not WHOLE:
         shorter = {"days[240:272]": "days[240:244]", "--train.learning-rate": "--train.steps 3 --train.learning-rate"}
         some = [block for block in some if block.language != "hidden"]
         for old, new in shorter.items():
             assert any(old in block.code for block in some), old
             some = [replace(block, code=block.code.replace(old, new)) for block in some]
     execute(page, some, {"__name__": "page", "ROOT": str(ROOT)})
+
+
+@pytest.mark.parametrize(
+    ("shown", "printed", "exact", "missing"),
+    [
+        ("│ steps  30 in 4 min 2 s, 61 tokens/s │", "╭──╮\n│ steps      3 in 950 ms, 7 tokens/s │", False, ""),
+        ("memory 2.2 GB", "memory  812 MB at the peak", False, ""),
+        ("loss …\nsaving … weights", "loss 0.1\n\nmore\nsaving dates: weights", False, ""),
+        ("loss 0.1", "loss 0.2", False, ""),
+        ("loss 0.1", "loss 0.2", True, "loss 0.1"),
+        ("saved", "loss 0.2", False, "saved"),
+        ("second\nfirst", "first\nsecond", False, "first"),
+        ("verdict on", "verdict off", False, "verdict on"),
+    ],
+)
+def test_an_output_may_differ_in_numbers_alone(shown, printed, exact, missing):
+    assert differs(shown, printed, exact) == missing
 
 
 @pytest.mark.parametrize(("page", "some"), with_blocks("python", "hidden"))
@@ -301,6 +334,14 @@ def test_drawn_pictures_are_current():
     assert pictures.forest(results) != drawn
 
 
+def test_badges_are_current():
+    import pictures
+
+    for name, text in pictures.badges().items():
+        assert (pictures.PICTURES / name).read_text(encoding="utf-8") == text, "run `make pictures`"
+    assert "3.11 – 3.14" in pictures.badges()["badge-python.svg"]
+
+
 def test_pictures_load_nothing_and_name_no_machine():
     for picture in (ROOT / "docs" / "pictures").glob("*.svg"):
         text = picture.read_text(encoding="utf-8").replace("http://www.w3.org/", "")
@@ -347,6 +388,14 @@ def test_the_site_is_built_without_a_network(tmp_path):
     assert 'href="https://github.com/owner/name"' in home
     assert 'href="how-to/studies.html"' in home, "a page that was opened from disk finds the next one"
     assert (tmp_path / "site" / "search" / "search_index.js").is_file()
+    settings = (tmp_path / "site" / "how-to" / "settings.html").read_text()
+    assert [settings.count(f'<label for="__tabbed_1_{n}">') for n in (1, 2, 3, 4)] == [1, 1, 1, 0]
+    assert "<!-- tabs -->" not in settings
+    assert '<span class="together">--help-all</span>' in (tmp_path / "site" / "reference" / "cli.html").read_text()
+    api = (tmp_path / "site" / "reference" / "api.html").read_text()
+    assert "<li><code>rank</code>: " in api, "parameters are a list"
+    assert "<strong>Raises</strong> ValueError" in api
+    assert "doctest" not in api
     assert 'class="admonition note"' in (tmp_path / "site" / "install.html").read_text()
     for name in ("quickstart", "results"):
         notebook = f"https://colab.research.google.com/github/owner/name/blob/main/docs/tutorials/{name}.ipynb"

@@ -22,8 +22,8 @@ EXTRAS = {
 BASE = {canonicalize_name(Requirement(line).name): Requirement(line) for line in PROJECT["dependencies"]}
 # Import names of packages that are not called so, for those that may not be installed here.
 CALLED = {"yaml": "pyyaml", "sklearn": "scikit-learn", "rouge_score": "rouge-score"}
-# Imported only where the user's own loop has brought it, by a hook on its import.
-BROUGHT = {"deepspeed", "diffusers"}
+# Imported only where another has brought it: the user's own loop, by a hook on its import, or cyclopts.
+BROUGHT = {"deepspeed", "diffusers", "docstring_parser"}
 
 
 def third_party(folder):

@@ -6,7 +6,8 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -143,7 +144,7 @@ def main(arguments: list[str] | None = None) -> None:
         _check_text(given)
         for module in modules:
             allow(module)
-        with on_signals(stop_at_once):
+        with on_signals(stop_at_once), _help_without_sources():
             build_app(wanted)(_renamed(given, RENAMED.get(wanted or "", {})))
     except KeyboardInterrupt as error:
         _fail(str(error) or "Interrupted.", given, exit_status(error))
@@ -162,6 +163,25 @@ def main(arguments: list[str] | None = None) -> None:
         if debug:
             _trace()
         _fail(f"A library gave up, perhaps for what the model's files ask of it: {described(error)}.", given)
+
+
+@contextmanager
+def _help_without_sources() -> Iterator[None]:
+    """Spare a third of `train --help`: cyclopts has the source of each class of options parsed, for docstrings in it.
+
+    Ours say their help in `Field`, and pydantic's own class, 1,500 lines of it, is parsed with each of them.
+    """
+    try:
+        from docstring_parser import parser
+        from docstring_parser.parser import add_attribute_docstrings as former
+    except ImportError:  # a later cyclopts may do without
+        yield
+        return
+    parser.add_attribute_docstrings = lambda *_: None
+    try:
+        yield
+    finally:
+        parser.add_attribute_docstrings = former
 
 
 def _of_fields(error: BaseException | None) -> str:

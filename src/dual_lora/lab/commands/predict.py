@@ -39,7 +39,7 @@ def predict(
     base: Base = None,
     dtype: AutoDtype = None,
     device: Device = None,
-    overwrite: Annotated[bool, Parameter(help="Begin anew, and replace a file of results.")] = False,
+    overwrite: Annotated[bool, Parameter(help="Start again and replace the results file.")] = False,
     json: Json = False,
     given: Annotated[
         PredictFlags | None,

@@ -30,7 +30,7 @@ def report(
 
     Example: `dual-lora report results benchmarks/ledger.jsonl --out report.html --tables tables`
 
-    While a study runs: `dual-lora report studies/quick --watch`, and open the page; it loads itself anew.
+    While a study runs: `dual-lora report studies/quick --watch`, and open the page, which reloads by itself.
     """
     from dataclasses import asdict
 

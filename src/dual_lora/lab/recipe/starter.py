@@ -41,7 +41,7 @@ def starter(
         f"# Look at the data:  dual-lora check-data {name}.yaml",
         f"# Memory and time:   dual-lora estimate {name}.yaml",
         f"# Train:             dual-lora train {name}.yaml",
-        "# Every field:       docs/reference/recipe.md, or dual-lora train --help",
+        "# Every field:       docs/reference/recipe.md, or dual-lora train --help-all",
         f"name: {_value(name)}",
         "model:",
         f"  path: {_value(base)}  # a folder, a name on the hub, a GGUF file or package:NAME",

@@ -46,7 +46,7 @@ def check_seal(checkpoint: Path) -> None:
         pass
     raise UserError(
         f"The checkpoint {checkpoint} is DeepSpeed's, whose files can run code when they are read, and it has no valid "
-        f"seal of your own runs ({SEAL}, signed with {key_file()}). Nothing was read. Begin anew with --overwrite or "
+        f"seal of your own runs ({SEAL}, signed with {key_file()}). Nothing was read. Start again with --overwrite or "
         "in another --out. If you wrote it on another machine, copy that machine's key here first."
     )
 

@@ -107,7 +107,7 @@ def mark_whole(folder: Path) -> None:
     """List a folder's files with their sizes in it, once all of them have reached the disk."""
     inside = sorted(path for path in folder.rglob("*") if path.name != WHOLE)
     sync(*inside, folder.parent, folder.parent.parent)
-    write_json(folder / WHOLE, {str(p.relative_to(folder)): p.stat().st_size for p in inside if p.is_file()})
+    write_json(folder / WHOLE, {p.relative_to(folder).as_posix(): p.stat().st_size for p in inside if p.is_file()})
 
 
 def listed_in(folder: Path) -> dict[Path, bool]:
