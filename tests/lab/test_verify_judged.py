@@ -1,5 +1,7 @@
 """The judge of `verify` on numbers alone: what explains a candidate, and what does not."""
 
+import json
+
 import pytest
 import torch
 
@@ -115,3 +117,13 @@ def test_four_bits_of_a_merged_file_round_otherwise():
     assert verdict(found, beside, 0.03) == "other scale"
     assert verdict(found, beside, 0.03, merged) == "rounded"
     assert verdict(1.5 * DIRECTION + small, beside, 0.03, merged) == "other scale"
+
+
+def test_modules_in_another_order_are_no_difference(tmp_path):
+    """PEFT has them in a set; r does differ."""
+    from dual_lora.lab.verify.verify import _config_differences
+
+    for name, modules, r in (("one", ["q_proj", "k_proj"], 8), ("other", ["k_proj", "q_proj"], 4)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps({"target_modules": modules, "r": r}))
+    assert _config_differences(tmp_path / "one", tmp_path / "other") == ["r is 4 there and 8 here"]

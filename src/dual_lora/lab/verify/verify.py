@@ -244,17 +244,22 @@ def _config_differences(one: Path, other: Path | None) -> list[str]:
     if other is None:
         return []
     try:
-        pair = [read_object(folder / "adapter_config.json") for folder in (one, other)]
+        read = [read_object(folder / "adapter_config.json") for folder in (one, other)]
     except (OSError, ValueError):
         return []
+    pair = [{name: _ordered(value) for name, value in config.items()} for config in read]
     names = [n for n in sorted({*pair[0], *pair[1]}) if pair[0].get(n) != pair[1].get(n) and n != "peft_version"]
     lines = [f"{n} is {_shown(pair[1].get(n))} there and {_shown(pair[0].get(n))} here" for n in names]
     return lines[:6]
 
 
 def _shown(value: Any) -> str:
-    names = isinstance(value, list) and all(isinstance(each, str) for each in value)
-    return shortened(json.dumps(sorted(value) if names else value))
+    return shortened(json.dumps(value))
+
+
+def _ordered(value: Any) -> Any:
+    """Names without an order of their own: PEFT has target modules in a set, which each process writes in another."""
+    return sorted(value) if isinstance(value, list) and all(isinstance(each, str) for each in value) else value
 
 
 def _with_words(finding: Finding, wrong: Finding | None, notes: list[str], first: bool = False) -> Finding:
