@@ -64,6 +64,13 @@ def test_what_a_strength_explains_has_its_name():
     assert judged(0.0, 0.05) == "off"
 
 
+def test_where_four_bits_do_most_of_what_the_adapter_does_they_must_look_alike():
+    """Seen on a server that had another adapter: so far from this one as four bits were, it was taken for rounded."""
+    four = 0.75 * DIRECTION + across(DIRECTION, 3.6, 2)
+    assert verdict(0.75 * DIRECTION + across(DIRECTION, 3.6, 3), four, 0.1) == "undecided"
+    assert verdict(four + across(DIRECTION, 1.5, 4), four, 0.1) == "rounded"
+
+
 @pytest.mark.parametrize("strength", [0.0, 1.0])
 def test_where_rounding_moves_the_strength_by_more_than_the_adapter_has_nothing_is_told(strength):
     """The base itself was taken for the adapter: it is as near to it as bf16 is."""

@@ -181,7 +181,7 @@ def judge(
         return as_("layers dropped", f"it gives what the adapter gives without {part}")
     if scale is not None and explains(scale[1]) and abs(scale[0] - 1) > min(room, KEPT):
         return as_(*_named_scale(scale[0], known.warms_up))
-    as_(*_rest(known, finding, coarse, unpacked))
+    as_(*_rest(known, finding, coarse, unpacked, coarse.explains(found, residual, strength)))
     if finding.word == "rounded" and scale is not None and scale[1] <= EXPLAINED * residual:
         finding.cause += f", though {scale[0]:.2f} of its strength would explain as much"
     return finding
@@ -251,9 +251,10 @@ class _Coarse:
         return max(KEPT, *(2 * abs(1 - kept) for _, _, kept in self._patterns))
 
 
-def _rest(known: Known, finding: Finding, coarse: _Coarse, unpacked: bool) -> tuple[Word, str]:
+def _rest(known: Known, finding: Finding, coarse: _Coarse, unpacked: bool, looks: bool) -> tuple[Word, str]:
     """No fault explains it: rounding, if it is no more than four bits do (unpacked: than sixteen) and the strength is
-    kept; else another adapter."""
+    kept; else another adapter. Where four bits do half of what the adapter does, it has to look like theirs (`looks`).
+    """
     residual, strength = finding.left["on"], finding.strength or 0.0
     if unpacked:
         bits, limit, room = "sixteen", ROUNDINGS * known.rounding, KEPT
@@ -262,7 +263,12 @@ def _rest(known: Known, finding: Finding, coarse: _Coarse, unpacked: bool) -> tu
     finding.left[f"{bits} bits"] = limit
     size = f"{residual:.3f} nats a token, {residual / known.rounding:.1f} times what bf16 does"
     if residual <= limit and abs(strength - 1) <= room and strength >= KEPT:
-        return "rounded", f"it differs from the adapter by {size}: rounding, at most to {bits} bits"
+        if unpacked or looks or residual <= EXPLAINED * coarse.effect:
+            return "rounded", f"it differs from the adapter by {size}: rounding, at most to {bits} bits"
+        return "undecided", (
+            f"it differs from the adapter by {size}. Four bits do as much here, and another adapter might: "
+            "compare the files (--against, --adapter), or give prompts on which the adapter does more (--prompts FILE)"
+        )
     if min(finding.left["off"], finding.left.get("scale", float("inf"))) <= limit and strength < KEPT:
         return "off", f"it is nearest to the base, rounded ({finding.left['off']:.3f} nats a token)"
     return "another adapter", (
