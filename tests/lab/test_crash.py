@@ -115,7 +115,7 @@ def test_train(values, trained, tmp_path):
         disk.restore(state)
         promised = max((step for after, step in saved if event > after), default=0)
         assert check_run(folder, whole) >= promised or folder.adapter.is_dir(), f"{kind} at {event}: {what}"
-    again = tried(disk.states, 4)
+    again = tried(disk.states, 1)
     for state, (kind, event, what) in again:
         disk.restore(state)
         result = run(recipe, disk.root / "run", resume=True, progress=False)
