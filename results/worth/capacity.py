@@ -196,9 +196,13 @@ def drawn(load: float, setting: Setting, source: Any) -> Facts:
 
 def stored(method: str, setting: Setting, rate: float, seed: int, source: Any, facts: Facts) -> list[float]:
     """Train; for each key 1 where its label is the largest logit, else 0; of a value the share of such digits."""
-    keys, labels, head = facts
     torch.manual_seed(seed)
-    model = model_of(method, setting, source, head)
+    return recalled(model_of(method, setting, source, facts[2]), setting, rate, seed, facts)
+
+
+def recalled(model: nn.Module, setting: Setting, rate: float, seed: int, facts: Facts) -> list[float]:
+    """Train the model, and ask it for each key."""
+    keys, labels, _ = facts
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=rate)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, setting.steps)
     order = torch.Generator().manual_seed(seed)  # the same for all methods
