@@ -267,7 +267,7 @@ def killed_at(number, command, disk):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("share", [0.2, 0.5, 0.8, 0.97])
+@pytest.mark.parametrize("share", [*(pytest.param(share, marks=pytest.mark.long) for share in (0.2, 0.8)), 0.5, 0.97])
 def test_a_true_kill_leaves_a_recorded_state(share, values, trained, tmp_path):
     recipe, whole = build_recipe(values), weights(trained / "adapter")
     disk = Disk(tmp_path / "place")
