@@ -9,7 +9,6 @@ before 2026-11-30 have none: their items' scores are not available.
 
 import gzip
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from dual_lora.lab.run.write import write_atomically
 from dual_lora.lab.study import metrics
 from dual_lora.lab.study.job import read_scores
 from dual_lora.lab.study.rows import Results
+from dual_lora.lab.terminal import run_module
 
 PACKED = "scores.json.gz"
 DIGITS = 9  # of an item's share; verdicts need no more
@@ -99,5 +99,14 @@ def _scores(results: Results, known: dict[str, Any], file: str) -> Scores:
     return Scores(rows, better=better, notes=notes)
 
 
+def main(arguments: list[str]) -> int:
+    """Pack the study that is named first into the folder that is named last."""
+    if len(arguments) != 2:
+        raise UserError("Give two folders: a study's, and one for what is published.")
+    study, out = map(Path, arguments)
+    print(f"{pack(study, out)} runs in {out}")
+    return 0
+
+
 if __name__ == "__main__":
-    print(f"{pack(Path(sys.argv[1]), Path(sys.argv[2]))} runs")
+    run_module(main)
