@@ -116,3 +116,22 @@ def test_a_run_learns_plain_text(tmp_path, lm_values, write_recipe, call):
     code, _, err = call("evaluate", run, "--evaluate.tasks", "exact_match")
     assert code == 1
     assert "without a prompt" in err
+
+
+def test_one_row_and_one_text_that_unpack_to_too_much(tmp_path, monkeypatch):
+    """A list of nulls takes nothing in a file, and eight bytes each in Python; a dictionary holds one text for all."""
+    from dual_lora.lab.data import parquet as reader
+
+    n = 200_000
+    nulls = pyarrow.ListArray.from_arrays(pyarrow.array([0, n], pyarrow.int32()), pyarrow.nulls(n, pyarrow.int8()))
+    one_text = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 500, pyarrow.int32()), ["x" * 3000])
+    within = pyarrow.StructArray.from_arrays([one_text], ["a"])
+    files = [parquet(tmp_path / f"{i}.parquet", text=column) for i, column in enumerate((nulls, one_text, within))]
+    for said in (reader._said, lambda *_: 0):  # what the file says of itself may be a lie
+        monkeypatch.setattr(reader, "_said", said)
+        monkeypatch.setattr(reader, "MOST_BYTES", 4_000_000)
+        assert [len(read_records(file)) for file in files] == [1, 500, 500]
+        monkeypatch.setattr(reader, "MOST_BYTES", 1_400_000)
+        for file in files:
+            with pytest.raises(UserError, match="are read: write a part"):
+                read_records(file)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -106,3 +107,133 @@ def test_a_git_history_is_read(tmp_path):
     for source, words in ((tmp_path / RESULTS / "no", "holds no git history"), (folder / "lora.json", "expected")):
         with pytest.raises(UserError, match=words):
             read_history(source)
+
+
+def written_history(folder, results):
+    """A clone with one commit of these results: name of a file -> text."""
+    inside = folder / RESULTS
+    inside.mkdir(parents=True)
+    for name, text in results.items():
+        (inside / name).write_text(text)
+    git(folder, "init", "-q")
+    git(folder, "add", "-A")
+    git(folder, "commit", "-qm", "results")
+    return folder
+
+
+def git(folder, *words, **more):
+    return subprocess.run(
+        ["git", "-C", folder, "-c", "user.name=a", "-c", "user.email=a@b", *words], check=True, **more
+    )
+
+
+def result_of(name="lora/x", day="2026-01-01", accuracy=0.4):
+    run = {"experiment_name": name, "created_at": f"{day}T00:00:00", "train_config": {"model_id": "m"}}
+    return json.dumps({"run_info": run, "train_info": {"status": "success", "metrics": [{"test accuracy": accuracy}]}})
+
+
+def program_in(folder):
+    """A program of the repository's author, and the file that shows that it ran."""
+    ran, program = folder / "ran", folder / "program.sh"
+    program.write_text(f"#!/bin/sh\ntouch '{ran}'\nexit 1\n")
+    program.chmod(0o755)
+    return program, ran
+
+
+def signed(folder):
+    """HEAD with a signature, which git shows by `gpg.program`."""
+    commit = git(folder, "cat-file", "commit", "HEAD", capture_output=True, text=True).stdout
+    head, _, rest = commit.partition("\n\n")
+    text = f"{head}\ngpgsig -----BEGIN PGP SIGNATURE-----\n \n x\n -----END PGP SIGNATURE-----\n\n{rest}"
+    made = git(folder, "hash-object", "-t", "commit", "-w", "--stdin", capture_output=True, text=True, input=text)
+    git(folder, "update-ref", "HEAD", made.stdout.strip())
+
+
+def test_a_repository_that_names_a_program_does_not_have_it_run(tmp_path):
+    folder = written_history(tmp_path / "signed", {"a.json": result_of()})
+    program, ran = program_in(tmp_path)
+    signed(folder)
+    git(folder, "config", "log.showSignature", "true")
+    git(folder, "config", "gpg.program", program)
+    assert len(read_history(folder)) == 1
+    assert not ran.exists()
+
+
+def test_a_missing_object_is_fetched_from_nowhere(tmp_path):
+    folder = written_history(tmp_path / "partial", {"a.json": result_of()})
+    program, ran = program_in(tmp_path)
+    hash_of = git(folder, "rev-parse", f"HEAD:{RESULTS}/a.json", capture_output=True, text=True).stdout.strip()
+    (folder / ".git/objects" / hash_of[:2] / hash_of[2:]).unlink()
+    for name, value in {
+        "core.repositoryformatversion": "1",
+        "extensions.partialClone": "o",
+        "remote.o.promisor": "true",
+        "remote.o.url": f"ext::{program}",
+        "protocol.ext.allow": "always",
+    }.items():
+        git(folder, "config", name, value)
+    with pytest.raises(UserError, match="whole of its history"):
+        read_history(folder)
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("head", ["ref: refs/../../outside", "ref: /etc/passwd", "x" * 40, "", "ref: refs/heads/no"])
+def test_a_head_that_names_no_branch_of_the_repository_is_an_error(tmp_path, head):
+    folder = written_history(tmp_path / "clone", {"a.json": result_of()})
+    (tmp_path / "outside").write_text((folder / ".git/refs/heads").glob("*").__next__().read_text())
+    (folder / ".git/packed-refs").write_text("")
+    (folder / ".git/HEAD").write_text(head)
+    with pytest.raises(UserError, match="holds no git history"):
+        read_history(folder)
+
+
+def test_packed_refs_and_a_bare_directory_are_read(tmp_path):
+    folder = written_history(tmp_path / "clone", {"a.json": result_of()})
+    git(folder, "pack-refs", "--all")
+    git(folder, "gc", "-q")
+    assert read_history(folder) == read_history(folder / ".git") != []
+
+
+def test_pipes_and_endless_answers_end(tmp_path, monkeypatch):
+    from dual_lora.lab.judge import objects
+
+    folder = written_history(tmp_path / "clone", {"a.json": result_of()})
+    monkeypatch.setattr(objects, "LARGEST", 60)
+    with pytest.raises(UserError, match="more than 60 bytes"):
+        read_history(folder)
+    monkeypatch.undo()
+    monkeypatch.setattr(objects, "SECONDS", 1)
+    (commits := folder / ".git/objects/info").mkdir(exist_ok=True)
+    os.mkfifo(commits / "alternates")
+    with pytest.raises(UserError, match="within 1 seconds"):
+        read_history(folder)
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        result_of("=HYPERLINK(1)/x"),
+        result_of("lora/\x1b[2J"),
+        result_of("lora/x,2026-01-01,1,0"),
+        result_of(day="2026-13-45"),
+        result_of(accuracy=float("nan")),
+        result_of(accuracy=10**400),
+        result_of(accuracy=[[]]),
+        json.dumps({"run_info": {"train_config": []}, "train_info": {"status": "success"}}),
+        "[" * 100_000,
+    ],
+    ids=range(9),
+)
+def test_what_cannot_be_a_result_is_left_out(tmp_path, result):
+    folder = written_history(tmp_path / "clone", {"bad.json": result, "good.json": result_of()})
+    assert [run.experiment for run in read_history(folder)] == ["lora/x"]
+
+
+@pytest.mark.parametrize(
+    "row", ["=1+1,2026-01-01,0.5,00000000", "a/b,x,0.5,00000000", "a/b,2026-01-01,nan,00000000", "a"]
+)
+def test_a_row_of_a_table_that_is_no_result_is_an_error(tmp_path, row):
+    file = tmp_path / "results.csv"
+    file.write_text(f"experiment,date,accuracy,settings\n{row}\n")
+    with pytest.raises(UserError, match="line 2"):
+        read_history(file)

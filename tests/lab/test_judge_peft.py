@@ -163,3 +163,36 @@ def test_methods_of_one_name_and_tasks_of_one_study_stay_apart(tmp_path):
     assert write_peft(tmp_path / "two", tmp_path / "both") == {"results": 4, "experiments": 4}
     for task in "AB":
         assert len([*(tmp_path / "both" / task / "results").iterdir()]) == 2
+
+
+def hostile_study(folder, method="LORA", task="t", key="k1"):
+    """The results and the one run of a stranger's study."""
+    run = folder / "runs" / "k1"
+    run.mkdir(parents=True)
+    (run / "recipe.yaml").write_text("model: {path: m}\ndata: {train: a.csv}\nmethod: {name: lora}\n")
+    sizes = ("steps", "loss", "tokens", "peak_memory", "seconds", "adapter_bytes")
+    ended = dict.fromkeys((*sizes, "trainable_parameters", "all_parameters"), 1)
+    record = {"method": {"peft_type": method}, "versions": {}, "platform": "", "device": "cpu", "result": ended}
+    (run / "record.json").write_text(json.dumps(record))
+    seed = {"seed": 1, "key": key, "status": "done", "score": 0.1, "figures": None, "seconds": 1}
+    rows = [{"model": "", "task": t, "method": "lora", "metric": "loss", "seeds": [seed]} for t in (task, "other")]
+    (folder / "results.json").write_text(json.dumps({"methods": rows}))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["../../../victim", "{}/victim", "..", ".", "", "a/../../../../victim"])
+@pytest.mark.parametrize("field", ["method", "task"])
+def test_no_name_in_a_study_leads_out_of_the_folder(tmp_path, field, name):
+    study = hostile_study(tmp_path / "study", **{field: name.format(tmp_path)})
+    before = {file for file in tmp_path.rglob("*") if file.is_file()}
+    assert write_peft(study, tmp_path / "work" / "out")["results"] == 2
+    written = {file for file in tmp_path.rglob("*") if file.is_file()} - before
+    assert all(file.is_relative_to(tmp_path / "work" / "out") for file in written)
+    assert len(written) == 6
+
+
+def test_no_key_in_a_study_names_another_run(tmp_path):
+    study = hostile_study(tmp_path / "study", key="../../mine")
+    (study / "runs" / "k1").rename(tmp_path / "mine")
+    with pytest.raises(UserError, match="no key of a run"):
+        write_peft(study, tmp_path / "out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -80,11 +81,37 @@ def test_packed_scores_are_judged_as_the_study_was(tmp_path):
     sign = 1 if c["candidate"] == "b" else -1
     assert new["difference"] == pytest.approx(sign * c["difference"])
     assert new["spread"]["error"] == pytest.approx(c["spread"]["error"])
+    for wrong in ("[[1], [NaN]]", "[[1], 2]", "[]", "{}", '"x"', f"[[1{400 * '0'}]]"):
+        text = json.dumps({s["key"]: "WRONG" for m in results["methods"] for s in m["seeds"]})
+        (out / packed.PACKED).write_bytes(gzip.compress(text.replace('"WRONG"', wrong).encode()))
+        with pytest.raises(UserError):
+            judge(out)
     (out / packed.PACKED).write_bytes(b"no gzip")
     with pytest.raises(UserError, match="damaged"):
         judge(out)
     (runs / f"{results['methods'][0]['seeds'][0]['key']}.scores.json").unlink()
     with pytest.raises(UserError, match="lacks the scores of a run"):
+        packed.pack(tmp_path / "study", out)
+
+
+def test_packing_follows_no_link_and_no_key_out_of_the_runs(tmp_path):
+    from dual_lora.lab.judge import packed
+    from dual_lora.lab.run.write import write_json
+
+    runs, out = tmp_path / "study" / "runs", tmp_path / "out"
+    runs.mkdir(parents=True)
+    results = made(runs, {"a": 0.5, "b": 0.7, "c": 0.6}, tasks=("t",), margin=0.02, pairs="all")
+    write_json(tmp_path / "study" / "results.json", results)
+    out.mkdir()
+    (tmp_path / "mine").write_text("mine")
+    (out / packed.PACKED).symlink_to(tmp_path / "mine")
+    packed.pack(tmp_path / "study", out)
+    assert (tmp_path / "mine").read_text() == "mine"
+    seed = results["methods"][0]["seeds"][0]
+    (runs / f"{seed['key']}.scores.json").rename(tmp_path / "mine.scores.json")
+    seed["key"] = "../../mine"
+    write_json(tmp_path / "study" / "results.json", results)
+    with pytest.raises(UserError, match="no key of a run"):
         packed.pack(tmp_path / "study", out)
 
 

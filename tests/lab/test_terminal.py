@@ -16,7 +16,7 @@ from dual_lora.lab.commands.card import facts_card, figures_table, finish
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.location import locate
 from dual_lora.lab.progress import Bar
-from dual_lora.lab.terminal import Console, guarded, shown
+from dual_lora.lab.terminal import Console, guarded, run_module, shown
 
 CODES = [
     "\x1b]0;title\x07",
@@ -129,3 +129,35 @@ def test_a_traceback_shows_codes_too():
     assert "Traceback" in done.stderr
     assert not obeyed(done.stderr)
     assert "no\\u001b[31msuch\\u0007" in done.stderr
+
+
+@pytest.mark.parametrize("module", ["judge.packed", "judge.metamath", "study.pooled", "study.rejudge"])
+def test_a_module_that_is_run_shows_what_a_file_says(module, tmp_path):
+    """Each of them is a command as well (`python -m`), outside of `dual-lora` with its guarded terminal."""
+    (tmp_path / "results.json").write_text(json.dumps({"study": {"name": HOSTILE}, "methods": [{"metric": HOSTILE}]}))
+    (tmp_path / "q.yaml").write_text(json.dumps({HOSTILE: {"asked": ["../x"]}}))
+    given = {
+        "judge.packed": [tmp_path / HOSTILE.replace("\0", ""), tmp_path],
+        "judge.metamath": ["--train", HOSTILE.replace("\0", "")],
+        "study.pooled": [tmp_path / "q.yaml"],
+        "study.rejudge": [tmp_path / "results.json"],
+    }
+    command = [sys.executable, "-m", f"dual_lora.lab.{module}", *map(str, given[module])]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode
+    assert not obeyed(done.stdout + done.stderr)
+
+
+def test_a_module_s_own_error_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["x", HOSTILE])
+
+    def wrong(arguments):
+        print(arguments[0])
+        raise UserError(arguments[0])
+
+    with pytest.raises(SystemExit) as stop:
+        run_module(wrong)
+    told = capsys.readouterr()
+    assert (stop.value.code, told.err.count("error: "), "Traceback" in told.err) == (1, 1, False)
+    assert shown(HOSTILE) in told.out
+    assert not obeyed(told.out + told.err)

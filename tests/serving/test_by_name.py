@@ -128,7 +128,7 @@ ENCODED = b"application/x-www-form-urlencoded"
         (b'application/json ; x="a;b=\\"" ; ', JSON_OF_B),
         (ENCODED, JSON_OF_B),
         (ENCODED, b"a=1&model=b"),
-        (ENCODED, b"a=1;mo%64el=%62"),
+        (ENCODED, b"a=%3B1&mo%64el=%62"),
         (
             FORM.replace(b"=edge", b'="edge"'),
             b'--edge\r\nContent-Disposition: form-data; name="model"\r\n\r\nb\r\n--edge--',
@@ -170,6 +170,8 @@ PART, END = HEAD + b"\r\nb\r\n", b"--edge--\r\n"
         (FORM, HEAD.replace(b'name="model"', b"name*=utf-8''model") + b"\r\nb\r\n" + END, []),
         (FORM, HEAD.replace(b"model", b"mo\\del") + b"\r\nb\r\n" + END, []),
         (ENCODED, b"model=m&model=b", []),
+        (ENCODED, b"a=1;mo%64el=%62", []),
+        (ENCODED, b"model=b;a=1", []),
     ],
 )
 def test_what_two_readers_read_differently_is_refused(kind, body, more, server):

@@ -82,6 +82,7 @@ def test_an_adapter_is_sent_with_or_without_a_name(name):
         (told(logprobs={"token_logprobs": [None, -1]}), "no finite numbers"),
         (told(logprobs={"token_logprobs": [float("nan"), -1]}), "no finite numbers"),
         (told(logprobs={"token_logprobs": [float("-inf"), -1]}), "no finite numbers"),
+        (told(logprobs={"token_logprobs": [10**400, -1]}), "too large"),
     ],
 )
 def test_bad_answers_are_one_sentence(body, why):

@@ -118,6 +118,14 @@ def _part(part: bytes) -> tuple[bytes, bytes]:
 
 
 def _models_in_encoded(body: bytes) -> list[str]:
-    """The values of an encoded form's fields named model."""
-    fields = [field.partition(b"=") for field in re.split(rb"[&;]", body)]
-    return [unquote_plus(v.decode("latin-1")) for n, _, v in fields if unquote_plus(n.decode("latin-1")) == "model"]
+    """The values of an encoded form's fields named model. Raises Unclear where a semicolon ends a field for some
+    readers and not for others, and one of both has it."""
+    readings = [_fields_called_model(re.split(ends, body)) for ends in (rb"&", rb"[&;]")]
+    if readings[0] != readings[1]:
+        raise Unclear("The form has a field named model next to a semicolon: write the semicolon as %3B.")
+    return readings[0]
+
+
+def _fields_called_model(fields: Iterable[bytes]) -> list[str]:
+    parts = (field.partition(b"=") for field in fields)
+    return [unquote_plus(v.decode("latin-1")) for n, _, v in parts if unquote_plus(n.decode("latin-1")) == "model"]

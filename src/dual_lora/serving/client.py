@@ -88,7 +88,7 @@ class AdapterServer:
             ]
             if any(len(one.tokens) != len(one.logprobs) for one in done):
                 raise ValueError("it counts tokens and log-probabilities differently")
-        except (LookupError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError, OverflowError) as error:
             raise ServerError(
                 f"{self.url} gives no token ids with log-probabilities for {len(prompts)} completions "
                 f"({type(error).__name__}: {error}): is it a vLLM of 0.22 or later? "

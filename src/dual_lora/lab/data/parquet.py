@@ -8,7 +8,8 @@ from dual_lora.lab.errors import UserError, described
 from dual_lora.lab.read import regular
 
 LARGEST = 20_000_000_000  # bytes of a file
-MOST_BYTES = 4_000_000_000  # unpacked, of the columns that are read
+MOST_BYTES = 4_000_000_000  # unpacked, of the columns that are read, with POINTER for each value
+POINTER = 8  # bytes, which Python takes at least for a value, a null in a list too
 MOST_ROWS = 50_000_000
 ROWS = 1024  # that are unpacked at once
 
@@ -31,11 +32,10 @@ def rows_of(path: Path) -> Iterator[dict[str, Any]]:
                 raise UserError(f"{path} has two columns {twice[0]!r}: give one of them another name.")
             if not kept:
                 raise UserError(f"{path} has no column of texts or numbers.")
-            said = sum(file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups))
-            _check(path, file.metadata.num_rows, 0 if len(kept) < len(file.schema_arrow.names) else said)
+            _check(path, file.metadata.num_rows, _said(file.metadata, kept))
             unpacked = count = 0
             for batch in file.iter_batches(batch_size=ROWS, columns=kept):
-                unpacked, count = unpacked + batch.nbytes, count + batch.num_rows
+                unpacked, count = unpacked + sum(map(_unpacked, batch.columns)), count + batch.num_rows
                 _check(path, count, unpacked)
                 yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError) as error:
@@ -43,6 +43,33 @@ def rows_of(path: Path) -> Iterator[dict[str, Any]]:
             raise
         said_first = described(error, pyarrow.ArrowException, OSError, ValueError, lines=1).rstrip(".")
         raise UserError(f"{path} could not be read as Parquet: {said_first}.") from None
+
+
+def _said(metadata: Any, kept: list[str]) -> int:
+    """Bytes of the columns that are read, by what the file says. Before anything is unpacked: one row may hold much."""
+    groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
+    columns = (group.column(j) for group in groups for j in range(group.num_columns))
+    return sum(
+        column.total_uncompressed_size + POINTER * column.num_values
+        for column in columns
+        if any(column.path_in_schema == name or column.path_in_schema.startswith(f"{name}.") for name in kept)
+    )
+
+
+def _unpacked(array: Any) -> int:
+    """Bytes of an array's values as Python has them, where a dictionary's texts are copied for each row."""
+    import pyarrow
+    import pyarrow.compute
+
+    types, kind, pointers = pyarrow.types, array.type, POINTER * len(array)
+    if types.is_dictionary(kind):
+        lengths = pyarrow.compute.take(pyarrow.compute.binary_length(array.dictionary), array.indices)
+        return pointers + int(pyarrow.compute.sum(lengths.cast("int64")).as_py() or 0)
+    if types.is_struct(kind):
+        return pointers + sum(map(_unpacked, array.flatten()))
+    if types.is_nested(kind):
+        return pointers + _unpacked(array.flatten())
+    return pointers + int(array.nbytes)
 
 
 def _is_index(name: str) -> bool:

@@ -16,18 +16,20 @@ import csv
 import functools
 import hashlib
 import json
-import subprocess
+import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
 
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.read import opened
+from dual_lora.lab.judge.objects import objects_of
+from dual_lora.lab.read import opened, parse_json
 from dual_lora.lab.report.blocks import Axis, Block, Chart, Page, Section, Table, Text, View
 from dual_lora.lab.report.columns import Column
 from dual_lora.lab.report.page import render
@@ -37,6 +39,10 @@ RESULTS = "method_comparison/MetaMathQA/results"
 COLUMNS = ("experiment", "date", "accuracy", "settings")
 PAUSE = 30  # days without a run, between two campaigns
 LEAST = 0.1  # of accuracy: a model that hardly answers has no noise to show
+MOST = 2000  # results: the fit of their noise has so many equations, and PEFT's history had 184
+LONGEST = 10_000_000  # bytes of a result
+_NAME = re.compile(r"[A-Za-z0-9][\w.+-]{0,99}(/[\w.+-]{1,100}){0,3}", re.ASCII)
+_SETTINGS = re.compile(r"[0-9a-f]{8}")
 LATER = {"init_kv_cache_prefix", "attn_implementation", "use_gc"}  # fields that came in between, no change of settings
 
 
@@ -87,49 +93,74 @@ class Standing:
 def read_history(source: Path) -> list[Run]:
     """All results in a git history (a clone of PEFT, or its bare git directory), or in a table that `extract` wrote.
 
-    Raises UserError for a folder without such a history, and for a table with other columns.
+    Raises UserError for a folder without such a history, and for a table with other columns or other rows.
     """
-    if source.is_file():
-        with opened(source) as lines:
-            rows = list(csv.DictReader(lines))
-        if not rows or set(rows[0]) != set(COLUMNS):
-            raise UserError(f"{source} has the columns {', '.join(rows[0] if rows else ())}: expected {COLUMNS}.")
-        return sorted(Run(r["experiment"], r["date"], float(r["accuracy"]), r["settings"]) for r in rows)
-    blobs: dict[str, None] = {}
-    for commit in _git(source, "log", "--format=%H", "--", RESULTS).split():
-        for line in _git(source, "ls-tree", "-r", commit, RESULTS).splitlines():
-            about, _, name = line.partition("\t")
-            if name.endswith(".json"):
-                blobs[about.split()[2]] = None
-    found = {run for blob in blobs if (run := _run(_git(source, "cat-file", "blob", blob))) is not None}
+    found = _in_table(source) if source.is_file() else _in_history(source)
     if not found:
         raise UserError(f"{source} has no {RESULTS} in its history: give a clone of huggingface/peft with its history.")
+    if len(found) > MOST:
+        raise UserError(f"{source} holds {len(found):,} results, and at most {MOST:,} are compared.")
     return sorted(found)
 
 
-def _git(folder: Path, *words: str) -> str:
-    try:
-        done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise UserError(f"{folder} holds no git history: {getattr(error, 'stderr', None) or error}".strip()) from None
-    return done.stdout
+def _in_table(file: Path) -> set[Run]:
+    with opened(file) as lines:
+        rows = csv.DictReader(lines)
+        try:
+            if set(rows.fieldnames or ()) != set(COLUMNS):
+                raise UserError(f"{file} has the columns {rows.fieldnames!s:.200}: expected {COLUMNS}.")
+            return {_checked(*(row[name] for name in COLUMNS)) for row in rows}
+        except (csv.Error, ValueError, TypeError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{file}, line {rows.line_num}: {error}.") from None
+
+
+def _in_history(folder: Path) -> set[Run]:
+    blobs: dict[str, None] = {}
+    with objects_of(folder) as (git, tip):
+        for commit in git("log", "--format=%H", tip, "--", RESULTS).decode().split():
+            for line in git("ls-tree", "-lz", commit, f"{RESULTS}/").decode(errors="replace").split("\0")[:-1]:
+                about, _, name = line.partition("\t")
+                _, kind, blob, size = about.split()
+                if (
+                    kind == "blob" and name.endswith(".json") and (size == "BAD" or int(size) <= LONGEST)
+                ):  # BAD: missing
+                    blobs[blob] = None
+        texts = (git("cat-file", "blob", blob).decode(errors="replace") for blob in blobs)
+        return {run for text in texts if (run := _run(text)) is not None}
 
 
 def _run(text: str) -> Run | None:
     """A result that ended well; None for any other file."""
     try:
-        result = json.loads(text)
+        result = parse_json(text)
         run, train = result["run_info"], result["train_info"]
         if train["status"] != "success":
             return None
-        accuracy = float(train["metrics"][-1]["test accuracy"])
         used = {name: value for name, value in run["train_config"].items() if name not in LATER}
         main = {name: used.get(name) for name in ("model_id", "optimizer_type", "optimizer_kwargs", "lr_scheduler")}
         main |= {name: used.get(name) for name in ("max_steps", "batch_size", "seed", "dtype", "max_seq_length")}
         settings = hashlib.sha256(json.dumps(main, sort_keys=True).encode()).hexdigest()[:8]
-        return Run(str(run["experiment_name"]), str(run["created_at"])[:10], round(accuracy, 6), settings)
-    except (ValueError, KeyError, TypeError, IndexError):
+        accuracy = train["metrics"][-1]["test accuracy"]
+        return _checked(str(run["experiment_name"]), str(run["created_at"])[:10], accuracy, settings)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
         return None
+
+
+def _checked(experiment: str, day: str, accuracy: Any, settings: str) -> Run:
+    """Raises ValueError for what cannot be one of PEFT's results. A name has no character that means something to a
+    spreadsheet or a terminal."""
+    if not (_NAME.fullmatch(experiment) and _SETTINGS.fullmatch(settings)):
+        raise ValueError(f"{experiment!r:.100} {settings!r:.20} is no name of an experiment with its settings' hash")
+    date.fromisoformat(day)
+    try:
+        share = float(accuracy)
+    except OverflowError:
+        share = math.inf
+    if not 0 <= share <= 1:
+        raise ValueError(f"the accuracy {accuracy!r:.40} is no share")
+    return Run(experiment, day, round(share, 6), settings)
 
 
 def extract(runs: Iterable[Run], file: Path) -> None:

@@ -8,7 +8,6 @@ Records whose question and answer are longer than 1,300 characters are left out,
 """
 
 import argparse
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 from dual_lora.lab.data.records import Record, data_folder, read_records
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.run.write import write_json
+from dual_lora.lab.terminal import run_module
 
 TRAIN, TEST = "hub:meta-math/MetaMathQA", "hub:openai/gsm8k,main:test"
 TEMPLATE = "Question: {query} Think step by step.\nAnswer:"
@@ -71,7 +71,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_module(main)

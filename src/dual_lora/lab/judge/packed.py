@@ -9,19 +9,19 @@ before 2026-11-30 have none: their items' scores are not available.
 
 import gzip
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.judge.scores import Score, Scores
+from dual_lora.lab.judge.scores import Score, Scores, number, seed_number
 from dual_lora.lab.read import LARGEST, parse_json, read_json, regular
 from dual_lora.lab.run.write import write_atomically
 from dual_lora.lab.study import metrics
 from dual_lora.lab.study.job import read_scores
 from dual_lora.lab.study.rows import Results
+from dual_lora.lab.terminal import run_module
 
 PACKED = "scores.json.gz"
 DIGITS = 9  # of an item's share; verdicts need no more
@@ -40,7 +40,7 @@ def pack(study: Path, out: Path) -> int:
         raise UserError(f"{study} lacks the scores of a run ({error}): they lie in the folder of its runs.") from None
     out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(found, separators=(",", ":"), sort_keys=True)
-    (out / PACKED).write_bytes(gzip.compress(text.encode(), mtime=0))
+    write_atomically(out / PACKED, gzip.compress(text.encode(), mtime=0))
     if out.resolve() != study.resolve():
         write_atomically(out / "results.json", (study / "results.json").read_text(encoding="utf-8"))
     return len(found)
@@ -69,6 +69,15 @@ def read_packed(folder: Path) -> Scores:
         known: dict[str, Any] = parse_json(content.decode()) if len(content) <= LARGEST else {}
     except (ValueError, EOFError, gzip.BadGzipFile) as error:
         raise UserError(f"{file} is damaged: {error}.") from None
+    try:
+        return _scores(results, known, str(file))
+    except UserError:
+        raise
+    except (KeyError, TypeError, IndexError, ValueError, AttributeError, OverflowError) as error:
+        raise UserError(f"{file} does not fit the results.json next to it: {error!r:.200}.") from None
+
+
+def _scores(results: Results, known: dict[str, Any], file: str) -> Scores:
     rows, notes = [], []
     lost = {(m["model"], m["task"], s["seed"]) for m in results["methods"] for s in m["seeds"] if s["status"] != "done"}
     for m in results["methods"]:
@@ -78,9 +87,10 @@ def read_packed(folder: Path) -> Scores:
             if s["key"] not in known:
                 raise UserError(f"{file} lacks the scores of {m['method']}, seed {s['seed']}: pack the study again.")
             shares = metrics.sign(m["metric"]) * metrics.score_table(m["metric"], [known[s["key"]]])[0]
+            where, seed = f"{file}, {s['key']}", seed_number(s["seed"], file)
             rows += [
-                Score((m["model"], m["task"]), m["method"], s["seed"], str(i), m["metric"], float(x), str(file))
-                for i, x in enumerate(shares)
+                Score((m["model"], m["task"]), m["method"], seed, str(i), m["metric"], number(x, where), where)
+                for i, x in enumerate(shares.tolist())
             ]
     if lost:
         named = ", ".join(f"{seed} on {task}" for _, task, seed in sorted(lost))
@@ -89,5 +99,14 @@ def read_packed(folder: Path) -> Scores:
     return Scores(rows, better=better, notes=notes)
 
 
+def main(arguments: list[str]) -> int:
+    """Pack the study that is named first into the folder that is named last."""
+    if len(arguments) != 2:
+        raise UserError("Give two folders: a study's, and one for what is published.")
+    study, out = map(Path, arguments)
+    print(f"{pack(study, out)} runs in {out}")
+    return 0
+
+
 if __name__ == "__main__":
-    print(f"{pack(Path(sys.argv[1]), Path(sys.argv[2]))} runs")
+    run_module(main)

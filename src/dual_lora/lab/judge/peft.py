@@ -24,6 +24,7 @@ from dual_lora.lab.read import read_json, read_object, regular
 from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.run.folder import RunFolder, recipe_of_run
 from dual_lora.lab.run.write import write_json
+from dual_lora.lab.study.job import run_folder
 
 # What a method may be trained with by itself; all else in a run's train_config should be the same for all.
 OWN = {"seed", "model_id", "optimizer_type", "optimizer_kwargs", "lr_scheduler"}
@@ -210,14 +211,17 @@ def write_peft(study: Path, out: Path) -> dict[str, int]:
         for run in method["seeds"]:
             if run["status"] != "done":
                 continue
-            folder = RunFolder(study / "runs" / run["key"])
+            try:
+                folder = RunFolder(run_folder(study / "runs", run["key"]))
+            except ValueError as error:
+                raise UserError(f"{study / 'results.json'}: {error}.") from None
             if not folder.is_run or not folder.record.is_file():
                 raise UserError(
                     f"{folder.path} is not there: PEFT's results hold each run's loss, tokens and memory, which lie in "
                     "the runs of the study, not in its results.json."
                 )
             recipe, record = recipe_of_run(folder.path), read_json(folder.record)
-            family = str(record["method"].get("peft_type", "full-finetuning")).lower()
+            family = _name(str(record["method"].get("peft_type", "full-finetuning")).lower())
             task = _name(f"{method['task']}-{method['model']}")
             name = _name(f"{task}-{method['method']}-seed{run['seed']}")
             root = out / task if len(tasks) > 1 else out  # all in one folder is one task to whoever reads it
@@ -244,7 +248,8 @@ def write_peft(study: Path, out: Path) -> dict[str, int]:
 
 
 def _name(text: str) -> str:
-    return re.sub(r"-{2,}", "-", re.sub(r"[^\w.]+", "-", text)).strip("-")
+    """The text as a name of a file: it leads nowhere else, and is no hidden one."""
+    return re.sub(r"-{2,}", "-", re.sub(r"[^\w.]+", "-", text)).strip("-.") or "nameless"
 
 
 def _result(name: str, recipe: Recipe, record: dict[str, Any], method: dict[str, Any], run: dict[str, Any]) -> Any:

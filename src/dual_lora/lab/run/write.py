@@ -66,14 +66,15 @@ def _make_way(target: Path) -> None:
         target.rmdir()
 
 
-def write_atomically(path: Path, text: str, mode: int = 0o666) -> None:
+def write_atomically(path: Path, content: str | bytes, mode: int = 0o666) -> None:
     """The file has its old content or the new one at every moment. A link at `path` is replaced, not followed.
 
     mode: who may read and write it, before the umask.
     """
     opener = partial(os.open, mode=mode)
-    with _in_place_of(path) as part, open(part, "x", encoding="utf-8", newline="", opener=opener) as file:
-        file.write(text)
+    data = content.encode() if isinstance(content, str) else content
+    with _in_place_of(path) as part, open(part, "xb", opener=opener) as file:
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
 

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -31,6 +32,7 @@ from dual_lora.lab.run.folder import RunFolder
 from dual_lora.lab.run.write import write_json
 from dual_lora.lab.study import metrics
 
+_KEY = re.compile(r"[0-9A-Za-z]+")
 JOB_FORMAT = 1  # part of every key: raised when the meaning of a job changes
 Kind = Literal["trial", "final", "probe", "base"]
 Split = Literal["validation", "test", "none"]
@@ -115,7 +117,15 @@ class Outcome(BaseModel):
 
 def run_file(runs: Path, key: str, what: Literal["", "scores", "forgetting", "error"] = "") -> Path:
     """Where the outcome of a run lies, its items' scores, its losses on other text, or why it stopped."""
-    return runs / (f"{key}.{what}.json" if what else f"{key}.json")
+    return run_folder(runs, key).with_name(f"{key}.{what}.json" if what else f"{key}.json")
+
+
+def run_folder(runs: Path, key: Any) -> Path:
+    """Where a run's own files lie. Raises ValueError for a key, as a stranger's results may have it, that leads
+    elsewhere."""
+    if not isinstance(key, str) or not _KEY.fullmatch(key):
+        raise ValueError(f"{key!r:.100} is no key of a run")
+    return runs / key
 
 
 def write_outcome(runs: Path, outcome: Outcome) -> None:

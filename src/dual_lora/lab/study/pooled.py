@@ -15,7 +15,6 @@ Across questions (tasks), in units of each margin: a mean with random effects, i
 
 import json
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from dual_lora.lab.run.write import write_json
 from dual_lora.lab.study import metrics
 from dual_lora.lab.study import statistics as stats
 from dual_lora.lab.study.rows import ComparisonRow, MethodRow, Results
+from dual_lora.lab.terminal import run_module
 
 
 @dataclass(frozen=True)
@@ -156,4 +156,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_module(main)

@@ -7,7 +7,6 @@ scores of its seeds, and the whole error is stored. What changed is written into
 """
 
 import math
-import sys
 import time
 from pathlib import Path
 from typing import cast
@@ -25,6 +24,7 @@ from dual_lora.lab.study.read import build_study
 from dual_lora.lab.study.results import RESULTS_FORMAT, wanted
 from dual_lora.lab.study.rows import AmendmentRow, ComparisonRow, MethodRow, Results
 from dual_lora.lab.study.study import Study
+from dual_lora.lab.terminal import run_module
 
 WHY = "Verdicts computed again from the stored scores, by the rule of this version (docs/explanation/calibration.md)."
 GONE = ("overall", "ranking")  # of format 1
@@ -137,4 +137,4 @@ def main(files: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_module(main)
