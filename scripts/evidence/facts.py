@@ -8,8 +8,9 @@ STUDY/METHOD/FIELD           score, deviation, rate, time (against the reference
 range/MODEL/FIELD            time or memory of Dual LoRA against LoRA, smallest to largest of the studies of one model
                              ("encoder", "language model") whose times compare; studies: how many, those with the same
                              runs and costs once
-pooled/QUESTION/FIELD        of results/pooled: difference, change (with its interval), size, seeds, margin; pooled/across/change
-count/WHAT                   studies, comparisons (count/comparisons/VERDICT), repeated, amended, false alarms (expected)
+pooled/QUESTION/FIELD        of results/pooled: difference, change (with its interval), size, seeds, margin; of the mean
+                             over tasks pooled/across/change
+count/WHAT                   studies, comparisons (count/comparisons/VERDICT), repeated, amended, false alarms to expect
 ends                         which methods of which studies did best at an end of the learning rates that were tried
 trajectory/RUN/TABLE/COLUMN  mean over layers after training; contribution/WHAT GROUP for held-out losses
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from typing import Any
 
@@ -52,10 +53,11 @@ def _row(name: str) -> str:
 
 
 def _page(name: str) -> str:
-    """The page that quotes a study most often. Raises ValueError where none does."""
+    """The page that introduces a study, in brackets, or else quotes it most. Raises ValueError where none does."""
+    named = re.compile(rf"(?<![\w-]){re.escape(name)}(?=[/`])")
     texts = {file.name: file.read_text(encoding="utf-8") for file in sorted(TEXTS.glob("*.md"))}
-    told = {page: text.count(f"{name}/") + text.count(f"`{name}`") for page, text in texts.items()}
-    page = max(set(told) - {*OVERVIEWS}, key=lambda page: (told[page], page))
+    told = {page: 9 * text.count(f"(`{name}`") + len(named.findall(text)) for page, text in texts.items()}
+    page = max(sorted(set(told) - {*OVERVIEWS}), key=told.__getitem__)
     if not told[page]:
         raise ValueError(f"No page in {TEXTS.relative_to(ROOT)} says anything of the study {name}: write a line there.")
     return page
