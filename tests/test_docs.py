@@ -423,6 +423,11 @@ def test_the_site_is_built_without_a_network(tmp_path):
     assert "<strong>Raises</strong> ValueError" in api
     assert "doctest" not in api
     assert 'class="admonition note"' in (tmp_path / "site" / "install.html").read_text()
+    evidence = (tmp_path / "site" / "explanation" / "evidence.html").read_text()
+    assert 'href="../results/pages/settings.html#the-default-start"' in evidence
+    own = (tmp_path / "site" / "results" / "pages" / "questions.html").read_text()
+    for link in ("../../reference/training.html#the-papers-start", "update-and-cost.html#what-it-costs"):
+        assert f'href="{link}"' in own
     for name in ("quickstart", "results"):
         notebook = f"https://colab.research.google.com/github/owner/name/blob/main/docs/tutorials/{name}.ipynb"
         assert f'href="{notebook}"' in (tmp_path / "site" / "tutorials" / f"{name}.html").read_text()
