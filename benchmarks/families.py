@@ -66,7 +66,7 @@ def wrong(
 
 
 def looks(studies: int, random: np.random.Generator, level: float, shared: float) -> float:
-    """The share of advices that call one of two methods better or worse than LoRA at any look, where none is."""
+    """The share of answers that call one of two methods better or worse than LoRA at any look, where none is."""
     common = random.standard_normal((studies, 1, LOOKS[-1]))
     own = random.standard_normal((studies, 2, LOOKS[-1]))
     d, found = np.sqrt(1 - shared) * own + np.sqrt(shared) * common, np.zeros(studies, bool)

@@ -2,6 +2,8 @@
 
 matrices  the factors' products, ΔW and an update of LoRA's, entry by entry
 forest    Dual LoRA minus LoRA on each task, from results/pooled/pooled.json
+rates     scores and failures by learning rate, from the studies that tried several (charts.py)
+calibration  the tables of docs/explanation/calibration.md (charts.py)
 demo      the demo's last screen, from the record of a real one (docs/pictures/demo.json; a new one: `… demo FOLDER`)
 report    the report of today's results as Chromium shows it, if Chromium is installed
 costs     the ledger's curves
@@ -26,33 +28,35 @@ PICTURES = ROOT / "docs" / "pictures"
 POOLED = ROOT / "results" / "pooled" / "pooled.json"
 REPORTED = (ROOT / "results", ROOT / "benchmarks" / "ledger.jsonl")
 
-ALL = ("matrices", "forest", "demo", "report", "costs", "badges")
-WIDTH, LEFT, RIGHT, TOP, LINE = 820, 90, 270, 64, 38
+ALL = ("matrices", "forest", "rates", "calibration", "demo", "report", "costs", "badges")
+WIDTH, LEFT, RIGHT, TOP, LINE = 820, 110, 270, 64, 38
+DASHED = ' stroke-dasharray="5 3"'
 BOLD = ' font-weight="600"'
 
 
 def forest(found: dict[str, Any]) -> str:
     """Dual LoRA minus LoRA, a line a task, in units of that task's margin, all tasks together, and what the paper
-    reports. found: results/pooled/pooled.json."""
+    reports. A line that the mean leaves out is hollow. found: results/pooled/pooled.json."""
     rows = [q for q in found["questions"] if q.get("forest")]
     lines = [
         {
-            "name": q["question"].partition(",")[0],
+            "name": q["question"].split(", ")[-1 if q["forest"] == "beside" else 0],
+            "hollow": q["forest"] == "beside",
             "seeds": f"{q['seeds']} seeds",
             "figure": f"{'reduction of ' if q['metric'] == 'loss' else ''}{q['metric']} {q['difference']:+.4f}",
             **{end: q[end] / q["margin"] for end in ("difference", "low", "high")},
-            "claimed": q["claimed"] / q["margin"] if q.get("claimed") else None,
+            "claimed": q["claimed"] / q["margin"] if q.get("claimed") and q["forest"] is True else None,
         }
         for q in rows
     ]
     whole = found["across"]
     lines.append(
         {"name": "all tasks", "seeds": f"{whole['of']} tasks", "figure": f"{whole['margins']:+.2f} margins"}
-        | {"difference": whole["margins"], "low": whole["low"], "high": whole["high"], "claimed": None}
+        | {"difference": whole["margins"], "low": whole["low"], "high": whole["high"], "claimed": None, "hollow": False}
     )
     reach = 1.05 * max(1.5, *(abs(line[end]) for line in lines for end in ("low", "high")))
     bottom = TOP + LINE * len(lines)
-    height = bottom + 62
+    height = bottom + 82
 
     def x(value: float) -> float:
         return LEFT + (WIDTH - LEFT - RIGHT) * (value + reach) / (2 * reach)
@@ -75,12 +79,13 @@ def forest(found: dict[str, Any]) -> str:
             f'<path d="M{middle - 8:.1f} {y}L{middle:.1f} {y - 7}L{middle + 8:.1f} {y}L{middle:.1f} {y + 7}Z" '
             f'fill="{colour}"/>'
             if last
-            else f'<circle cx="{middle:.1f}" cy="{y}" r="4.5" fill="{colour}"/>'
+            else f'<circle cx="{middle:.1f}" cy="{y}" r="4.5" fill="{"#fff" if line["hollow"] else colour}" '
+            f'stroke="{colour}" stroke-width="2"/>'
         )
         parts += [
             f'<text x="{LEFT - 10}" y="{y + 4}" text-anchor="end"{BOLD * last}>{escape(line["name"])}</text>',
             f'<line x1="{x(line["low"]):.1f}" x2="{x(line["high"]):.1f}" y1="{y}" y2="{y}" stroke="{colour}" '
-            'stroke-width="2.5"/>',
+            f'stroke-width="2.5"{DASHED if line["hollow"] else ""}/>',
             mark,
             f'<text x="{WIDTH - RIGHT + 14}" y="{y + 4}" fill="{colour}">{escape(line["figure"])}, '
             f"{escape(line['seeds'])}</text>",
@@ -88,12 +93,14 @@ def forest(found: dict[str, Any]) -> str:
         if line["claimed"] is not None:
             at = x(line["claimed"])
             parts.append(f'<path d="M{at:.1f} {y - 9}L{at + 5:.1f} {y - 16}L{at - 5:.1f} {y - 16}Z" fill="#b45309"/>')
-    for value in (-1, 0, 1):
-        shown = f"{value:+d}" if value else "0"
+    for value in range(-int(reach), int(reach) + 1):
+        shown = f"{value:+d}".replace("-", "−") if value else "0"
         parts.append(f'<text x="{x(value):.1f}" y="{bottom + 18}" text-anchor="middle" fill="#666">{shown}</text>')
     parts.append(
-        f'<text x="{LEFT}" y="{bottom + 42}" fill="#666">grey: within the margin, too small to matter · '
+        f'<text x="20" y="{bottom + 42}" fill="#666">grey: within the margin, too small to matter · '
         '<tspan fill="#b45309">▼</tspan> what the paper reports, over its tasks</text>'
+        f'<text x="20" y="{bottom + 62}" fill="#666">dashed: CoLA with LoRA at a third of the rate that three searches '
+        "gave it, not in the mean of all tasks</text>"
     )
     return "\n".join([*parts, "</svg>", ""])
 
@@ -229,6 +236,13 @@ def main(wanted: list[str]) -> int:
     if "forest" in names:
         text = forest(json.loads(POOLED.read_text(encoding="utf-8")))
         (PICTURES / "forest.svg").write_text(text, encoding="utf-8")
+    if {"rates", "calibration"} & {*names}:
+        from scripts import charts
+    if "rates" in names:
+        (PICTURES / "rates.svg").write_text(charts.rates(), encoding="utf-8")
+    if "calibration" in names:
+        for name, text in charts.calibration().items():
+            (PICTURES / name).write_text(text, encoding="utf-8")
     if "demo" in names:
         record = PICTURES / "demo.json"
         if names[-1] not in ALL:

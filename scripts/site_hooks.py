@@ -1,8 +1,9 @@
 """What mkdocs does not do by itself: notebooks as pages, formulas as MathML, GitHub's notes, tabs, links out of docs/.
 
-A linked file of the repository is copied into the site (as text), a linked folder becomes plain text: the site
-needs no repository behind it. The build fails where a page would load something from elsewhere. Where the repository's
-address is known (`GITHUB_REPOSITORY`, which a hosted runner sets), pages link to it, and notebooks to hosted ones.
+A linked file of the repository is copied into the site (as text; those of results/pages as pages), a linked folder
+becomes plain text: the site needs no repository behind it. The build fails where a page would load something from
+elsewhere. Where the repository's address is known (`GITHUB_REPOSITORY`, which a hosted runner sets), pages link to it,
+and notebooks to hosted ones.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
+OWN = ROOT / "results" / "pages"
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 _ALERT = re.compile(r"^> \[!(NOTE|TIP|IMPORTANT|WARNING|CAUTION)\]\n((?:^>.*(?:\n|\Z))+)", re.MULTILINE)
 _TABS = re.compile(r"^<!-- tabs -->\n(.*?)^<!-- /tabs -->$", re.MULTILINE | re.DOTALL)
@@ -72,11 +74,14 @@ def on_files(files: Files, config: Any) -> Files:
         if file.src_uri.endswith(".ipynb"):
             files.append(File.generated(config, file.src_uri.replace(".ipynb", ".md"), content=notebook(file, config)))
             files.remove(file)
-    for page in docs.rglob("*.md"):
+    for page in [*docs.rglob("*.md"), *OWN.glob("*.md")]:
         for _, _, link in _LINK.findall(page.read_text(encoding="utf-8")):
             target = _outside(page, link, docs)
             if target and target.is_file() and files.get_file_from_path(_copy(target)) is None:
                 files.append(File.generated(config, _copy(target), abs_src_path=str(target)))
+    for page in OWN.glob("*.md"):
+        if files.get_file_from_path(_copy(page)) is None:
+            files.append(File.generated(config, _copy(page), abs_src_path=str(page)))
     return files
 
 
@@ -85,16 +90,23 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     markdown = _TABS.sub(tabs, _ALERT.sub(admonition, markdown))
     docs = Path(config.docs_dir)
     here = docs / page.file.src_uri
+    own = page.file.src_uri.startswith("results/pages/")
+    told = ROOT / page.file.src_uri if own else here  # from where its links lead
 
     def rewritten(found: re.Match[str]) -> str:
-        target = _outside(here, found[3], docs)
+        path, sign, anchor = found[3].partition("#")
+        target = _outside(told, found[3], docs)
+        if own and target is None and path and "://" not in path:  # into docs/
+            target = Path(os.path.normpath(told.parent / path))
+            return f"{found[1]}[{found[2]}]({os.path.relpath(target, here.parent)}{sign}{anchor})"
         if target is None:  # a notebook is a page here
             return found[0].replace(".ipynb)", ".md)") if "://" not in found[3] else found[0]
         if not target.exists():
             raise PluginError(f"{page.file.src_uri}: {found[3]} leads nowhere.")
         if target.is_dir():
             return found[2]
-        return f"{found[1]}[{found[2]}]({os.path.relpath(docs / _copy(target), here.parent)})"
+        after = sign + anchor if target.parent == OWN else ""
+        return f"{found[1]}[{found[2]}]({os.path.relpath(docs / _copy(target), here.parent)}{after})"
 
     return _LINK.sub(rewritten, markdown)
 
@@ -166,4 +178,6 @@ def _outside(page: Path, link: str, docs: Path) -> Path | None:
 def _copy(target: Path) -> str:
     """Where a repository's file lies in the site: what a browser would not show gets .txt."""
     name = target.relative_to(ROOT).as_posix()
+    if target.parent == OWN and target.suffix == ".md":
+        return name
     return f"files/{name}" + ("" if target.suffix in {".html", ".svg", ".png", ".pdf", ".txt"} else ".txt")

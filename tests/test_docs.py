@@ -275,9 +275,9 @@ def test_what_is_left_out_says_why(page):
         assert block.language != "", f"{where}: the block has no language"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "LOG.md", *sorted((ROOT / "results").rglob("*.md"))], ids=name_of)
 def test_local_links_lead_somewhere(page):
-    for link in re.findall(r"\]\(([^)\s]+)\)", TEXT[page]):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
         path, _, anchor = link.partition("#")
         if "://" in link or link.startswith("mailto:"):
             continue
@@ -327,11 +327,37 @@ def test_drawn_pictures_are_current():
     assert (pictures.PICTURES / "matrices.svg").read_text(encoding="utf-8") == pictures.matrices(), (
         "run `make pictures`"
     )
-    results = json.loads(pictures.STUDY.read_text(encoding="utf-8"))
+    results = json.loads(pictures.POOLED.read_text(encoding="utf-8"))
     drawn = pictures.forest(results)
     assert (pictures.PICTURES / "forest.svg").read_text(encoding="utf-8") == drawn, "run `make pictures`"
-    results["comparisons"][0]["low"] -= 0.01
+    results["questions"][0]["low"] -= 0.01
     assert pictures.forest(results) != drawn
+
+
+def test_charts_are_current():
+    import charts
+    import pictures
+
+    made = {"rates.svg": charts.rates(), **charts.calibration()}
+    assert len(made) == 9
+    for name, text in made.items():
+        drawn = (pictures.PICTURES / name).read_text(encoding="utf-8")
+        assert drawn == text, f"run `python -m scripts.pictures rates calibration`: {name}"
+    assert ">7 of 24<" in made["rates.svg"], "LoRA at 1e-3 on CoLA"
+    with pytest.raises(ValueError, match="the search gave lora the rate"):
+        charts._scores("confirm-cola", "lora", 3e-4)
+
+
+def test_the_log_has_its_months():
+    index = (ROOT / "LOG.md").read_text(encoding="utf-8")
+    months = sorted((ROOT / "results" / "log").glob("*.md"))
+    assert months
+    for month in months:
+        assert re.fullmatch(r"20\d\d-\d\d", month.stem)
+        assert f"(results/log/{month.name})" in index
+        dated = re.findall(r"^## (\S+)", month.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        assert {date[:7] for date in dated} == {month.stem}
+        assert dated == sorted(dated, reverse=True), "newest first"
 
 
 def test_badges_are_current():
@@ -397,6 +423,11 @@ def test_the_site_is_built_without_a_network(tmp_path):
     assert "<strong>Raises</strong> ValueError" in api
     assert "doctest" not in api
     assert 'class="admonition note"' in (tmp_path / "site" / "install.html").read_text()
+    evidence = (tmp_path / "site" / "explanation" / "evidence.html").read_text()
+    assert 'href="../results/pages/settings.html#the-default-start"' in evidence
+    own = (tmp_path / "site" / "results" / "pages" / "questions.html").read_text()
+    for link in ("../../reference/training.html#the-papers-start", "update-and-cost.html#what-it-costs"):
+        assert f'href="{link}"' in own
     for name in ("quickstart", "results"):
         notebook = f"https://colab.research.google.com/github/owner/name/blob/main/docs/tutorials/{name}.ipynb"
         assert f'href="{notebook}"' in (tmp_path / "site" / "tutorials" / f"{name}.html").read_text()

@@ -20,7 +20,11 @@ def found(text):
     return [" ".join(phrase.lower().split()) for phrase in FOUND.findall(CODE.sub("", text))]
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md", ROOT / "LOG.md"], ids=name_of)
+@pytest.mark.parametrize(
+    "page",
+    [*PAGES, ROOT / "CHANGELOG.md", ROOT / "LOG.md", *sorted((ROOT / "results" / "log").glob("*.md"))],
+    ids=name_of,
+)
 def test_a_page_says_it_plainly(page):
     text = page.read_text(encoding="utf-8")
     assert not [f"{phrase!r}: {PHRASES[phrase]}" for phrase in found(text)]

@@ -8,6 +8,9 @@ STUDY/METHOD/FIELD           score, deviation, rate, time (against the reference
 range/MODEL/FIELD            time or memory of Dual LoRA against LoRA, smallest to largest of the studies of one model
                              ("encoder", "language model") whose times compare; studies: how many, those with the same
                              runs and costs once
+pooled/QUESTION/FIELD        of results/pooled: difference, change (with its interval), size, seeds, margin; of the mean
+                             over tasks pooled/across/change
+count/WHAT                   studies, comparisons (count/comparisons/VERDICT), repeated, amended, false alarms to expect
 ends                         which methods of which studies did best at an end of the learning rates that were tried
 trajectory/RUN/TABLE/COLUMN  mean over layers after training; contribution/WHAT GROUP for held-out losses
 """
@@ -62,7 +65,9 @@ def quoted(path: str) -> str:
         if name == "ends":
             return _ends()
         if name == "count":
-            return str(_count(*rest))
+            return _count(*rest)
+        if name == "pooled":
+            return _pooled(*rest)
         if name == "range":
             return _range(*rest)
         return _of_study(name, *rest)
@@ -71,7 +76,10 @@ def quoted(path: str) -> str:
 
 
 def verdicts(name: str, candidate: str) -> list[str]:
-    """The verdict on a candidate of a study, or on every one for *."""
+    """The verdict on a candidate of a study, or on every one for *. A pooled answer is "inside the margin" or "beyond",
+    and "better", "worse" or "open": where its interval lies."""
+    if name == "pooled":
+        return [_lies(candidate)]
     results = study(name)
     found = results["comparisons"] if candidate == "*" else [_comparison(results, candidate)]
     return [str(c["verdict"]) for c in found]
@@ -145,6 +153,30 @@ def _range(model: str, field: str) -> str:
     return f"{min(ratios):.2f} to {max(ratios):.2f}"
 
 
+def _answer(question: str) -> dict[str, Any]:
+    found = json.loads((ROOT / "results" / "pooled" / "pooled.json").read_text(encoding="utf-8"))
+    if question == "across":
+        return {**found["across"], "margin": 1.0}
+    return next(q for q in found["questions"] if q["question"] == question)
+
+
+def _lies(question: str) -> str:
+    q = _answer(question)
+    inside = -q["margin"] < q["low"] and q["high"] < q["margin"]
+    side = "better" if q["low"] > 0 else "worse" if q["high"] < 0 else "open"
+    return f"{'inside the margin' if inside else 'beyond'}, {side}"
+
+
+def _pooled(question: str, field: str) -> str:
+    q = _answer(question)
+    if question == "across":
+        return f"{number(q['margins'], '+.2f')} margins [{number(q['low'], '+.2f')} to {number(q['high'], '+.2f')}]"
+    if field in ("seeds", "margin"):
+        return f"{q[field]:g}"
+    q = {**q, "better": "less" if q["metric"] == "loss" else "more", "verdict": ""}
+    return FIELDS[field](q)
+
+
 def _ends() -> str:
     found: dict[str, list[str]] = {}
     for name in _published():
@@ -211,13 +243,16 @@ def _of_trajectory(run: str, table: str, column: str, form: str = "") -> str:
     return number(value, form or "g")
 
 
-def _count(what: str, verdict: str = "") -> int:
+def _count(what: str, verdict: str = "") -> str:
     """How many published studies there are, comparisons of different runs in them (with a verdict), of these such that
-    an earlier study in the alphabet had made, or verdicts that were amended, those of scripts' scores as well."""
+    an earlier study in the alphabet had made, or verdicts that were amended, those of scripts' scores as well; how many
+    studies would have a false alarm, if no method differed anywhere."""
     if what == "studies":
-        return len(_names())
+        return str(len(_names()))
     if what == "amended":
-        return sum(len(a.get("changed", ())) for name in _published() for a in study(name).get("amendments", ()))
+        return str(sum(len(a.get("changed", ())) for name in _published() for a in study(name).get("amendments", ())))
+    if what == "false alarms":
+        return number(sum(study(name)["false_alarm"] or 0.0 for name in _names()), ".1f")
     seen: set[tuple[Any, ...]] = set()
     found, repeated = 0, 0
     for name in _names():
@@ -229,7 +264,7 @@ def _count(what: str, verdict: str = "") -> int:
                 found += 1
                 repeated += key in seen
                 seen.add(key)
-    return repeated if what == "repeated" else found
+    return str(repeated if what == "repeated" else found)
 
 
 def _names() -> list[str]:

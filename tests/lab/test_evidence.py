@@ -11,19 +11,21 @@ pytest.importorskip("pydantic")
 from dual_lora.lab.study.statistics import Spread
 from dual_lora.lab.study.verdicts import compare_spread, judge
 from evidence import __main__ as evidence
-from evidence import facts
+from evidence import facts, ledger
 
+PAGE = facts.ROOT / "docs" / "explanation" / "evidence.md"
+QUESTIONS = facts.ROOT / "results" / "pages" / "questions.md"
 WORTH = facts.ROOT / "results" / "worth"
 SIDES = ("candidate", "reference")
 
 
 def test_the_pages_are_up_to_date():
-    assert len(evidence.pages()) == 3
+    assert len(evidence.pages()) == 3 + 8
     for file, text in evidence.pages().items():
         assert file.read_text(encoding="utf-8") == text, "run python -m scripts.evidence --write"
 
 
-@pytest.mark.parametrize("name", [str(file.relative_to(evidence.DOCS)) for file in evidence.pages()])
+@pytest.mark.parametrize("name", [str(file.relative_to(facts.ROOT)) for file in evidence.pages()])
 def test_no_figure_of_a_result_is_typed(name):
     """Settings stand between backticks or as powers of ten; a decimal number elsewhere would be a result."""
     text = (evidence.HERE / name).read_text(encoding="utf-8")
@@ -32,10 +34,66 @@ def test_no_figure_of_a_result_is_typed(name):
     assert re.findall(r"\d+ ?%", re.sub("9[05] %|largest 1 %", "", text)) == []
 
 
-def test_every_study_is_quoted():
-    text = evidence.pages()[evidence.DOCS / "explanation" / "evidence.md"]
-    for results in (facts.ROOT / "results" / "studies").glob("*/results.json"):
-        assert f"`{results.parent.name}`" in text, results.parent.name
+def test_every_study_has_a_line_and_a_page_that_tells_it():
+    lines = ledger.studies().splitlines()[2:]
+    assert "\n".join(lines) in PAGE.read_text(encoding="utf-8")
+    names = sorted(file.parent.name for file in (facts.ROOT / "results" / "studies").glob("*/results.json"))
+    assert [line.split("`")[1] for line in lines] == names
+    at = dict(zip(names, lines, strict=True))
+    assert "against-lora.md" in at["quick"]
+    assert "settings.md" in at["estimators"], "capacity-estimators is another one"
+    assert (
+        "[1 worse, 1 equivalent, 1 inconclusive](../../results/studies/activations-e2e/results.json)"
+        in at["activations-e2e"]
+    )
+    for name in names:
+        told = [page for page in QUESTIONS.parent.glob("*.md") if f"`{name}`" in page.read_text(encoding="utf-8")]
+        assert told, name
+    with pytest.raises(ValueError, match="says anything of the study nobody"):
+        ledger._page("nobody")
+
+
+def test_studies_without_results_are_named():
+    listed = ledger.waiting()
+    assert "`start-again-cola`" in listed
+    assert "`start-again`" not in listed
+    assert listed in PAGE.read_text(encoding="utf-8")
+
+
+def test_the_answer_is_short_and_so_is_the_table_of_situations():
+    text = PAGE.read_text(encoding="utf-8")
+    assert len(text.split("**")[1].split()) <= 60
+    assert text.index("forest.svg") < text.index("## ")
+    page = (PAGE.parent / "when-to-use.md").read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == 8
+    for cell in (cell for row in rows for cell in row):
+        assert len(re.sub(r"\]\([^)]*\)", "]", cell).split()) <= 25, cell
+
+
+def test_a_claim_is_answered_contradicted_or_open():
+    rows = [line.split(" | ") for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    states = [row[1] for row in rows if len(row) == 4 and row[1]]
+    assert len(states) >= 20
+    assert all(re.match(r"\*(answered|contradicted|open)\*", state) for state in states)
+
+
+def test_a_pooled_answer_is_quoted_in_its_metrics_own_direction():
+    assert facts.quoted("pooled/E2E/change").startswith("−"), "less loss"
+    assert facts.quoted("pooled/SST-2/seeds") == "29"
+    assert facts.verdicts("pooled", "E2E") == ["inside the margin, better"]
+    assert facts.verdicts("pooled", "across") == ["beyond, open"]
+    assert evidence.filled("<!-- holds: pooled/SST-2 is inside the margin, open -->\n") == ""
+    with pytest.raises(ValueError, match="rest on pooled/BoolQ being beyond, better, and it is beyond, open"):
+        evidence.filled("<!-- holds: pooled/BoolQ is beyond, better -->\n")
+    with pytest.raises(ValueError, match="leads nowhere"):
+        facts.quoted("pooled/no such question/change")
+
+
+def test_the_false_alarms_to_expect_are_the_sum_of_the_studies_chances():
+    chances = [facts.study(name)["false_alarm"] or 0 for name in facts._names()]
+    assert facts.quoted("count/false alarms") == f"{sum(chances):.1f}"
+    assert all(chance <= 0.0501 for chance in chances)
 
 
 def test_words_that_the_results_do_not_bear_stop_the_script(monkeypatch):
@@ -83,7 +141,7 @@ def test_a_range_holds_every_study_of_its_model():
 
 def test_searches_that_ended_at_an_end_of_their_rates_are_named():
     """A verdict on such a method is one on the rates that were tried, and the page is all that most people read."""
-    listed, text = facts.quoted("ends"), evidence.pages()[evidence.DOCS / "explanation" / "evidence.md"]
+    listed, text = facts.quoted("ends"), evidence.pages()[QUESTIONS]
     assert "`start` sigma 0.05 (smallest)" in listed
     assert "dual_lora r=256 (smallest)" in listed
     assert listed in text
@@ -107,7 +165,7 @@ def test_a_task_is_chosen_by_its_name():
             facts.quoted(path)
 
 
-@pytest.mark.parametrize("name", [str(file.relative_to(evidence.DOCS)) for file in evidence.pages()])
+@pytest.mark.parametrize("name", [str(file.relative_to(facts.ROOT)) for file in evidence.pages()])
 def test_words_around_a_comparison_are_tied_to_its_verdict(name):
     """A figure moves with the results; "none is shown to differ" beside it has to be checked."""
     text = (evidence.HERE / name).read_text(encoding="utf-8")

@@ -138,7 +138,7 @@ def answered(questions: dict[str, Any], folder: Path) -> dict[str, Any]:
         asked = [entry.split("/") for entry in q["asked"]]
         read = [(read_json(folder / study / "results.json"), a, b) for study, a, b in asked]
         answers.append(asdict(pooled(name, read, q.get("margin"))) | {k: q[k] for k in ("claimed", "forest") if k in q})
-    drawn = [Pooled(**{k: v for k, v in a.items() if k != "forest"}) for a in answers if a.get("forest")]
+    drawn = [Pooled(**{k: v for k, v in a.items() if k != "forest"}) for a in answers if a.get("forest") is True]
     mean, low, high = across(drawn)
     return {"questions": answers, "across": {"margins": mean, "low": low, "high": high, "of": len(drawn)}}
 
