@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import rich.console
 from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
-
-from dual_lora.lab.errors import UserError
 
 if TYPE_CHECKING:
     from dual_lora.lab.report import blocks
@@ -90,17 +88,6 @@ def guarded() -> Iterator[None]:
         yield
     finally:
         sys.stdout, sys.stderr = before
-
-
-def run_module(main: Callable[[list[str]], int]) -> NoReturn:
-    """End the process by a module's own command (`python -m …`): its texts are guarded, a UserError is one line."""
-    with guarded():
-        try:
-            code = main(sys.argv[1:])
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            code = 1
-    sys.exit(code)
 
 
 def size(count: float) -> str:

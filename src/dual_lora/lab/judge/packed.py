@@ -16,12 +16,12 @@ import numpy as np
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.judge.scores import Score, Scores, number, seed_number
+from dual_lora.lab.module_command import run_module
 from dual_lora.lab.read import LARGEST, parse_json, read_json, regular
 from dual_lora.lab.run.write import write_atomically
 from dual_lora.lab.study import metrics
 from dual_lora.lab.study.job import read_scores
 from dual_lora.lab.study.rows import Results
-from dual_lora.lab.terminal import run_module
 
 PACKED = "scores.json.gz"
 DIGITS = 9  # of an item's share; verdicts need no more

@@ -14,6 +14,7 @@ from typing import cast
 import numpy as np
 
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.module_command import run_module
 from dual_lora.lab.read import read_json
 from dual_lora.lab.run.write import write_json
 from dual_lora.lab.study import metrics, notes, verdicts
@@ -24,7 +25,6 @@ from dual_lora.lab.study.read import build_study
 from dual_lora.lab.study.results import RESULTS_FORMAT, wanted
 from dual_lora.lab.study.rows import AmendmentRow, ComparisonRow, MethodRow, Results
 from dual_lora.lab.study.study import Study
-from dual_lora.lab.terminal import run_module
 
 WHY = "Verdicts computed again from the stored scores, by the rule of this version (docs/explanation/calibration.md)."
 GONE = ("overall", "ranking")  # of format 1
