@@ -14,10 +14,10 @@ from typing import Any
 def connect() -> None:
     """Wrap transformers' own `load_adapter`; to be called once, when its module has been imported."""
     mixin: Any = sys.modules["transformers.integrations.peft"].PeftAdapterMixin
-    mixin.load_adapter = _looking_first(mixin.load_adapter)
+    mixin.load_adapter = _checked_before_load(mixin.load_adapter)
 
 
-def _looking_first(load_adapter: Any) -> Any:
+def _checked_before_load(load_adapter: Any) -> Any:
     @functools.wraps(load_adapter)
     def wrapped(model: Any, peft_model_id: Any = None, *args: Any, **kwargs: Any) -> Any:
         subfolder = (kwargs.get("adapter_kwargs") or {}).get("subfolder") or ""

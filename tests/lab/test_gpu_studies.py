@@ -22,7 +22,7 @@ from dual_lora.lab.recipe.read import build_recipe, read_recipe
 from dual_lora.lab.run.scoring import answer_in
 from dual_lora.lab.study.compare import compare
 from dual_lora.lab.study.forecast import forecast
-from dual_lora.lab.study.job import Job, fingerprint
+from dual_lora.lab.study.job import Job, data_digest
 from dual_lora.lab.study.perform import _constant, _counts
 from dual_lora.lab.study.read import build_study, read_study
 
@@ -272,7 +272,7 @@ def test_a_changed_test_set_makes_another_run(tmp_path):
     recipe = build_recipe({"model": {"path": "x"}, "data": data})
 
     def key():
-        return Job("final", recipe, "", "t", "m", 1, "choice", "test", data=fingerprint(recipe)).key
+        return Job("final", recipe, "", "t", "m", 1, "choice", "test", data=data_digest(recipe)).key
 
     first = key()
     (tmp_path / "b.jsonl").write_text('{"prompt": "a", "answer": "c"}\n')

@@ -239,7 +239,7 @@ def test_class_names_are_where_people_look_for_them(classifier, call, tmp_path, 
     ],
 )
 def test_results_that_no_session_has_left_are_an_error(rows, classifier, sentences, call, tmp_path, monkeypatch):
-    monkeypatch.setattr("dual_lora.lab.run.predict._print_of", lambda *_: "same")
+    monkeypatch.setattr("dual_lora.lab.run.predict._inputs_digest", lambda *_: "same")
     (tmp_path / "out.csv.unfinished").write_text("\n".join(['{"of": "same"}', *rows]) + "\n")
     code, _, said = call("predict", classifier, sentences, "--out", tmp_path / "out.csv")
     assert code == 1

@@ -435,7 +435,7 @@ def test_a_damaged_base_is_its_loader_s_to_say(header, trained):
     folder, base = trained
     told = header.encode()
     (base / "model.safetensors").write_bytes(len(told).to_bytes(8, "little") + told + b"0" * 16)
-    assert not any(not name.startswith("config ") for name in weights.print_of_weights(recipe_of_run(folder).model))
+    assert not any(not name.startswith("config ") for name in weights.weights_digest(recipe_of_run(folder).model))
 
 
 def test_a_damaged_note_of_what_a_run_is_made_of_says_nothing(trained):

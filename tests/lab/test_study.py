@@ -17,7 +17,7 @@ from dual_lora.lab.recipe.read import build_recipe, identity
 from dual_lora.lab.study import plan
 from dual_lora.lab.study.budget import Scale, solve_rank
 from dual_lora.lab.study.cell import final_jobs, trial_jobs
-from dual_lora.lab.study.job import fingerprint, settings_in_words
+from dual_lora.lab.study.job import data_digest, settings_in_words
 from dual_lora.lab.study.read import build_study, read_study, shipped_studies
 from dual_lora.lab.study.search import Search, choose
 from dual_lora.lab.study.study import rank_rule
@@ -306,9 +306,9 @@ def test_sources_that_are_joined_are_all_looked_at(tiny):
     prints = []
     for source in (one, both):
         _, cells = laid_out(tiny, overrides={"data": {"train": source}})
-        prints.append(fingerprint(cells["lora"].recipe)["train"])
+        prints.append(data_digest(cells["lora"].recipe)["train"])
     write_records(tiny / "more.jsonl", 8, 8)
-    prints.append(fingerprint(cells["lora"].recipe)["train"])
+    prints.append(data_digest(cells["lora"].recipe)["train"])
     assert len(set(prints)) == 3
 
 

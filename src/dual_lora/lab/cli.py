@@ -152,7 +152,7 @@ def main(arguments: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except CycloptsError as error:
-        _fail(_of_fields(error.__cause__ or error.__context__) or _said(error, wanted), given)
+        _fail(_of_fields(error.__cause__ or error.__context__) or _usage_error(error, wanted), given)
     except Exception as error:
         if debug:
             _trace()
@@ -237,7 +237,7 @@ def _renamed(given: Iterable[str], names: dict[str, str]) -> list[str]:
     return [f"{names.get(name, name)}{sign}{value}" for name, sign, value in parts]
 
 
-def _said(error: CycloptsError, command: str | None) -> str:
+def _usage_error(error: CycloptsError, command: str | None) -> str:
     """Cyclopts' sentence; for a flag that other trainers have, with ours."""
     option = next((a.partition("=")[0] for a in str(error).split() if a.startswith("--")), "").rstrip(".")
     if command == "train" and str(error).startswith("Unknown option") and option in ELSEWHERE:

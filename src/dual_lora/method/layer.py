@@ -60,7 +60,7 @@ class DualLoraLayer(MergeLayer):
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
 
-    def _at_work(self) -> list[str]:
+    def _adapters_to_add(self) -> list[str]:
         """The adapters that a forward adds to the base as it is. Takes them out of it, where they are switched off."""
         if self._disable_adapters or self.merged_adapters:
             if self._disable_adapters and self.merged_adapters:
@@ -187,7 +187,7 @@ class MapLayer(DualLoraLayer):
         """f(x; W + ΣΔW) over the active adapters; for a linear layer, x [..., I] -> y [..., O]."""
         self._check_forward_args(x, *args, **kwargs)
         adapter_names = kwargs.pop("adapter_names", None) if kwargs else None
-        active = self._at_work()
+        active = self._adapters_to_add()
         if self._disable_adapters or (adapter_names is None and not active):
             return self.base_layer(x, *args, **kwargs)
         if not self.takes_parts:

@@ -14,16 +14,16 @@ from dual_lora.lab.analysis.measures import squared_norm
 from dual_lora.lab.analysis.updates import LayerUpdate, adapted_layers, base_matrix, snapshot
 from dual_lora.lab.data.batches import collator, mean_loss
 from dual_lora.lab.data.classes import classes_of
-from dual_lora.lab.data.encode import IGNORED, print_of_rows
+from dual_lora.lab.data.encode import IGNORED, rows_digest
 from dual_lora.lab.data.examples import load_split
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.methods import apply_method, method_config
 from dual_lora.lab.model.opened import Tuned, load_base
-from dual_lora.lab.model.weights import print_of_weights
+from dual_lora.lab.model.weights import weights_digest
 from dual_lora.lab.read import read_object
 from dual_lora.lab.recipe.schema import EvaluateSection, Recipe
 from dual_lora.lab.run.evaluate import mean_losses
-from dual_lora.lab.run.folder import RunFolder, made_of_the_same, recipe_of_run, run_at
+from dual_lora.lab.run.folder import RunFolder, check_same_inputs, recipe_of_run, run_at
 from dual_lora.lab.run.prepare import in_order, show_gradients, wants_gradients
 from dual_lora.method.layer import DualLoraLayer
 
@@ -61,7 +61,7 @@ class OpenedRun:
             _processes(self.record),
             self.record.get("extended") or (),
         )
-        made_of_the_same(RunFolder(self.path), {"rows": print_of_rows(ready.rows)})
+        check_same_inputs(RunFolder(self.path), {"rows": rows_digest(ready.rows)})
         collate = collator(self.tokenizer, bool(self.classes), self.model)
         wanted = ready.order[: ready.rows_a_step]
         spans = [wanted[i : i + part.batch_size] for i in range(0, len(wanted), part.batch_size)]
@@ -116,7 +116,7 @@ def open_run(path: str | Path, device: str | None = None) -> OpenedRun:
     classes = list(record.get("classes") or [])
     if recipe.model.head != "causal" and not classes:
         classes = classes_of(recipe.model.head, load_split(recipe.data, "train"))
-    made_of_the_same(folder, {"weights": print_of_weights(recipe.model)})
+    check_same_inputs(folder, {"weights": weights_digest(recipe.model)})
     loaded = load_base(recipe.model, recipe.train.seed, len(classes) or None, device)
     config = method_config(recipe.method, recipe.model.head, int(record.get("total_steps", 1)), loaded.fresh)
     if config is None:

@@ -67,7 +67,7 @@ def train(
 
         use_device(device)
 
-    looks = _looks(chosen, folder, analyze_every)
+    looks = _analysis_callbacks(chosen, folder, analyze_every)
     result = run(chosen, folder, resume=resume, overwrite=overwrite, callbacks=looks, report_to=report_to)
     share = result.trainable_parameters / result.all_parameters
     loss = f"{result.loss:.4f}" if result.loss is not None else "–"
@@ -111,7 +111,7 @@ def _next(recipe: Recipe, folder: Path) -> str:
     return f"dual-lora evaluate {run} --data.test FILE"
 
 
-def _looks(recipe: Recipe, folder: Path, every: int | None) -> list[Any]:
+def _analysis_callbacks(recipe: Recipe, folder: Path, every: int | None) -> list[Any]:
     if every is None:
         return []
     if every < 1:

@@ -76,7 +76,7 @@ def _checked(name: str, source: str, data: DataSection, head: str, tokenizer: An
         result.errors.append(str(error))
     if not result.examples:
         return result
-    with _told(result):
+    with _collecting_warnings(result):
         if head == "classification":
             result.labels = dict(Counter(example.label for example in result.examples).most_common())
             try:
@@ -103,7 +103,7 @@ def _read(result: Checked, source: str, data: DataSection, head: str) -> None:
     plain = data if data.format != "auto" else data.model_copy(update={"format": guess_format(records[0], data)})
     result.format = plain.format
     failed: list[UserError] = []
-    with _told(result):
+    with _collecting_warnings(result):
         for record in records:
             try:
                 examples = read_examples(source, plain, [record])
@@ -121,7 +121,7 @@ def _is_empty(value: Any) -> bool:
 
 
 @contextmanager
-def _told(result: Checked) -> Iterator[None]:
+def _collecting_warnings(result: Checked) -> Iterator[None]:
     """Warnings inside become those of the set, each once."""
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
@@ -134,7 +134,7 @@ def _told(result: Checked) -> Iterator[None]:
 def _lengths(result: Checked, data: DataSection, head: str, tokenizer: Any) -> None:
     """Half of the records, nineteen of twenty and all are at most so long."""
     try:
-        with _told(result):
+        with _collecting_warnings(result):
             lengths = sorted(_long(result.examples, data, head, tokenizer))
     except UserError as error:
         result.errors.append(str(error))

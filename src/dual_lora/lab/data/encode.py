@@ -59,7 +59,7 @@ def fixed_date(tokenizer: Any) -> dict[str, Any]:
     return more
 
 
-def print_of_rows(rows: Iterable[Encoded]) -> str:
+def rows_digest(rows: Iterable[Encoded]) -> str:
     """A print of what is learned from."""
     print_of = hashlib.sha256()
     for row in rows:

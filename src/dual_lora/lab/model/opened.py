@@ -17,7 +17,7 @@ from dual_lora.lab.model.load import UNREAD, Loaded, load_model, load_tokenizer
 from dual_lora.lab.model.location import Location, check_entries, is_here
 from dual_lora.lab.model.methods import plain_name
 from dual_lora.lab.model.note import NOTE, name_classes, read_note
-from dual_lora.lab.model.weights import is_another, other_settings, print_of_weights, told_of, warn_of_doubt
+from dual_lora.lab.model.weights import is_another, other_settings, short_digest, warn_of_doubt, weights_digest
 from dual_lora.lab.read import read_object, regular
 from dual_lora.lab.recipe.schema import ModelSection, Recipe
 from dual_lora.lab.run.folder import RunFolder, result_of
@@ -140,7 +140,7 @@ def _other_base(adapter: Path, part: ModelSection, base: str | None) -> dict[str
     base: as it was asked for by name. Raises UserError for another one, and only warns if it was asked for.
     """
     known = read_object(adapter / NOTE).get("base") if (adapter / NOTE).is_file() else None
-    another = is_another(known, now := print_of_weights(part))
+    another = is_another(known, now := weights_digest(part))
     if another:
         what = f"The weights of {part.path} are not those that {adapter} was trained on"
         if base is None:
@@ -149,7 +149,7 @@ def _other_base(adapter: Path, part: ModelSection, base: str | None) -> dict[str
     else:
         warn_of_doubt(known, now, f"{adapter} was trained on")
     if another or other_settings(known, now):
-        return {"base_weights": told_of(now)}
+        return {"base_weights": short_digest(now)}
     return {"base": base} if base and another is None else {}
 
 

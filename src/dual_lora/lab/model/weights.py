@@ -31,7 +31,7 @@ _DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionE
 _SETTING = "config "  # begins the name of a value of the configuration
 
 
-def print_of_weights(part: ModelSection) -> dict[str, str]:
+def weights_digest(part: ModelSection) -> dict[str, str]:
     """What the base's files hold, by samples of many tensors and the values of its configuration: all may take minutes.
 
     By tensors, so that a copy in other shards is the same. Files of other kinds (GGUF, pickled ones) are taken whole.
@@ -53,7 +53,7 @@ def is_another(before: object, now: dict[str, str]) -> bool | None:
 
     What one of two prints alone has tells nothing: tied weights are in some files.
     """
-    old, new = tensors_told(before), tensors_told(now)
+    old, new = tensor_digests(before), tensor_digests(now)
     # A model with a head calls `transformer.h.0` what the one without calls `h.0`.
     begins = {f"{name.partition('.')[0]}." for name in (*old, *new)}
     without = [({n.removeprefix(begin): v for n, v in old.items()}, new) for begin in begins]
@@ -85,17 +85,17 @@ def warn_of_doubt(before: object, now: dict[str, str], who: str) -> None:
         )
 
 
-def tensors_told(prints: object) -> dict[str, object]:
+def tensor_digests(prints: object) -> dict[str, object]:
     """What a print says of the weights themselves: nothing where only the configuration was there."""
     return {n: v for n, v in prints.items() if not n.startswith(_SETTING)} if isinstance(prints, dict) else {}
 
 
-def told_of(prints: dict[str, str]) -> str:
+def short_digest(prints: dict[str, str]) -> str:
     """A print in a few characters."""
     return hashlib.sha256(json.dumps(prints, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def print_of_folder(folder: Path) -> dict[str, str]:
+def folder_digest(folder: Path) -> dict[str, str]:
     """What a model's or an adapter's folder holds: its weights, by files' sizes and samples, and its configuration."""
     weights = (f for f in folder.iterdir() if f.suffix in (".safetensors", ".bin") or f.name == "config.json")
     files = sorted(f for f in weights if f.is_file())

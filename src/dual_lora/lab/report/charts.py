@@ -31,7 +31,7 @@ def drawings(charts: Sequence[Chart]) -> dict[str, list[Row]]:
 
 def _drawn(chart: Chart, view: View, styles: dict[str, Row]) -> Row:
     points = [p for p in view.points if _finite(p["x"]) and (chart.form == "intervals" or _finite(p.get("y")))]
-    drawn: Row = {"form": chart.form, **_said(chart, view, points)}
+    drawn: Row = {"form": chart.form, **_tooltip_rows(chart, view, points)}
     if chart.form == "intervals":
         return drawn | {"spec": _intervals(chart, view, points)}
     if chart.form == "heat":
@@ -66,7 +66,7 @@ def _finite(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, int | float) and math.isfinite(value))
 
 
-def _said(chart: Chart, view: View, points: list[Row]) -> Row:
+def _tooltip_rows(chart: Chart, view: View, points: list[Row]) -> Row:
     """Headings and rows of text, one a point: the tooltip, what a screen reader says, the values as a table."""
     keys = SAID.get(chart.form, "series x y low high note").split()
     around = view.x if chart.form == "intervals" else view.y

@@ -12,7 +12,7 @@ from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.opened import BESIDE_THE_BASE
 from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.run.folder import RunFolder
-from dual_lora.lab.run.loop import arguments_of, optimizer_of, told
+from dual_lora.lab.run.loop import arguments_of, as_the_recipe_says, optimizer_of
 from dual_lora.lab.run.rewards import rewards_of
 from dual_lora.lab.run.watch import Watch
 
@@ -66,7 +66,7 @@ def build_aligned(
 ) -> Trainer:
     """TRL's trainer for the recipe. first: callbacks before `watch`."""
     make = _dpo if recipe.objective.name == "dpo" else _grpo
-    with told(recipe) as precision:
+    with as_the_recipe_says(recipe) as precision:
         trainer = make(
             recipe,
             ready,

@@ -16,7 +16,7 @@ from dual_lora.lab.data.records import read_records
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.load import quiet
 from dual_lora.lab.model.opened import Tuned, open_tuned
-from dual_lora.lab.model.weights import print_of_folder
+from dual_lora.lab.model.weights import folder_digest
 from dual_lora.lab.progress import Bar
 from dual_lora.lab.recipe.schema import DataSection, EvaluateSection, Recipe, Task
 from dual_lora.lab.run import scoring
@@ -135,7 +135,7 @@ def evaluate(
         result.reported = tuned.recipe.origin.reported
     if tuned.run is not None:
         result.other = other
-        result.weights = print_of_folder(held) if (held := RunFolder(tuned.run).result) else {}
+        result.weights = folder_digest(held) if (held := RunFolder(tuned.run).result) else {}
         apart = [hashlib.sha256(json_text(result.other).encode()).hexdigest()[:8]] if result.other else []
         result.file = str(write_result(result, tuned.run / "evaluation" / "-".join([spec.split, *tasks, *apart])))
     return result

@@ -238,7 +238,7 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
     return {f"{part}.{key}": value for part, values in parts.items() for key, value in values.items()}
 
 
-def made_of_the_same(folder: RunFolder, now: dict[str, Any], way_out: str = "") -> None:
+def check_same_inputs(folder: RunFolder, now: dict[str, Any], way_out: str = "") -> None:
     """Raise UserError where the records or the base are not what the run was started with, as far as it noted them.
 
     now: "rows" and "weights", or one of them. way_out: what to do but to put them back.

@@ -18,7 +18,7 @@ from dual_lora._warning import warn
 from dual_lora.lab.data.encode import VALUE
 from dual_lora.lab.errors import UserError, damaged
 from dual_lora.lab.model.note import named
-from dual_lora.lab.model.weights import have_changed, print_of_folder
+from dual_lora.lab.model.weights import folder_digest, have_changed
 from dual_lora.lab.read import read_object
 from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.run.folder import RunFolder, result_of
@@ -141,7 +141,7 @@ def _labels(classes: list[str]) -> str:
 
 def _results(folder: RunFolder) -> list[dict[str, Any]]:
     """The run's evaluations, without those of other data or settings, and without those of weights it had before."""
-    now = print_of_folder(folder.result) if folder.result else {}
+    now = folder_digest(folder.result) if folder.result else {}
     found = []
     for file in sorted((folder.path / "evaluation").glob("*/result.json")):
         result = read_object(file)

@@ -44,7 +44,7 @@ def build_trainer(
 ) -> Trainer:
     """The Trainer for a run's steps over its rows, in their order. first: before `watch`. reports: see `reporting`."""
     held = _with_blanks(ready.validation, recipe.evaluate.batch_size * process_count() if process_count() > 1 else 1)
-    with told(recipe) as precision:
+    with as_the_recipe_says(recipe) as precision:
         trainer = _Trainer(
             recipe.train.rates,
             model=model,
@@ -62,13 +62,13 @@ def build_trainer(
 
 
 @contextmanager
-def told(recipe: Recipe) -> Iterator[str]:
+def as_the_recipe_says(recipe: Recipe) -> Iterator[str]:
     """Inside, the recipe counts, whatever a launcher says. Yields the precision for Trainer, see `_mixed_precision`."""
     under_deepspeed, asked = _deepspeed(), _mixed_precision(recipe)
-    told = {"ACCELERATE_MIXED_PRECISION": "no" if asked == "none" else asked}
+    wanted = {"ACCELERATE_MIXED_PRECISION": "no" if asked == "none" else asked}
     if under_deepspeed:  # transformers refuses other values than the recipe's
-        told = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "auto", "ACCELERATE_GRADIENT_CLIPPING": "auto"}
-    launched = {name: os.environ.get(name) for name in told}
+        wanted = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "auto", "ACCELERATE_GRADIENT_CLIPPING": "auto"}
+    launched = {name: os.environ.get(name) for name in wanted}
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION")
     if not under_deepspeed and precision not in (None, "no", asked):  # "no" is what accelerate says of its own accord
         warn(
@@ -76,7 +76,7 @@ def told(recipe: Recipe) -> Iterator[str]:
             f"{asked!r}: name the same in both.",
             stacklevel=3,
         )
-    os.environ.update(told)
+    os.environ.update(wanted)
     try:
         yield asked
     finally:

@@ -20,7 +20,7 @@ from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.generate import check_writes, generate_all, search_of
 from dual_lora.lab.model.load import quiet
 from dual_lora.lab.model.opened import Tuned
-from dual_lora.lab.model.weights import print_of_folder
+from dual_lora.lab.model.weights import folder_digest
 from dual_lora.lab.progress import Bar
 from dual_lora.lab.read import has_second_name, lines_of, parse_json, regular
 from dual_lora.lab.recipe.schema import DataSection, EvaluateSection
@@ -76,10 +76,10 @@ def predict(
     check_out(out, overwrite)
     check_columns(records, _columns(tuned, examples))
     unfinished = unfinished_of(out)
-    told = _print_of(tuned, records, data, spec, variant)
+    told = _inputs_digest(tuned, records, data, spec, variant)
     if overwrite:
         unfinished.unlink(missing_ok=True)
-    done = _gone_on_with(unfinished, told, len(examples))
+    done = _earlier_results(unfinished, told, len(examples))
     earlier = len(done)
     ask = _asker(tuned, data, spec)
     size = spec.batch_size * BATCHES
@@ -116,7 +116,7 @@ def predict(
     )
 
 
-def _gone_on_with(file: Path, told: str, most: int) -> list[dict[str, Any]]:
+def _earlier_results(file: Path, told: str, most: int) -> list[dict[str, Any]]:
     """The results of an earlier session, at most so many; what a kill has cut off is removed from the file. Raises
     UserError for a file that no session has left."""
     if not file.exists() and not file.is_symlink():
@@ -155,12 +155,12 @@ def _is_row(row: Any) -> bool:
     return {*row} in (_TEXT, _LABEL) and all(isinstance(number, int | float) for number in numbers)
 
 
-def _print_of(
+def _inputs_digest(
     tuned: Tuned, records: list[Record], data: DataSection, spec: EvaluateSection, variant: str | None
 ) -> str:
     """What the results depend on."""
     held = RunFolder(tuned.run).result if tuned.run else None
-    how: dict[str, Any] = {"model": tuned.source, "weights": print_of_folder(held) if held else {}}
+    how: dict[str, Any] = {"model": tuned.source, "weights": folder_digest(held) if held else {}}
     how |= {"given": tuned.given, "variant": variant}
     how |= {"data": data.model_dump(mode="json"), "spec": spec.model_dump(mode="json")}
     text = json.dumps([how, [record.values for record in records]], sort_keys=True, default=str)

@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from dual_lora._warning import warn
-from dual_lora.lab.data.encode import print_of_rows
+from dual_lora.lab.data.encode import rows_digest
 from dual_lora.lab.data.overlap import undeclared
 from dual_lora.lab.errors import UserError, described, is_disk_full, memory_full
 from dual_lora.lab.model import precision
@@ -21,7 +21,7 @@ from dual_lora.lab.model.load import quiet
 from dual_lora.lab.model.methods import apply_method, is_kind, method_config, plain_config
 from dual_lora.lab.model.note import name_in_adapter, write_note
 from dual_lora.lab.model.opened import Tuned, untrained_model
-from dual_lora.lab.model.weights import print_of_weights
+from dual_lora.lab.model.weights import weights_digest
 from dual_lora.lab.progress import Bar, console, stage
 from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.run import longer
@@ -31,7 +31,7 @@ from dual_lora.lab.run.failures import Diverged as Diverged
 from dual_lora.lab.run.failures import check_finite, clear_failures, note_failure
 from dual_lora.lab.run.folder import (
     RunFolder,
-    made_of_the_same,
+    check_same_inputs,
     recipe_of_run,
     same_recipe,
     same_rows_at_once,
@@ -185,10 +185,10 @@ def _train(
         "left_out": ready.left_out,
     }
     processes = process_count()
-    made_of: dict[str, Any] = {"rows": print_of_rows(ready.rows), "weights": print_of_weights(recipe.model)}
+    made_of: dict[str, Any] = {"rows": rows_digest(ready.rows), "weights": weights_digest(recipe.model)}
     if checkpoint:
         same_rows_at_once(folder, part.batch_size, processes)
-        made_of_the_same(folder, made_of, ", or begin anew with --overwrite or in another --out")
+        check_same_inputs(folder, made_of, ", or begin anew with --overwrite or in another --out")
     record = {"state": "running", "method": plain_config(config), "seed": part.seed, "classes": ready.classes}
     record |= {"processes": processes, "rows_at_once": part.batch_size * processes, "made_of": made_of}
     record |= {"extended": ends} if ends else {}

@@ -17,7 +17,7 @@ from dual_lora.lab.progress import in_words
 from dual_lora.lab.recipe.read import build_recipe, merged
 from dual_lora.lab.recipe.schema import DataSection, ModelSection, Recipe
 from dual_lora.lab.study.cell import Cell, Size, fields_at, probe_job, rank_field
-from dual_lora.lab.study.job import Job, Outcome, Training, fingerprint
+from dual_lora.lab.study.job import Job, Outcome, Training, data_digest
 from dual_lora.lab.study.study import MethodEntry, Study, rank_denominator
 
 _LINEAR = ("Linear", "Conv1D")  # torch's and transformers' names
@@ -51,7 +51,7 @@ def planned_steps(recipe: Recipe, fetch: bool = False) -> int:
     from dual_lora.lab.model.location import is_here
     from dual_lora.lab.model.weights import folder_here
 
-    model, held = recipe.model, tuple(fingerprint(recipe).items())
+    model, held = recipe.model, tuple(data_digest(recipe).items())
     here = fetch or is_here(model.path) or folder_here(model.path, model.revision) is not None
     by, records = model.model_dump_json() if here and model.head == "causal" else "", recipe.data.model_dump_json()
     try:

@@ -7,7 +7,7 @@ from typing import Any
 from dual_lora.lab.recipe.read import build_recipe, merged
 from dual_lora.lab.recipe.schema import Recipe, spelled
 from dual_lora.lab.study import metrics
-from dual_lora.lab.study.job import Job, Kind, Outcome, Settings, Split, cell_name, fingerprint
+from dual_lora.lab.study.job import Job, Kind, Outcome, Settings, Split, cell_name, data_digest
 from dual_lora.lab.study.search import beyond, choose, dotted
 from dual_lora.lab.study.study import MethodEntry, Study, rank_rule
 
@@ -194,4 +194,4 @@ def _job(
         values["evaluate"]["forgetting"] = None
     entry, recipe = cell.entry, build_recipe(values, f"{cell.method} on {cell.task}")
     held = dict(entry.freeze), entry.round
-    return Job(kind, recipe, *cell.at, seed, metric, split, settings or {}, fingerprint(recipe), *held, cost)
+    return Job(kind, recipe, *cell.at, seed, metric, split, settings or {}, data_digest(recipe), *held, cost)

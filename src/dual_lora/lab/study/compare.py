@@ -12,7 +12,7 @@ from typing import Any
 
 from dual_lora.lab.errors import UserError, is_disk_full
 from dual_lora.lab.model.precision import AUTO
-from dual_lora.lab.model.weights import print_of_weights
+from dual_lora.lab.model.weights import weights_digest
 from dual_lora.lab.progress import Bar, console, in_words
 from dual_lora.lab.run.record import code_version, surroundings
 from dual_lora.lab.run.reporting import check_reports
@@ -28,7 +28,7 @@ from dual_lora.lab.study.job import (
     Outcome,
     Settings,
     damage,
-    fingerprint,
+    data_digest,
     on_other_weights,
     read_outcome,
     task_name,
@@ -99,8 +99,8 @@ def _recipes(study: Study) -> dict[str, Any]:
         for model, task, recipe in plan.scenarios(study)
         for part, value in {
             **recipe.model_dump(mode="json", include={"model", "data", "train", "evaluate"}),
-            "records": fingerprint(recipe),
-            "weights": print_of_weights(recipe.model),
+            "records": data_digest(recipe),
+            "weights": weights_digest(recipe.model),
         }.items()
     }
 
@@ -145,7 +145,7 @@ class Runner:
         self._do("runs", [*bases, *finals])
         self.folder.known.turned = []
         self.folder.write()
-        if self._elsewhere([*bases, *finals, *_in_turns(self.trials.values())]):
+        if self._made_on_other_weights([*bases, *finals, *_in_turns(self.trials.values())]):
             raise UserError(
                 "The weights of a base have changed while the study went on, so its runs are of several. Start the "
                 "study again: the runs on others than those that are there now are done again."
@@ -163,7 +163,7 @@ class Runner:
         left = {job.key: job for job in jobs if self._outcome(job) is None and job.key not in self.failed}
         for job in left.values():
             if why := damage(self.runs, job.key):
-                self._say(f"{why} That run alone is done again: {job}.")
+                self._print(f"{why} That run alone is done again: {job}.")
         to = self.options.report_to  # no part of the key
         ready = [replace(job, report_to=to) if job.kind == "final" else job for job in left.values()]
         with Bar(what, len(jobs), self.options.progress, len(jobs) - len(left), timed=False) as bar:
@@ -175,12 +175,12 @@ class Runner:
                     self._warn(job, outcome)
                 else:
                     self.failed[key] = f"{job}: {error}"
-                    self._say(f"failed: {self.failed[key]}")
+                    self._print(f"failed: {self.failed[key]}")
                 bar.to(len(jobs) - len(left), self._note(left, job, outcome))
                 if time.monotonic() - self._written > WRITE_SECONDS and self.trials:
                     self._results()
 
-    def _elsewhere(self, jobs: Sequence[Job]) -> list[str]:
+    def _made_on_other_weights(self, jobs: Sequence[Job]) -> list[str]:
         """Keys of runs that were made on other weights of their base, as far as they or the study's own note tell."""
         other, keys = on_other_weights(self.runs), []
         for job in jobs:
@@ -193,7 +193,7 @@ class Runner:
     def _one_base(self, jobs: Iterable[Job]) -> None:
         """Do the runs on other weights of their base again."""
         there = [job for job in jobs if (self.runs / job.key).exists() or self._outcome(job) is not None]
-        if old := self._elsewhere(there):
+        if old := self._made_on_other_weights(there):
             finished = [key for key in old if key in self.folder.before and read_outcome(self.runs, key)]
             if finished and not self.options.update:
                 raise UserError(
@@ -201,11 +201,11 @@ class Runner:
                     "compared with new runs, a difference might be the base's. Put those weights back, or give "
                     "--update to do these runs again."
                 )
-            self._again(old, f"{len(old)} runs on other weights of the base")
+            self._put_aside(old, f"{len(old)} runs on other weights of the base")
 
-    def _again(self, keys: Sequence[str], which: str) -> None:
+    def _put_aside(self, keys: Sequence[str], which: str) -> None:
         """Put runs aside, and note it where they were this study's."""
-        self._say(f"{which} are done again; the old ones are kept.")
+        self._print(f"{which} are done again; the old ones are kept.")
         if (self.folder.before | self.folder.known.jobs.keys()) & set(keys):
             self.folder.amend(f"{which} were done again.", self.runs)
             self.folder.write()
@@ -232,9 +232,9 @@ class Runner:
                 "compared with new runs, a difference might be the code's. Go on with that version, or give --update "
                 "to do these runs again."
             )
-        self._again([outcome.key for outcome in old], f"{len(old)} runs of another version of the code")
+        self._put_aside([outcome.key for outcome in old], f"{len(old)} runs of another version of the code")
 
-    def _say(self, message: str) -> None:
+    def _print(self, message: str) -> None:
         if self.options.progress:
             console.print(message, markup=False, soft_wrap=True)
 
@@ -242,7 +242,7 @@ class Runner:
         """Say each warning once a task, whichever run and process it comes from, and whatever numbers it has there."""
         for message in outcome.warnings:
             if (said := (job.scenario, notes.form(message))) not in self.warnings:
-                self._say(f"warning: {message}")
+                self._print(f"warning: {message}")
             self.warnings.add(said)
 
     def _note(self, left: dict[str, Job], job: Job | None = None, outcome: Outcome | None = None) -> str:

@@ -38,7 +38,7 @@ def conclude(
     unlearned = {key: why for key, m in at.items() if (why := notes.why_unlearned(m, untrained))}
     tuned = study.search.metric if study.search else None
     failing = {key: why for key, m in at.items() if (why := notes.failed_in_tuning(m, untrained, tuned))}
-    judged = verdicts.judge([_as_far_as_it_goes(pair, at) for pair in pairs], study.level, missing)
+    judged = verdicts.judge([_without_unearned_p(pair, at) for pair in pairs], study.level, missing)
     late = "Amended after final runs had ended." if any(a.get("ended", 0) > 0 for a in amendments) else ""
     comparisons = [_as_failing(_with_doubt(_as_tuned(_learned(c, unlearned), at), ends), failing) for c in judged]
     false_alarm = verdicts.false_alarm(judged, study.level, missing)
@@ -82,7 +82,7 @@ def _lost(method: MethodRow) -> int | None:
     return None if everything else method["diverged"]
 
 
-def _as_far_as_it_goes(c: verdicts.Comparison, at: Methods) -> verdicts.Comparison:
+def _without_unearned_p(c: verdicts.Comparison, at: Methods) -> verdicts.Comparison:
     """Without a p, and so without a verdict, where all runs of a method diverged, or one item stands for all others.
 
     The score that a diverged run counts with says only that it is no better than that: no ground for equivalence.

@@ -24,7 +24,7 @@ from pydantic import BaseModel
 
 from dual_lora.lab import yaml_text
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.model.weights import is_another, other_settings, tensors_told, told_of, warn_of_doubt
+from dual_lora.lab.model.weights import is_another, other_settings, short_digest, tensor_digests, warn_of_doubt
 from dual_lora.lab.read import read_json, unlinked
 from dual_lora.lab.run.write import hold, write_atomically, write_json
 from dual_lora.lab.study.job import Job, Kind, Settings, read_outcome, run_file
@@ -54,7 +54,7 @@ def changes(before: dict[str, Any], now: dict[str, Any], inside: Iterable[str] =
         old, new = before[name], now[name]
         if name.endswith(WEIGHTS):
             if is_another(old, new) or other_settings(old, new):  # one change, however many tensors tell of it
-                pairs[name] = told_of(old), told_of(new)
+                pairs[name] = short_digest(old), short_digest(new)
             else:
                 warn_of_doubt(old, new, "the study was begun with")
         elif name in inside and isinstance(old, dict) and isinstance(new, dict):
@@ -71,7 +71,7 @@ def _still_known(before: Plain, now: Plain) -> Plain:
         model = recipes.get(f"{name.removesuffix(WEIGHTS)} model") or {}
         return [model.get("path"), model.get("revision")]
 
-    lost = [n for n in now if n.endswith(WEIGHTS) and not tensors_told(now[n]) and tensors_told(before.get(n))]
+    lost = [n for n in now if n.endswith(WEIGHTS) and not tensor_digests(now[n]) and tensor_digests(before.get(n))]
     return {name: before[name] | now[name] for name in lost if base(before, name) == base(now, name)}
 
 

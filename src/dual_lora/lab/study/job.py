@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.model.weights import is_another, print_of_weights
+from dual_lora.lab.model.weights import is_another, weights_digest
 from dual_lora.lab.read import read_json, unlinked
 from dual_lora.lab.recipe.read import identity
 from dual_lora.lab.recipe.schema import Recipe
@@ -136,7 +136,7 @@ def write_outcome(runs: Path, outcome: Outcome) -> None:
 
 def read_outcome(runs: Path, key: str) -> Outcome | None:
     """The outcome of a finished run; None if it is not finished, or its files are damaged (see `damage`)."""
-    outcome = _look_up(runs, key)
+    outcome = _read_outcome(runs, key)
     return outcome if isinstance(outcome, Outcome) else None
 
 
@@ -157,7 +157,7 @@ def on_other_weights(runs: Path) -> Callable[[Job], bool | None]:
 
     def other(job: Job) -> bool | None:
         if job.scenario not in now:
-            now[job.scenario] = print_of_weights(job.recipe.model)
+            now[job.scenario] = weights_digest(job.recipe.model)
         return is_another(made_on(job.key), now[job.scenario])
 
     return other
@@ -171,11 +171,11 @@ def outcomes_here(runs: Path) -> Callable[[Job], Outcome | None]:
 
 def damage(runs: Path, key: str) -> str:
     """What is wrong with the files of a run that was finished, in a sentence; "" if nothing is."""
-    found = _look_up(runs, key)
+    found = _read_outcome(runs, key)
     return found if isinstance(found, str) else ""
 
 
-def _look_up(runs: Path, key: str) -> Outcome | str | None:
+def _read_outcome(runs: Path, key: str) -> Outcome | str | None:
     file = run_file(runs, key)
     if not file.is_file():
         return None
@@ -224,7 +224,7 @@ def read_scores(runs: Path, key: str, what: Literal["scores", "forgetting"] = "s
     return scores
 
 
-def fingerprint(recipe: Recipe) -> dict[str, str]:
+def data_digest(recipe: Recipe) -> dict[str, str]:
     """What the files of its records and of the text for `forgetting` held: a changed file makes another run."""
     from dual_lora.lab.data.records import find
 
@@ -241,7 +241,7 @@ def fingerprint(recipe: Recipe) -> dict[str, str]:
 
 def check_data(job: Job) -> None:
     """Raise UserError where the job's files are not what they were when it was planned: its key would lie."""
-    now = fingerprint(job.recipe)
+    now = data_digest(job.recipe)
     if changed := [split for split in sorted(now.keys() | job.data.keys()) if now.get(split) != job.data.get(split)]:
         raise UserError(
             f"The data have changed while the study went on ({', '.join(changed)}): its runs would not be of the same "

@@ -20,7 +20,7 @@ from dual_lora._warning import DualLoraWarning
 from dual_lora.lab.errors import UserError, described, is_disk_full
 from dual_lora.lab.interrupt import Stopped
 from dual_lora.lab.model.load import load_model
-from dual_lora.lab.model.weights import print_of_weights
+from dual_lora.lab.model.weights import weights_digest
 from dual_lora.lab.run.failures import Diverged, NotFinite
 from dual_lora.lab.run.record import code_version, device_name
 from dual_lora.lab.run.write import hold, write_json
@@ -58,7 +58,7 @@ def perform(job: Job, runs: Path, keep: str = "adapters", at_a_time: int | None 
                     raise
                 came = {"status": "diverged", "error": str(error)}
                 if job.kind == "base":
-                    came["weights"] = print_of_weights(job.recipe.model)
+                    came["weights"] = weights_digest(job.recipe.model)
             came |= {"warnings": said}
             came |= {"runs_at_a_time": at_a_time, "device": device_name()[:200], "code": code}
             outcome = Outcome(key=job.key, seconds=round(time.monotonic() - start, 3), **came)
@@ -139,7 +139,7 @@ def _base(job: Job, runs: Path) -> Figures:
 
     recipe = job.recipe
     loaded = load_model(recipe.model)
-    weights = print_of_weights(recipe.model)  # only now a hub's are here
+    weights = weights_digest(recipe.model)  # only now a hub's are here
     examples = load_split(recipe.data, job.split)
     tuned = Tuned(loaded.model, loaded.tokenizer, recipe.model.path)
     measured = evaluate(tuned, recipe.data, recipe.evaluate, examples=examples, variants=["base"], progress=False)

@@ -108,7 +108,7 @@ class Endpoint:
 
     def _singly(self, probes: Sequence[Probe], texts: dict[int, str]) -> Answer:
         every = [(probe, place) for probe in probes for place in probe.places]
-        kept, told_of = [], []
+        kept, short_digest = [], []
         written: dict[int, str] = {}
         step = max(1, math.ceil(len(every) / ASKED_SINGLY))
         for index in range(0, len(every), step):
@@ -119,14 +119,14 @@ class Endpoint:
                 continue  # which llama.cpp's server holds back, with its log-probabilities
             if not told or not told[0].others:
                 raise UserError(self._gives_none())
-            told_of.append((probe.ids[place], told[0]))
+            short_digest.append((probe.ids[place], told[0]))
             written |= told[0].names
             kept.append(index)
         if not kept:
             raise UserError(self._gives_none())
-        blanks = any(entry.writes_blanks for _, entry in told_of)
-        floors = [min(entry.others.values()) for _, entry in told_of]
-        known = [entry.value_of(token, texts[token], blanks) for token, entry in told_of]
+        blanks = any(entry.writes_blanks for _, entry in short_digest)
+        floors = [min(entry.others.values()) for _, entry in short_digest]
+        known = [entry.value_of(token, texts[token], blanks) for token, entry in short_digest]
         values = [floor if value is None else value for value, floor in zip(known, floors, strict=True)]
         found, least = torch.tensor(values, dtype=torch.float64), torch.tensor(floors, dtype=torch.float64)
         return Answer(found, least, kept, written, False)
@@ -170,7 +170,7 @@ class Endpoint:
         except UnicodeError:
             raise UserError(f"The token in the environment ({' or '.join(TOKENS)}) cannot be sent.") from None
         if reply.status >= 300:
-            raise _Refused(self._said(path, reply), reply.status)
+            raise _Refused(self._error_text(path, reply), reply.status)
         if len(reply.body) > LARGEST:
             raise UserError(f"{self.url} answered with more than {LARGEST:,} bytes.")
         try:
@@ -181,7 +181,7 @@ class Endpoint:
             raise UserError(f"{self.url}{path} did not answer in JSON: is it an OpenAI-compatible server?")
         return told
 
-    def _said(self, path: str, reply: Reply) -> str:
+    def _error_text(self, path: str, reply: Reply) -> str:
         if reply.sends_on:
             return f"{self.url} sends on to another address, which is not followed: name that one."
         try:

@@ -22,7 +22,7 @@ from torch import Tensor
 from dual_lora.lab.errors import UserError, described
 from dual_lora.lab.model.load import quiet
 from dual_lora.lab.model.opened import Tuned
-from dual_lora.lab.model.weights import have_changed, print_of_folder
+from dual_lora.lab.model.weights import folder_digest, have_changed
 from dual_lora.lab.progress import console
 from dual_lora.lab.read import regular
 from dual_lora.lab.verify.diagnose import Known
@@ -148,7 +148,7 @@ def leave(tuned: Tuned, folder: Path) -> None:
         return
     try:
         with quiet():
-            write(make(tuned).model_copy(update={"weights": print_of_folder(folder)}), folder)
+            write(make(tuned).model_copy(update={"weights": folder_digest(folder)}), folder)
     except Exception as error:  # whatever a method of PEFT does not support: the adapter itself is saved
         console.print(f"No fingerprint was written ({described(error)}).", markup=False, soft_wrap=True)
 
@@ -175,7 +175,7 @@ def read(folder: Path) -> Fingerprint | None:
 
 def check_is_of(saved: Fingerprint | None, folder: Path | None) -> None:
     """Raise UserError where the adapter next to a fingerprint is another one by now."""
-    if saved is not None and folder is not None and have_changed(saved.weights, print_of_folder(folder)):
+    if saved is not None and folder is not None and have_changed(saved.weights, folder_digest(folder)):
         raise UserError(
             f"{folder / FILE} is the fingerprint of other weights than the folder holds now (`dual-lora verify` "
             "without another option compares the two): put them back, or remove the fingerprint to go by the weights."

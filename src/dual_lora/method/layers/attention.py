@@ -129,7 +129,7 @@ class MultiheadAttention(DualLoraLayer):
                 "Run the samples of each adapter as a batch of their own."
             )
         self._check_forward_args(query)
-        names = self._at_work()
+        names = self._adapters_to_add()
         if (out_merged := self._present(self._out.merged_adapters)) != self.merged_adapters:
             raise ValueError(
                 f"The output projection has {out_merged} merged, the attention itself "

@@ -113,7 +113,7 @@ class ParamWrapper(DualLoraLayer):
                 "`model.set_experts_implementation('batched_mm')` first. torch.export takes 'grouped_mm' as well, ONNX "
                 "does not."
             )
-        names = self._at_work()
+        names = self._adapters_to_add()
         if not names:
             return self.base_layer(*args, **kwargs)
 

@@ -70,7 +70,7 @@ class ReadLayer(DualLoraLayer):
     @property
     def weight(self) -> Tensor:
         """W + ΣΔW over the active adapters."""
-        names = self._at_work()  # first: it may take a merged update out of the weight
+        names = self._adapters_to_add()  # first: it may take a merged update out of the weight
         weight: Any = self.get_base_layer().weight
         if not names:
             return weight
