@@ -568,3 +568,8 @@ def test_another_optimizer_on_new_gradients_in_the_same_tensors_counts():
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
     assert factor(model) == pytest.approx(0.3)
+
+
+def test_a_warmup_that_is_a_share_and_has_not_begun_is_said_in_words():
+    with pytest.warns(UserWarning, match=r"merged during its warm-up \(.*: a warm-up over 10% of a run that has not"):
+        adapted(warmup_steps=0.1).merge_and_unload()

@@ -7,6 +7,7 @@ from torch import nn
 from .._warning import warn
 from .layer import DualLoraLayer, layers_of
 from .layers.quantized import QuantizedLinear
+from .strength import until_full
 
 
 def quantised(model: nn.Module) -> list[QuantizedLinear]:
@@ -35,8 +36,8 @@ def warn_unfinished(name: str, config: Any, layers: dict[str, DualLoraLayer]) ->
         first, most = next(iter(waiting)), max(waiting.values())
         where = first if len(waiting) == 1 else f"{first} and {len(waiting) - 1} more layers"
         warn(
-            f"The Dual LoRA adapter {name!r} is merged during its warm-up ({where}: up to {most} of "
-            f"{config.warmup_steps} optimizer steps before full strength). The merged model is what the adapter is now "
+            f"The Dual LoRA adapter {name!r} is merged during its warm-up ({where}: "
+            f"{until_full(most, config.warmup_steps)}). The merged model is what the adapter is now "
             "(λ below 1; 0 in layers that the data have not reached). Train it to the end of the warm-up, or choose "
             "fewer `warmup_steps`, about a tenth of the run's.",
             stacklevel=4,

@@ -17,7 +17,7 @@ from torch import distributed as dist
 
 from .._warning import warn
 from ..verify.numbers import check_numbers, header
-from .strength import most_left
+from .strength import most_left, until_full
 
 _NUMBERS = re.compile(r"\.dual_lora_(left|seed)")  # which are no factors
 PEFT_PREFIX = "base_model.model."
@@ -126,8 +126,8 @@ def warn_if_unfinished(counts: Mapping[str, Tensor], config: Any) -> None:
     if layers and config.inference_mode:
         most = max(int(left.max()) for left in counts.values())
         warn(
-            f"This Dual LoRA adapter was saved during its warm-up: {_some(layers)} with up to {most} of "
-            f"{config.warmup_steps} optimizer steps before full strength. It is used as it was saved (λ below 1). "
+            f"This Dual LoRA adapter was saved during its warm-up: {_some(layers)} with "
+            f"{until_full(most, config.warmup_steps)}. It is used as it was saved (λ below 1). "
             "Train it to the end of the warm-up, or choose fewer `warmup_steps`.",
             stacklevel=3,
         )

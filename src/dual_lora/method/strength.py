@@ -44,6 +44,13 @@ def most_left(warmup: float) -> int:
     return int(warmup) if warmup >= 1 else 2**31 - 1
 
 
+def until_full(left: int, warmup: float) -> str:
+    """What is left of a warm-up, as a part of a sentence; `left` is -1 before a run of unknown length."""
+    if left < 0:
+        return f"a warm-up over {warmup:.0%} of a run that has not begun"
+    return f"up to {left} of {warmup} optimizer steps before full strength"
+
+
 class Strength:
     """The part of a layer that knows nothing of its weight."""
 
