@@ -140,7 +140,9 @@ def _runs(m: dict[str, Any]) -> frozenset[tuple[str, float | None]]:
 def _range(model: str, field: str) -> str:
     pairs = {}
     for name in _published():
-        if any(note.startswith("Times and speeds are not comparable") for note in study(name)["notes"]):
+        results = study(name)
+        busy = any(note.startswith("Times and speeds are not comparable") for note in results["notes"])
+        if busy or results["study"].get("cost") is False:  # which was registered without: it ran beside other programs
             continue
         for task in MODELS[model]:
             methods = {m["method"]: m for m in study(name)["methods"] if m["task"] == task}
