@@ -86,9 +86,12 @@ def test_packed_scores_are_judged_as_the_study_was(tmp_path):
         (out / packed.PACKED).write_bytes(gzip.compress(text.replace('"WRONG"', wrong).encode()))
         with pytest.raises(UserError):
             judge(out)
-    (out / packed.PACKED).write_bytes(b"no gzip")
-    with pytest.raises(UserError, match="damaged"):
-        judge(out)
+    broken = bytearray(gzip.compress(b"[]" * 1000))
+    broken[12] ^= 255
+    for content in (b"no gzip", bytes(broken), bytes(broken[:14])):
+        (out / packed.PACKED).write_bytes(content)
+        with pytest.raises(UserError, match="damaged"):
+            judge(out)
     (runs / f"{results['methods'][0]['seeds'][0]['key']}.scores.json").unlink()
     with pytest.raises(UserError, match="lacks the scores of a run"):
         packed.pack(tmp_path / "study", out)
@@ -96,6 +99,7 @@ def test_packed_scores_are_judged_as_the_study_was(tmp_path):
 
 def test_packing_follows_no_link_and_no_key_out_of_the_runs(tmp_path):
     from dual_lora.lab.judge import packed
+    from dual_lora.lab.judge.judge import judge
     from dual_lora.lab.run.write import write_json
 
     runs, out = tmp_path / "study" / "runs", tmp_path / "out"
@@ -107,6 +111,13 @@ def test_packing_follows_no_link_and_no_key_out_of_the_runs(tmp_path):
     (out / packed.PACKED).symlink_to(tmp_path / "mine")
     packed.pack(tmp_path / "study", out)
     assert (tmp_path / "mine").read_text() == "mine"
+    for name in (packed.PACKED, "results.json"):
+        (out / name).rename(tmp_path / name)
+        (out / name).symlink_to(tmp_path / name)
+        with pytest.raises(UserError, match="it is a link"):
+            judge(out)
+        (out / name).unlink()
+        (tmp_path / name).rename(out / name)
     seed = results["methods"][0]["seeds"][0]
     (runs / f"{seed['key']}.scores.json").rename(tmp_path / "mine.scores.json")
     seed["key"] = "../../mine"

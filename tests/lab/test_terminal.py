@@ -15,8 +15,9 @@ from rich.text import Text
 from dual_lora.lab.commands.card import facts_card, figures_table, finish
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.location import locate
+from dual_lora.lab.module_command import run_module
 from dual_lora.lab.progress import Bar
-from dual_lora.lab.terminal import Console, guarded, run_module, shown
+from dual_lora.lab.terminal import Console, guarded, shown
 
 CODES = [
     "\x1b]0;title\x07",

@@ -9,6 +9,7 @@ before 2026-11-30 have none: their items' scores are not available.
 
 import gzip
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.judge.scores import Score, Scores, number, seed_number
 from dual_lora.lab.module_command import run_module
-from dual_lora.lab.read import LARGEST, parse_json, read_json, regular
+from dual_lora.lab.read import LARGEST, parse_json, read_json, unlinked
 from dual_lora.lab.run.write import write_atomically
 from dual_lora.lab.study import metrics
 from dual_lora.lab.study.job import read_scores
@@ -48,7 +49,7 @@ def pack(study: Path, out: Path) -> int:
 
 def _results(folder: Path) -> Results:
     try:
-        results: Results = read_json(folder / "results.json")
+        results: Results = read_json(unlinked(folder / "results.json"))
         assert results["methods"], "no methods"
     except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
         raise UserError(f"{folder} is no study's folder: {error}.") from None
@@ -62,12 +63,12 @@ def read_packed(folder: Path) -> Scores:
     Raises UserError for a file that is damaged or too large, or that lacks a run.
     """
     results = _results(folder)
-    file = regular(folder / PACKED)
+    file = folder / PACKED
     try:
-        with gzip.open(file) as packed:
+        with gzip.open(unlinked(file)) as packed:
             content = packed.read(LARGEST + 1)
         known: dict[str, Any] = parse_json(content.decode()) if len(content) <= LARGEST else {}
-    except (ValueError, EOFError, gzip.BadGzipFile) as error:
+    except (OSError, ValueError, EOFError, zlib.error) as error:
         raise UserError(f"{file} is damaged: {error}.") from None
     try:
         return _scores(results, known, str(file))

@@ -20,7 +20,7 @@ from typing import Any
 from dual_lora.lab.data.encode import ALPACA, LLM_ADAPTERS
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.judge.scores import WHOLE, Scenario, Score, Scores, number, seed_number
-from dual_lora.lab.read import read_json, read_object, regular
+from dual_lora.lab.read import read_json, read_object, regular, unlinked
 from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.run.folder import RunFolder, recipe_of_run
 from dual_lora.lab.run.write import write_json
@@ -202,7 +202,7 @@ def write_peft(study: Path, out: Path) -> dict[str, int]:
     Raises UserError for a folder that is no study's, or whose runs have gone: results.json alone holds too little.
     """
     try:
-        methods = read_json(study / "results.json")["methods"]
+        methods = read_json(unlinked(study / "results.json"))["methods"]
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{study} is no study's folder: expected one that `dual-lora compare` has made.") from None
     tasks = {(method["model"], method["task"]) for method in methods}
