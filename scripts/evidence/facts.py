@@ -142,7 +142,9 @@ def _range(model: str, field: str) -> str:
     for name in _published():
         results = study(name)
         busy = any(note.startswith("Times and speeds are not comparable") for note in results["notes"])
-        if busy or results["study"].get("cost") is False:  # which was registered without: other programs ran at the same time
+        if (
+            busy or results["study"].get("cost") is False
+        ):  # which was registered without: other programs ran at the same time
             continue
         for task in MODELS[model]:
             methods = {m["method"]: m for m in study(name)["methods"] if m["task"] == task}
