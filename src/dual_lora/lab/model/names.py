@@ -21,3 +21,6 @@ OURS = {
     "peft_version",
     "revision",
 }
+
+# Methods with one field more, `fused`: their product may be computed as Dual LoRA's is.
+FUSED = frozenset({"hira", "loha"})

@@ -18,7 +18,7 @@ from dual_lora.lab.data.examples import load_split
 from dual_lora.lab.data.records import find
 from dual_lora.lab.errors import UserError, suggest
 from dual_lora.lab.model.location import check_here, locate
-from dual_lora.lab.model.names import ALIASES, OURS
+from dual_lora.lab.model.names import ALIASES, FUSED, OURS
 from dual_lora.lab.model.quantize import check_quantize
 from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.run.folder import RunFolder
@@ -86,7 +86,7 @@ def declared_fields(method: str) -> list[str]:
     classes = _classes_in(start) | (own := _classes_in(file))
     wanted = [name for name in own if name.lower() == f"{method}config".replace("_", "")]
     found = _with_inherited(wanted[0], classes) if len(wanted) == 1 else None
-    return sorted(set(found) - OURS) if found else []
+    return sorted({*found, *(["fused"] if method in FUSED else [])} - OURS) if found else []
 
 
 def _classes_in(file: Path) -> dict[str, tuple[list[str], list[str]]]:
