@@ -21,6 +21,7 @@ def test_supervised(name, example, tiny_lm, tmp_path, healthy, loads_as):
     loads_as(tmp_path / "adapter", trainer.model)
 
 
+@pytest.mark.long
 def test_trl_dpo(example, tiny_lm, tmp_path, healthy, loads_as):
     trainer = example("trl_dpo").main(str(tiny_lm), tmp_path, steps=20, learning_rate=2e-2)
     losses = history(trainer, "loss")
@@ -33,6 +34,7 @@ def test_trl_dpo(example, tiny_lm, tmp_path, healthy, loads_as):
     loads_as(tmp_path / "adapter", trainer.model)
 
 
+@pytest.mark.long
 def test_trl_grpo(example, tiny_lm, tmp_path, healthy, loads_as):
     trainer = example("trl_grpo").main(str(tiny_lm), tmp_path, steps=10, learning_rate=2e-2)
     assert trainer.ref_model is None

@@ -193,6 +193,7 @@ def test_minutes_that_would_settle_it_are_said_beforehand():
     assert pace.settling(many, "accuracy", 0.05) == Length(5, WORK.steps)
 
 
+@pytest.mark.long
 def test_interrupted_it_goes_on(letters, tmp_path, monkeypatch, call, short):
     """Stopped while it measures, and again among its runs: no finished run is repeated, and the plan stays."""
     recipe, out = recipe_file(letters), tmp_path / "out"

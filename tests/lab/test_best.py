@@ -54,6 +54,7 @@ def test_the_best_is_saved_and_the_run_ends_early(values, tmp_path):
     assert open_tuned(tmp_path / "run").adapted
 
 
+@pytest.mark.long
 def test_an_interrupted_run_comes_out_the_same(values, tmp_path):
     from transformers import TrainerCallback
 

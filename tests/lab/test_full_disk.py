@@ -63,7 +63,7 @@ def test_report(size, tmp_path, call):
     assert files(tmp_path) == before
 
 
-@pytest.mark.parametrize("size", [0, 100, 3000, 20_000, 60_000])
+@pytest.mark.parametrize("size", [0, 100, 3000, *(pytest.param(n, marks=pytest.mark.long) for n in (20_000, 60_000))])
 def test_train_goes_on_when_there_is_room_again(size, lm_values, tmp_path, write_recipe, call):
     lm_values["method"] = {"name": "dual_lora", "r": 4}
     recipe, out = write_recipe(lm_values), tmp_path / "run"
@@ -80,7 +80,9 @@ def test_train_goes_on_when_there_is_room_again(size, lm_values, tmp_path, write
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("size", "ended"), [(8000, 1), (60_000, 2)])  # before a first checkpoint, and in a later run
+@pytest.mark.parametrize(
+    ("size", "ended"), [(8000, 1), pytest.param(60_000, 2, marks=pytest.mark.long)]
+)  # before a first checkpoint, and in a later run
 def test_compare_repeats_nothing_when_there_is_room_again(size, ended, tmp_path, call):
     study = tiny_study.write_study(tmp_path / "study", **tiny_study.SHORT)
     with room_for(size):
