@@ -269,7 +269,6 @@ class _FactorSums:
         self.rule = tiles.estimator(adapter, loss_scale, carries=False)
         self.grads = Factors(*map(torch.zeros_like, adapter.factors))
         self.factors = Factors(*(f * adapter.scale for f in adapter.factors))  # for the scale, which G does not carry
-        self.trains_direction = adapter.form.trains_direction
 
     def add(self, tile: _Tile, P: Tensor, Q: Tensor, G: Tensor) -> None:
         """Add the reductions of a tile; overwrites all three."""

@@ -29,6 +29,8 @@ _STES, _MAGNITUDES, _DIRECTIONS = get_args(Ste), get_args(Magnitude), get_args(D
 
 TRAINED = ("sign", "identity")
 """Directions whose factors C and D train."""
+SIGNED = ("sign", "frozen")
+"""Directions of which the sign alone counts."""
 
 SHARPNESS = 4.0
 """k of the surrogate derivative, chosen by `results/surrogates/make.py`."""
@@ -48,9 +50,6 @@ class Factors(NamedTuple):
     def rows(self, start: int, stop: int) -> Factors:
         """The factors of the rows start…stop of ΔW."""
         return Factors(self.A, self.B[start:stop], self.C, self.D[start:stop])
-
-
-TRAINED = "sign", "identity"  # directions of factors of their own, C and D
 
 
 class Form(NamedTuple):
@@ -137,8 +136,9 @@ def direction_of(C: Tensor, D: Tensor, form: Form, weight: Tensor | None = None)
 
 def direction(Q: Tensor, form: Form) -> Tensor:
     """Which way each weight moves: +1 where Q > 0, else -1; or Q itself."""
-    signed = form.direction in ("sign", "frozen")
-    return 2 * (Q > 0).to(Q.dtype if Q.is_floating_point() else torch.get_default_dtype()) - 1 if signed else Q
+    if form.direction not in SIGNED:
+        return Q
+    return 2 * (Q > 0).to(Q.dtype if Q.is_floating_point() else torch.get_default_dtype()) - 1
 
 
 def mean_square_of(C: Tensor, D: Tensor) -> Tensor:

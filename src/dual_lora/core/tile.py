@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .ieee import ieee_fp32
 from .product import factors_mm
-from .reference import TRAINED, Adapter, Form, steepness
+from .reference import SIGNED, TRAINED, Adapter, Form, steepness
 
 # A normal number: where subnormal ones are flushed, such a bound would be zero.
 JUST_BELOW_ZERO = -torch.finfo(torch.float32).tiny
@@ -21,7 +21,6 @@ _passed_above = torch.ops.aten.threshold_backward.grad_input  # G where P > a bo
 _turned = torch.ops.aten.leaky_relu_backward.grad_input  # G where Q > 0, else slope · G
 
 ALL = slice(None)
-SIGNED = ("sign", "frozen")
 
 
 def products(

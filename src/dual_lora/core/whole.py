@@ -23,7 +23,7 @@ NAMES = "P0", "Q0", "T", "composed", "gradient"  # the first adapter's products,
 def forward(x: Tensor, weight: Tensor | None, adapters: Sequence[Adapter]) -> Tensor:
     """y = x (W + ΣΔW)ᵀ for x [T, I], in x's dtype; without a weight, x (ΣΔW)ᵀ."""
     made, space = _products(adapters, weight)
-    return mm(x, _sum(weight, made, space, x.dtype).t())
+    return mm(x, _sum(weight, made, space, x.dtype).to(x.dtype).t())
 
 
 def compose(
@@ -32,7 +32,7 @@ def compose(
     """W + ΣΔW, [O, I], the rounding to `dtype` of the fp32 sum (fp64's, for that). `out` may be the weight itself."""
     made, space = _products(adapters, weight)
     W = _sum(weight, made, space, dtype)
-    return W.clone() if out is None else out.copy_(W)
+    return W.to(dtype, copy=True) if out is None else out.copy_(W)
 
 
 def backward(
@@ -52,7 +52,7 @@ def backward(
     G: Any = None
     made, space = _products(adapters, weight)
     if needs.x:
-        dx = mm(dy, _sum(weight, made, space, x.dtype, spare=not needs.factors))
+        dx = mm(dy, _sum(weight, made, space, x.dtype, spare=not needs.factors).to(x.dtype))
     if needs.weight or needs.factors:
         dyG, xG = of_G or (dy, x)
         *_, room = space
@@ -83,24 +83,28 @@ def _products(adapters: Sequence[Adapter], weight: Tensor | None) -> tuple[list[
 
 
 def _sum(weight: Tensor | None, made: list[Made], space: Space, dtype: torch.dtype, spare: bool = True) -> Tensor:
-    """W + ΣΔW; may lie in scratch memory. `spare`: P may be overwritten, which spares a cache another matrix."""
+    """W + ΣΔW before its rounding to `dtype`, in scratch memory where that is not fp64's.
+
+    spare: P may be overwritten, which spares a cache another matrix.
+    """
+    own, composed, _ = space
     W: Any = weight
     if W is not None and (dtype == torch.float64 or W.dtype.itemsize == 1):
         W = W.to(dtype)
     for (_, scale, form, _), P, Q in made:
-        room = P if spare else space[0]
+        room = P if spare else own
         T = tile.update(P, Q, form, room)
-        out = None if dtype == torch.float64 else room if len(made) == 1 else space[1]
+        out = None if dtype == torch.float64 else room if len(made) == 1 else composed
         W = torch.mul(T, scale, out=out) if W is None else tile.add_update(W, T, scale, out)
-    return W if W.dtype == dtype else W.to(dtype)
+    return W
 
 
 def _factor_gradients(G: Tensor, made: list[Made], space: Space, loss_scale: Tensor | None) -> list[Factors]:
-    grads = []
+    grads, (scaled, *_) = [], space
     for adapter, P, Q in made:
         (A, B, C, D), scale, *_ = adapter = adapter.whole()
         rule = tile.estimator(adapter, loss_scale, carries=True)
-        dP, dQ = rule.product_gradients(torch.mul(G, scale, out=space[0]), P, Q)
+        dP, dQ = rule.product_gradients(torch.mul(G, scale, out=scaled), P, Q)
         direction = map(torch.zeros_like, (C, D)) if dQ is None else (D.t().mm(dQ), dQ.mm(C.t()))
         grads.append(Factors(B.t().mm(dP), dP.mm(A.t()), *direction))
     return grads
