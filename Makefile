@@ -100,7 +100,7 @@ serving: $(VENV)/.ready $(VENV)-vllm/.ready $(VENV)-llama-cpp/.ready ## real ser
 test-oldest:         ## core and method with the oldest supported versions, in an environment of its own
 	test -x $(VENV)-oldest/bin/python || $(PYTHON) -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/python -m pip install --quiet --upgrade pip
-	$(VENV)-oldest/bin/python -m pip install --quiet -c requirements-oldest.txt -e . accelerate datasets pytest pytest-timeout
+	$(VENV)-oldest/bin/python -m pip install --quiet -c requirements-oldest.txt -e . accelerate datasets hypothesis pytest pytest-timeout
 	$(VENV)-oldest/bin/python -m pytest tests/core tests/method tests/verify -m "not slow and not model" -p no:cacheprovider
 
 test-oldest-lab:     ## the quick tests of the laboratory with the oldest versions that it works with
@@ -115,13 +115,13 @@ NEWEST_TESTS := tests/core tests/method tests/verify -m "not slow and not model 
 test-newest:         ## core, method and verify with the newest releases of PEFT, transformers and TRL
 	test -x $(VENV)-newest/bin/python || $(PYTHON) -m venv $(VENV)-newest
 	$(VENV)-newest/bin/python -m pip install --quiet --upgrade pip
-	$(VENV)-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -e . accelerate datasets peft transformers trl pytest pytest-timeout
+	$(VENV)-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -e . accelerate datasets peft transformers trl hypothesis pytest pytest-timeout
 	$(VENV)-newest/bin/python -m pytest $(NEWEST_TESTS)
 
 test-next:           ## the same with their main branches (needs github.com)
 	test -x $(VENV)-next/bin/python || $(PYTHON) -m venv $(VENV)-next
 	$(VENV)-next/bin/python -m pip install --quiet --upgrade pip
-	$(VENV)-next/bin/python -m pip install --quiet -e . accelerate datasets trl pytest pytest-timeout
+	$(VENV)-next/bin/python -m pip install --quiet -e . accelerate datasets trl hypothesis pytest pytest-timeout
 	$(VENV)-next/bin/python -m pip install --quiet --upgrade --no-deps $(foreach name,peft transformers trl,"git+https://github.com/huggingface/$(name)")
 	$(VENV)-next/bin/python -m pytest $(NEWEST_TESTS)
 

@@ -26,7 +26,7 @@ from triton.runtime.jit import JITFunction
 from dual_lora.core.kernels import launch as triton_launch
 from dual_lora.core.kernels.compose import compose
 from dual_lora.core.kernels.gradient import TILES, UNALIGNED, factor_gradients
-from dual_lora.core.reference import Adapter, Factors, Form, Ste
+from dual_lora.core.reference import PLAIN, Adapter, Factors, Form, Ste
 
 GPUS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -119,6 +119,16 @@ def adapter(r, form=Form(), batch=()):  # noqa: B008
     return Adapter(Factors(*(torch.empty(*batch, *shape) for shape in shapes)), torch.empty(()), form)
 
 
+def without_a_direction(form):
+    """An adapter whose direction does not train: frozen signs' integers, or nothing."""
+    A, B, *_ = adapter(4).factors
+    if form.direction == "frozen":
+        C, D = torch.empty(1, I, dtype=torch.int32), torch.empty(O, 1, dtype=torch.int32)
+    else:
+        C, D = torch.empty(0, I), torch.empty(O, 0)
+    return Adapter(Factors(A, B, C, D), torch.empty(()), form)
+
+
 def kernels(row):
     """(description, function that compiles it) of all that is launched on a card with this row of the tables."""
     bf16, fp32 = torch.empty(O, I, dtype=torch.bfloat16), torch.empty(O, I)
@@ -155,9 +165,10 @@ def kernels(row):
     # The interpreter takes what the compiler may refuse, so every branch of the kernel is compiled once.
     forms = [*(Form(ste=name) for name in get_args(Ste)[1:]), Form(magnitude="identity"), Form(direction="identity")]
     every = [adapter(4, form) for form in (*forms, Form(live_zero=True))]
+    every += [without_a_direction(form) for form in (Form(direction="frozen"), Form(direction="weight"), PLAIN)]
     half = torch.empty(T, O, dtype=torch.float16)
     what = {"kernel": "gradient", "inputs": str(half.dtype), "tile": tile, "deterministic": False, "forms": "every"}
-    options = dict(loss_scale=torch.empty(()), deterministic=False)
+    options = dict(loss_scale=torch.empty(()), deterministic=False, weight=torch.empty(O, I, dtype=half.dtype))
     yield what, partial(gradients_by, row, tile, half, half, every, **options)
 
 

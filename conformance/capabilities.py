@@ -370,7 +370,7 @@ def _(make: Make) -> None:
         return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
     need(size(rank_pattern={"q_proj": 8}) > size(), "the rank has not changed")
-    need(size(alpha_pattern={"q_proj": 8}) == size(), "α has changed the size")
+    need(size(lora_alpha=16, alpha_pattern={"q_proj": 8}) == size(), "α has changed the size")
 
 
 @probe("layers_to_transform")

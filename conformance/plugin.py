@@ -92,10 +92,6 @@ def _accept_loras_conventions(config_cls: type) -> None:
         if "init_lora_weights" in options:
             start = options.pop("init_lora_weights")
             options["init_weights"] = True if start == "gaussian" else start
-        elif "zero_start" in _conventions:
-            options["init_weights"] = "zero"
-        # The tests train for a few steps: the adapter is without effect at the start, and at full strength after one.
-        options.setdefault("warmup_steps", 1)
         rank = options.get("r", 8)
         if "r_of_each_group" in _conventions:  # α/√(r r) is LoRA's α/r
             options.setdefault("lora_alpha", 8)
@@ -108,7 +104,8 @@ def _accept_loras_conventions(config_cls: type) -> None:
             _split_odd_ranks(options)
         original(self, *args, **options)
         if "r_of_each_group" in _conventions:
-            self.r, self.lora_alpha = rank, options["lora_alpha"]  # what the test wrote; the layers go by r1 and r2
+            self.lora_alpha = options["lora_alpha"]
+            vars(self)["r"] = rank  # what the test wrote; the layers go by r1 and r2
 
     config_cls.__init__ = __init__  # type: ignore[misc]
 

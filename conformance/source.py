@@ -24,7 +24,7 @@ REPLACEMENTS = [
     ),
     (
         r"^( *)del (\w+)\[(.*)dual_lora_B(\W*)\]$",
-        r"\1for part in 'BCD': del \2[\3dual_lora_\4 + part]\n\1del \2[\3dual_lora_left\4]",
+        r"\1for part in 'BCD': del \2[\3dual_lora_\4 + part]",
     ),
     # What a test sets in LoRA's B, it sets in C and D as well; a factor is a parameter and no nn.Linear.
     (

@@ -1,10 +1,12 @@
 """Every test runs offline, on one thread, from one seed. Tiny models are built, never downloaded."""
 
+import difflib
 import functools
 import gc
 import inspect
 import os
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -29,6 +31,29 @@ torch.ones(1, requires_grad=True).sum().backward()
 # Every save writes PEFT's model card, whose template is compiled each time: a tenth of a tiny training.
 jinja2.Environment.compile = functools.lru_cache(64)(jinja2.Environment.compile)
 os.fsync = lambda _: None  # nobody cuts the power in here, and each waits for a disk (`crash_disk` sees the calls)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--layer-kinds", metavar="FILE", help="rows of your own for tests/method/test_table.py")
+    parser.addoption("--update-golden", action="store_true", help="write the golden files anew, to be looked at")
+
+
+@pytest.fixture
+def golden(request):
+    """Compares a text with the file of that name in tests/golden, or writes it anew with --update-golden."""
+
+    def compare(name, text):
+        file = Path(__file__).parent / "golden" / name
+        if request.config.getoption("--update-golden"):
+            file.write_text(text, encoding="utf-8")
+        there = file.read_text(encoding="utf-8") if file.is_file() else ""
+        changed = difflib.unified_diff(there.splitlines(), text.splitlines(), str(file.name), "now", n=1, lineterm="")
+        if difference := list(changed):
+            pytest.fail(
+                "\n".join([*difference, "Meant? Write it with --update-golden, and read the difference."]), False
+            )
+
+    return compare
 
 
 @pytest.fixture(autouse=True)

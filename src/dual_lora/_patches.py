@@ -51,9 +51,9 @@ PATCHES = (
     Patch(
         "peft",
         REGISTER,
-        tuple(f"torch.amp:GradScaler.{name}" for name in ("__init__", "scale", "step")),
-        "The clip acts on values of gradients, which a scaler multiplies; no layer can ask for the scaler.",
-        "PyTorch: the live scaler of a device can be asked for",
+        tuple(f"torch.amp:GradScaler.{name}" for name in ("__init__", "scale")),
+        "The clip acts on values of gradients, which a scaler multiplies; nothing in backward says by what.",
+        "PyTorch: the factor on the loss can be asked for in backward",
     ),
     Patch(
         "transformers.integrations.peft",
@@ -65,7 +65,9 @@ PATCHES = (
     Patch(
         "deepspeed.runtime.engine",
         "dual_lora.method.parallel.deepspeed:connect",
-        tuple(f"deepspeed.runtime.engine:DeepSpeedEngine.{name}" for name in ("__init__", "_take_model_step")),
+        tuple(
+            f"deepspeed.runtime.engine:DeepSpeedEngine.{name}" for name in ("__init__", "backward", "_take_model_step")
+        ),
         "ZeRO steps flattened copies, which no hook of PyTorch's optimizers sees.",
         "DeepSpeed: a hook after a step",
     ),

@@ -29,7 +29,8 @@ def _checked_before_load(load_adapter: Any) -> Any:
         for name in set(model.peft_config) - before:
             if model.peft_config[name].peft_type == "DUAL_LORA":
                 has_counts = not names or any("dual_lora_left" in tensor for tensor in names)
-                import_module("dual_lora.method.loaded").settle(model, name, has_counts)
+                misfits = [key for key, *_ in getattr(result, "mismatched_keys", ())]
+                import_module("dual_lora.method.loaded").settle(model, name, has_counts, misfits)
         return result
 
     return wrapped

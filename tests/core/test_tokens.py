@@ -32,6 +32,11 @@ def tensors(kind, T=T, dtype=torch.float64):
 KINDS = ["gaussian", "skewed", "zeros", "one", "equal"]
 
 
+def auto_count(dy, x, draw):
+    made = tokens.water(tokens.leverage(dy, x))
+    return tokens.count(len(x), AUTO, made, lambda: tokens.own_variance(dy, x, 4, made, draw))
+
+
 def by_bisection(scores, n):
     """π = min(1, c · score) with Σ π = n, by halving an interval for c: another way than the one that is tested."""
     low, high = 0.0, 1e30
@@ -48,7 +53,7 @@ def by_bisection(scores, n):
 @pytest.mark.parametrize("n", [1, 40, 100])
 def test_probabilities(kind, n):
     dy, x = tensors(kind)
-    chances = tokens.water(dy, x).probabilities(n)
+    chances = tokens.water(tokens.leverage(dy, x)).probabilities(n)
     torch.testing.assert_close(chances, by_bisection(dy.norm(dim=1) * x.norm(dim=1), n), rtol=1e-9, atol=1e-9)
     assert chances.sum() == pytest.approx(n)
 
@@ -91,7 +96,7 @@ def test_what_is_not_finite_reaches_the_result(bad, where):
 
 def test_the_added_variance_is_that_of_independent_draws():
     dy, x = tensors("skewed")
-    made = tokens.water(dy, x)
+    made = tokens.water(tokens.leverage(dy, x))
     for n in (10, 40, 100):
         chances = made.probabilities(n)
         want = ((1 / chances - 1) * made.scores.square()).sum()
@@ -223,14 +228,14 @@ def test_auto_takes_the_fewer_tokens_the_more_the_sequences_differ():
     counts = []
     for alike in (0.0, 1.0, 4.0):
         dy, x = sequences(alike)
-        counts.append(tokens.count(dy, x, 4, AUTO, draw, tokens.water(dy, x)))
+        counts.append(auto_count(dy, x, draw))
     assert counts[0] == 256 > counts[1] > counts[2] == tokens.FEWEST
 
 
 def test_auto_adds_less_than_its_bound():
     """Against the variance between the sequences, by the definition."""
     dy, x = sequences(1.5)
-    n = tokens.count(dy, x, 4, AUTO, torch.tensor(0.4), tokens.water(dy, x))
+    n = auto_count(dy, x, torch.tensor(0.4))
     each = dy.view(4, -1, O).mT @ x.view(4, -1, I)
     own = (each - each.mean(0)).square().sum() * 4 / 3
     G = dy.T @ x
@@ -295,5 +300,7 @@ def test_processes_with_one_seed_draw_each_their_own(monkeypatch):
 
 def test_draws_of_other_data_are_spread_evenly():
     x = torch.randn(T, I, generator=torch.Generator().manual_seed(1))
-    shifts = torch.stack([tokens.water(tensors("gaussian")[0] * (1 + k / 999), x).shift() for k in range(400)])
+    shifts = torch.stack(
+        [tokens.water(tokens.leverage(tensors("gaussian")[0] * (1 + k / 999), x)).shift() for k in range(400)]
+    )
     assert torch.histc(shifts, 4, 0, 1).min() > 70  # of 100 each

@@ -16,7 +16,7 @@ from dual_lora.core.kernels import compose as triton_compose
 from dual_lora.core.kernels import gradient as triton_gradient
 from dual_lora.core.kernels import launch as triton_launch
 from dual_lora.core.kernels import linear as triton_linear
-from dual_lora.core.reference import Adapter, Factors, Form
+from dual_lora.core.reference import PLAIN, Adapter, Factors, Form
 from dual_lora.lab.gpu_trials import every
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -28,7 +28,9 @@ FORMS = [
     Form(magnitude="identity"),
     Form(direction="identity"),
     Form(live_zero=True),
+    Form(magnitude="identity", direction="weight"),
 ]
+UNTRAINED = [Form(direction="frozen"), Form(magnitude="identity", direction="frozen"), PLAIN, Form(direction="weight")]
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE.type == "cuda" else [])]  # the interpreter's bf16
 R = (3, 5, Form())
 
@@ -58,18 +60,37 @@ def test_every_tile_and_alignment_is_right(dtype):
 
 
 def test_every_form_is_right():
-    compose, *_ = launches(ranks=[(3, 5, form) for form in FORMS])
-    gradient, *_ = gradients(ranks=[(3, 5, form) for form in FORMS])
-    for launch in (compose, gradient, gradient._replace(scaled=True), gradient._replace(sizes=(0, 0, 0, 0))):
+    none = {"frozen": 1, "weight": 0, "one": 0}
+    ranks = [(3, none.get(form.direction, 5), form) for form in (*FORMS, *UNTRAINED)]
+    compose, *_ = launches(ranks=ranks)
+    gradient, *_ = gradients(ranks=ranks)
+    gradient = gradient._replace(weight=compose.tensors[0]._replace(aligned=False, strides=(0, 0)))
+    for launch in (
+        compose,
+        gradient,
+        gradient._replace(scaled=True),
+        gradient._replace(deterministic=True),
+        gradient._replace(sizes=(0, *gradient.sizes[1:]), tensors=(None, gradient.tensors[1])),
+    ):
         assert triton_check.error(launch) <= 1e-5
+
+
+@pytest.mark.parametrize("form", [*FORMS, *UNTRAINED], ids=str)
+def test_a_fault_in_one_form_is_found(form, monkeypatch):
+    """Each form alone, its update made twice as large: no other form's numbers hide it."""
+    rank = (3, {"frozen": 1, "weight": 0, "one": 0}.get(form.direction, 5), form)
+    first = launches(ranks=[rank])[0]
+    right = triton_compose.compose
+    monkeypatch.setattr(triton_compose, "compose", lambda W, *given: right(W, *given) * 2 - W)
+    assert triton_check.error(first) > 0.01
 
 
 def test_a_trial_is_the_launch_that_it_stands_for(monkeypatch):
     right, seen = triton_gradient.factor_gradients, []
 
-    def noted(dy, x, adapters, loss_scale=None, deterministic=None, routed=None, tile=None):
+    def noted(dy, x, adapters, loss_scale=None, deterministic=None, routed=None, tile=None, weight=None):
         seen.append((dy is not None, loss_scale is not None, deterministic, tile, x.dtype, len(adapters)))
-        return right(dy, x, adapters, loss_scale, deterministic, routed, tile)
+        return right(dy, x, adapters, loss_scale, deterministic, routed, tile, weight)
 
     monkeypatch.setattr(triton_gradient, "factor_gradients", noted)
     first = gradients()[0]
@@ -198,8 +219,8 @@ def test_a_compose_kernel_that_is_wrong_somewhere_is_found(wrong, monkeypatch):
 def test_a_gradient_kernel_that_is_wrong_with_one_tile_only_is_found(monkeypatch):
     right, broken, whole = triton_gradient.factor_gradients, triton_launch.Tile(16, 16, 16, 4, 1), gradients()[0]
 
-    def planted(dy, x, adapters, loss_scale=None, deterministic=None, routed=None, tile=None):
-        found = right(dy, x, adapters, loss_scale, deterministic, routed, tile)
+    def planted(dy, x, adapters, loss_scale=None, deterministic=None, routed=None, tile=None, weight=None):
+        found = right(dy, x, adapters, loss_scale, deterministic, routed, tile, weight)
         if tile == broken:  # leaves out one program's share of one gradient
             found[0].D[tile.rows :] = 0
         return found

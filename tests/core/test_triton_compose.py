@@ -10,8 +10,9 @@ from numerics import assert_relative_rule
 
 pytest.importorskip("triton", minversion="3.4", reason="the Triton kernels need triton 3.4 or later")
 
+from dual_lora.core.frozen import keys
 from dual_lora.core.kernels.compose import compose
-from dual_lora.core.reference import Adapter, Factors, Form, delta_weight
+from dual_lora.core.reference import PLAIN, Adapter, Factors, Form, delta_weight
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMS = [Form(magnitude=m, direction=d) for m in ("relu", "identity") for d in ("sign", "identity")]
@@ -31,8 +32,50 @@ def inputs(O=63, I=100, ranks=((3, 5),), forms=(PAPER,), low=torch.float32, seed
     return case.weight.to(DEVICE), adapters
 
 
+FROZEN, OF_WEIGHT = Form(direction="frozen"), Form(magnitude="identity", direction="weight")
+
+
+def without_a_direction(adapter, form, seed=1):
+    """The same with no direction that trains: frozen signs, the weight's entries, or none."""
+    A, B, *_ = adapter.factors
+    O, I = B.shape[-2], A.shape[-1]
+    C, D = A.new_empty(*A.shape[:-2], 0, I), B.new_empty(*B.shape[:-1], 0)
+    if form.direction == "frozen":
+        seeds = torch.full(B.shape[:-2], seed, dtype=torch.int64, device=B.device)
+        C, D = keys(seeds if seeds.ndim else seeds.reshape(()), O, I)
+    return adapter._replace(factors=Factors(A, B, C, D), form=form)
+
+
+@pytest.mark.parametrize("form", [FROZEN, OF_WEIGHT, PLAIN], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_forms_without_a_direction_of_their_own(form, dtype):
+    weight, adapters = inputs(ranks=[(3, 5), (4, 2)], forms=[PAPER, PAPER], low=dtype)
+    both = [without_a_direction(adapters[0], form), adapters[1]]
+    assert_same(compose(weight, both), plain(weight, both, dtype))
+    turned = weight.t().contiguous().t()
+    assert_same(compose(turned, both), plain(weight, both, dtype))
+    assert_same(compose(turned, both, out=turned), plain(weight, both, dtype))
+
+
+def test_frozen_signs_of_experts():
+    weights, stacks = zip(*(inputs(seed=seed) for seed in range(3)), strict=True)
+    A, B, *_ = (torch.stack(f) for f in zip(*(s[0].factors for s in stacks), strict=True))
+    C, D = keys(torch.tensor([5, -6, 7], device=DEVICE), 63, 100)
+    adapter = stacks[0][0]._replace(factors=Factors(A, B, C, D), form=FROZEN)
+    each = [adapter._replace(factors=Factors(A[e], B[e], C[e], D[e])) for e in range(3)]
+    want = torch.stack([plain(w, [a], torch.float32) for w, a in zip(weights, each, strict=True)])
+    assert_same(compose(torch.stack(weights), [adapter]), want)
+
+
+def test_an_update_that_multiplies_the_weight_needs_it():
+    _, [adapter] = inputs()
+    with pytest.raises(ValueError, match='direction "weight" needs the weight'):
+        compose(None, [without_a_direction(adapter, OF_WEIGHT)])
+
+
 def plain(weight, adapters, dtype):
-    total = sum(delta_weight(a.factors, a.scale, a.form) for a in adapters)
+    wide = None if weight is None else weight.float()
+    total = sum(delta_weight(a.factors, a.scale, a.form, weight=wide) for a in adapters)
     return (total if weight is None else weight.float() + total).to(dtype)
 
 

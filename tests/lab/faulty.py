@@ -6,7 +6,7 @@ import shutil
 import torch
 from safetensors.torch import load_file, save_file
 
-from dual_lora.lab.model.export import merge
+from dual_lora.lab.export.export import merge
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.run.train import run
 from dual_lora.lab.verify.logprobs import int4

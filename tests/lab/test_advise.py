@@ -27,7 +27,7 @@ from dual_lora.lab.recipe.read import build_recipe, read_recipe
 from dual_lora.lab.study import perform
 from dual_lora.lab.study import statistics as stats
 from dual_lora.lab.study.job import Outcome
-from dual_lora.lab.study.plan import lay_out
+from dual_lora.lab.study.plan import Plan, lay_out
 from dual_lora.lab.study.rejudge import rejudge
 from dual_lora.lab.study.verdicts import Verdict
 
@@ -514,7 +514,7 @@ def test_adalora_is_compared_at_its_own_rank():
 
 
 def test_an_odd_rank_is_split_unequally(letters):
-    cells = lay_out(paired_study(recipe_file(letters, "odd", method={"name": "lora", "r": 5})))
+    cells = lay_out(Plan.read(paired_study(recipe_file(letters, "odd", method={"name": "lora", "r": 5}))))
     assert len({cell.size.trainable for cell in cells}) == 1
 
 

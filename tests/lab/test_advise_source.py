@@ -1,6 +1,7 @@
 """What an advice is about: a recipe, a run's folder, or options of which a recipe is written."""
 
 import json
+import os
 
 import pytest
 
@@ -34,6 +35,10 @@ def test_options_make_a_recipe_the_same_one_each_time(here, tiny_encoder):
     assert study.overrides["train"]["keep_best"] is False
     assert read_recipe(file, study.overrides).train.validate_every is None
     (here / file).write_text("name: other\n")
+    with pytest.raises(UserError, match="differs from what these options make"):
+        source_of(*given)
+    (here / file).unlink()
+    os.mkfifo(here / file)
     with pytest.raises(UserError, match="differs from what these options make"):
         source_of(*given)
 

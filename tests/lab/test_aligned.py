@@ -9,7 +9,8 @@ pytest.importorskip("trl")
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.opened import open_tuned
-from dual_lora.lab.recipe.read import build_recipe, merged, read_recipe
+from dual_lora.lab.recipe.read import build_recipe, read_recipe
+from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.run.evaluate import evaluate
 from dual_lora.lab.run.record import read_metrics
 from dual_lora.lab.run.rewards import rewards_of
@@ -49,7 +50,7 @@ def test_dpo_prefers_the_chosen_answer(method, preferences, tmp_path):
 
 @pytest.mark.slow
 def test_dpo_is_resumed_and_validated(preferences, tmp_path):
-    values = merged(preferences, {"data": {"holdout": 4}, "train": {"validate_every": 4, "keep_best": True}})
+    values = Recipe.merged(preferences, {"data": {"holdout": 4}, "train": {"validate_every": 4, "keep_best": True}})
     whole = run(build_recipe(values), tmp_path / "whole")
     assert whole.validation_loss is not None
     assert whole.best_step == 12
@@ -93,7 +94,7 @@ def test_grpo_by_a_reward_that_a_recipe_names(lm_values, tmp_path, write_recipe,
 )
 def test_what_they_cannot_do(change, said, preferences, tmp_path):
     with pytest.raises(UserError, match=said):
-        run(build_recipe(merged(preferences, change)), tmp_path / "run")
+        run(build_recipe(Recipe.merged(preferences, change)), tmp_path / "run")
 
 
 def test_records_without_a_rejected_answer(lm_values, tmp_path):

@@ -380,7 +380,7 @@ def test_a_reference_that_lacks_a_state_is_said(runs, tmp_path):
     """Else the likeness of the end would be missing without a word."""
     import shutil
 
-    from dual_lora.lab.run.folder import RunFolder
+    from dual_lora.lab.files.folder import RunFolder
 
     shutil.copytree(runs / "full", tmp_path / "full")
     shutil.rmtree(RunFolder(tmp_path / "full").whole_checkpoints()[6])

@@ -6,7 +6,7 @@ from peft import get_peft_model
 from torch import nn
 
 from dual_lora import DualLoraConfig
-from dual_lora.core.tokens import sample, water
+from dual_lora.core.tokens import sample
 from dual_lora.lab.analysis import sampling
 from dual_lora.lab.analysis.sampling import sampling_pass, squared_sums
 
@@ -46,7 +46,7 @@ def test_figures_are_those_of_many_draws(call):
     for share, name in ((0.5, "added_50"), (0.25, "added_25")):
         errors = []
         for draw in torch.linspace(0, 1, 2000, dtype=torch.float64)[:-1]:
-            rows, cols = sample(dy, x, round(share * T), draw, water(dy, x))
+            rows, cols = sample(dy, x, round(share * T), draw)
             errors.append((rows.t() @ cols - G).square().sum())
         assert row[name] == pytest.approx(float(torch.stack(errors).mean() / own), rel=0.2)  # sixteen draws of it
     generator, errors = torch.Generator().manual_seed(1), []

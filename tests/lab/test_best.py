@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from dual_lora.lab.files.folder import RunFolder
 from dual_lora.lab.model.opened import open_tuned
 from dual_lora.lab.recipe.read import build_recipe, identity
 from dual_lora.lab.run.best import Best, check_best, counts_from
 from dual_lora.lab.run.evaluate import evaluate
-from dual_lora.lab.run.folder import RunFolder
 from dual_lora.lab.run.train import run
 
 

@@ -15,14 +15,14 @@ from tiny_study import SHORT, figures, in_child, job, outcomes, write_records, w
 
 from dual_lora import DualLoraWarning
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.run.write import write_json
+from dual_lora.lab.files.write import write_json
+from dual_lora.lab.report.tables import show_results
 from dual_lora.lab.study import metrics, notes, perform, plan
 from dual_lora.lab.study.cell import trial_jobs
 from dual_lora.lab.study.compare import compare
 from dual_lora.lab.study.forecast import forecast
 from dual_lora.lab.study.job import read_outcome, read_scores, run_file
 from dual_lora.lab.study.read import read_study
-from dual_lora.lab.study.tables import show_results
 
 
 def test_whole_study(whole, tiny):
@@ -89,12 +89,12 @@ def test_studies_share_the_runs_that_they_have_in_common(whole, tiny, copy_of_wh
 
 def test_changed_data_is_noticed_and_makes_other_runs(tiny, copy_of_whole):
     study = read_study(write_study(tiny))
-    first = [job.key for job in trial_jobs(study, plan.lay_out(study)[0])]
+    first = [job.key for job in trial_jobs(study, plan.lay_out(plan.Plan.read(study))[0])]
     text = (tiny / "test.jsonl").read_text()
     try:
         write_records(tiny / "test.jsonl", 3, 40)
-        second = [job.key for job in trial_jobs(study, plan.lay_out(study)[0])]
-        with pytest.raises(UserError, match=r"recipes or data have changed.*letters records.*--update"):
+        second = [job.key for job in trial_jobs(study, plan.lay_out(plan.Plan.read(study))[0])]
+        with pytest.raises(UserError, match=r"recipes or data have changed.*letters records.*--runs"):
             compare(tiny / "study.yaml", copy_of_whole, progress=False)
     finally:
         (tiny / "test.jsonl").write_text(text)
@@ -320,7 +320,7 @@ def test_a_method_of_the_user_s_own(tiny, tmp_path, monkeypatch):
     methods = {"lora": {"r": 4}, "mine": {"name": "own_method:shift"}}
     wrong = write_study(tiny, methods=methods | {"mine": {"name": "no_methods:shift"}}, budget=None, search=None)
     with pytest.raises(UserError, match=r"no_methods cannot be imported.*PYTHONPATH"):
-        plan.lay_out(read_study(wrong))
+        plan.lay_out(plan.Plan.read(read_study(wrong)))
     study = write_study(tiny, methods=methods, budget=None, search=None, seeds=1)
     assert in_child(lambda: compare(study, tmp_path / "out", progress=False)) == 0  # this process's PEFT stays as it is
     results = json.loads((tmp_path / "out" / "results.json").read_text())

@@ -19,10 +19,10 @@ import yaml
 from crash_disk import Disk
 from transformers import TrainerCallback
 
-from dual_lora.lab.model.export import export_lora, merge
+from dual_lora.lab.export.export import export_lora, merge
+from dual_lora.lab.files.folder import OWN, RunFolder, files_in
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.report.report import report
-from dual_lora.lab.run.folder import OWN, RunFolder, files_in
 from dual_lora.lab.run.train import run
 from dual_lora.lab.study.compare import compare
 from dual_lora.lab.study.perform import perform

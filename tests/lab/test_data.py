@@ -10,7 +10,8 @@ import pytest
 from dual_lora.lab.data import tool_calls
 from dual_lora.lab.data.batches import Collator, collator, left_padded, training_order
 from dual_lora.lab.data.encode import IGNORED, VALUE, Encoded, Prompter, class_names, encode_texts
-from dual_lora.lab.data.examples import Example, load_split, read_examples
+from dual_lora.lab.data.examples import load_split, read_examples
+from dual_lora.lab.data.formats import Example
 from dual_lora.lab.data.records import hub_split, read_records, same_records
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.recipe.schema import DataSection
@@ -44,6 +45,43 @@ def test_formats(file):
     for path, more in sources:
         (example,) = read_examples(path, DataSection(train=path, **more))
         assert (example.prompt[-1]["content"], example.answer) == ("sky ?", "blue"), path
+
+
+ASKED, ANSWERED = {"role": "user", "content": "sky ?"}, {"role": "assistant", "content": "blue"}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "sky ?", "completion": "blue"},
+        {"prompt": [ASKED], "completion": [ANSWERED]},
+        {"prompt": [ASKED], "answer": [ANSWERED]},
+        {"conversations": [{"from": "human", "value": "sky ?"}, {"from": "gpt", "value": "blue"}]},
+        {"conversations": [ASKED, ANSWERED]},
+        {"messages": [{"from": "user", "value": "sky ?"}, {"from": "assistant", "value": "blue"}]},
+    ],
+)
+def test_names_that_trl_and_sharegpt_use(record, file):
+    (example,) = read_examples(file("a.jsonl", json.dumps(record)), DataSection())
+    assert (example.messages, example.answer, example.target) == ((ASKED, ANSWERED), "blue", "blue")
+
+
+def test_a_conversation_s_system_message_comes_first(file):
+    said = [
+        {"from": "system", "value": "Be brief."},
+        {"from": "human", "value": "sky ?"},
+        {"from": "gpt", "value": "blue"},
+    ]
+    (example,) = read_examples(file("a.jsonl", json.dumps({"conversations": said})), DataSection())
+    assert example.messages == ({"role": "system", "content": "Be brief."}, ASKED, ANSWERED)
+
+
+def test_of_completion_and_answer_the_answer_is_learned_and_this_is_said(file):
+    path = file("a.jsonl", json.dumps({"prompt": "2 + 2?", "completion": "Two and two are 4.", "answer": "4"}))
+    with pytest.warns(UserWarning, match="hold completion, which is not read"):
+        assert read_examples(path, DataSection())[0].answer == "4"
+    (example,) = read_examples(path, DataSection(fields={"answer": "completion"}))
+    assert example.answer == "Two and two are 4."
 
 
 SEPARATORS = "one\u2028two\u2029three\x85four\x0cfive\x0bsix\x1cseven"  # where `str.splitlines` cuts
@@ -161,6 +199,10 @@ CHAT = '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "c
         ("a.txt", "x||y\nx\n", r"a\.txt, line 2: expected facts\|\|sentence"),
         ("a.jsonl", '{"messages": [{"role": "user", "content": "x"}]}', "line 1: the last message has to be"),
         ("a.jsonl", '{"messages": "x"}', "line 1: messages has to be a list"),
+        ("a.jsonl", '{"conversations": [{"from": "tool", "value": "x"}]}', "conversations is from 'tool', expected"),
+        ("a.jsonl", '{"conversations": [{"from": "gpt"}]}', "a message of conversations holds from, expected role and"),
+        ("a.jsonl", '{"conversations": [{"from": "human", "value": "x"}]}', "line 1: the last message has to be"),
+        ("a.jsonl", '{"prompt": [{"role": "user", "content": "x"}], "completion": "y"}', "field 'prompt' is a list"),
         ("a.jsonl", CHAT % "null", "line 1: the content of the message of role 'assistant' is null, expected text"),
         ("a.jsonl", CHAT % '[{"type": "text", "text": "x"}]', "of role 'assistant' is list, expected text"),
         ("a.xml", "<a/>", "unknown kind of data file"),

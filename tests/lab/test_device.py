@@ -111,7 +111,7 @@ def test_earlier_names_of_options_work(call):
 
 
 def test_train_takes_the_short_names(call, lm_values, write_recipe, tmp_path):
-    from dual_lora.lab.run.folder import recipe_of_run
+    from dual_lora.lab.run.resume import recipe_of_run
 
     values = lm_values | {"train": lm_values["train"] | {"steps": 1}}
     options = ["--dtype", "bfloat16", "--gradient-checkpointing", "--device", "cpu"]

@@ -1,6 +1,7 @@
 """Parquet files and text without a prompt: what is read, what is learned, and what is refused."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -119,7 +120,7 @@ def test_a_run_learns_plain_text(tmp_path, lm_values, write_recipe, call):
 
 
 def test_one_row_and_one_text_that_unpack_to_too_much(tmp_path, monkeypatch):
-    """A list of nulls takes nothing in a file, and eight bytes each in Python; a dictionary holds one text for all."""
+    """A list of nulls takes nothing in a file, and much in Python; a dictionary holds one text for all."""
     from dual_lora.lab.data import parquet as reader
 
     n = 200_000
@@ -129,9 +130,27 @@ def test_one_row_and_one_text_that_unpack_to_too_much(tmp_path, monkeypatch):
     files = [parquet(tmp_path / f"{i}.parquet", text=column) for i, column in enumerate((nulls, one_text, within))]
     for said in (reader._said, lambda *_: 0):  # what the file says of itself may be a lie
         monkeypatch.setattr(reader, "_said", said)
-        monkeypatch.setattr(reader, "MOST_BYTES", 4_000_000)
+        monkeypatch.setattr(reader, "MOST_BYTES", 11_000_000)
         assert [len(read_records(file)) for file in files] == [1, 500, 500]
         monkeypatch.setattr(reader, "MOST_BYTES", 1_400_000)
         for file in files:
             with pytest.raises(UserError, match="are read: write a part"):
                 read_records(file)
+
+
+def test_rows_of_next_to_nothing_are_counted_as_python_has_them(tmp_path, monkeypatch):
+    """A column of nulls is some bytes of a file, however many records it makes; a struct of them a mapping for each."""
+    from dual_lora.lab.data import parquet as reader
+
+    n = 20_000
+    structs = pyarrow.StructArray.from_arrays([pyarrow.nulls(n, pyarrow.int8())], ["a"])
+    listed = pyarrow.ListArray.from_arrays(pyarrow.array([0, n], pyarrow.int32()), structs)
+    files = [
+        parquet(tmp_path / f"{i}.parquet", text=column)
+        for i, column in enumerate((pyarrow.nulls(n, pyarrow.int8()), listed))
+    ]
+    assert all(file.stat().st_size < 2000 for file in map(Path, files))
+    monkeypatch.setattr(reader, "MOST_BYTES", 5_000_000)  # Python takes some 200 to 500 bytes for each
+    for file in files:
+        with pytest.raises(UserError, match="are read: write a part"):
+            read_records(str(file))

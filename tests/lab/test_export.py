@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.model import gguf as export_gguf
-from dual_lora.lab.model.export import REPORT, export_lora, in_words, write_mlx
+from dual_lora.lab.export import gguf as export_gguf
+from dual_lora.lab.export.export import REPORT, export_lora, in_words, write_mlx
 from dual_lora.lab.model.opened import open_tuned
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.run.evaluate import evaluate

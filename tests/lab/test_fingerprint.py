@@ -59,7 +59,7 @@ def test_an_adapter_that_was_exchanged_is_found(run_folder, tmp_path):
 
 
 def test_merged_folders_are_judged_where_the_base_is_gone(run_folder, tmp_path):
-    from dual_lora.lab.model.export import merge
+    from dual_lora.lab.export.export import merge
 
     merge(run_folder, tmp_path / "merged")
     folder = changed(run_folder, tmp_path)

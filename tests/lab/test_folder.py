@@ -10,13 +10,13 @@ import yaml
 from dual_lora.lab import demo
 from dual_lora.lab.analysis.analyze import analyze
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.model.export import export_lora, merge
+from dual_lora.lab.export.export import export_lora, merge
+from dual_lora.lab.files.folder import OWN, RunFolder, files_in
+from dual_lora.lab.files.write import hold
 from dual_lora.lab.model.opened import open_tuned
 from dual_lora.lab.recipe.read import build_recipe, read_recipe
 from dual_lora.lab.run.evaluate import evaluate
-from dual_lora.lab.run.folder import OWN, RunFolder, files_in
 from dual_lora.lab.run.train import run
-from dual_lora.lab.run.write import hold
 from dual_lora.lab.study.study import Study
 
 pytestmark = pytest.mark.filterwarnings("ignore:The sets are not apart:dual_lora.DualLoraWarning")
@@ -273,7 +273,7 @@ def test_an_analysis_replaces_no_other_file(copied, tmp_path, call):
     "write", [merge, lambda source, out: export_lora(source, out, 2, limit=0)], ids=["merge", "lora"]
 )
 def test_an_output_is_one_commands_and_keeps_what_came_meanwhile(write, finished, tmp_path, monkeypatch):
-    from dual_lora.lab.model import export
+    from dual_lora.lab.export import export
 
     opened, said = export.open_tuned, []
 

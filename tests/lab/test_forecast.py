@@ -16,11 +16,11 @@ from dual_lora.lab.cost.calibrate import calibration_options, flops_a_weight, tr
 from dual_lora.lab.cost.options import StepOptions
 from dual_lora.lab.cost.simulate import simulate
 from dual_lora.lab.model import precision
+from dual_lora.lab.report.tables import show_forecast
 from dual_lora.lab.study import forecast as module
 from dual_lora.lab.study import plan
 from dual_lora.lab.study.forecast import forecast
 from dual_lora.lab.study.job import Outcome
-from dual_lora.lab.study.tables import show_forecast
 
 
 def test_forecast_counts_and_learns(tiny, whole, tmp_path, capsys):

@@ -117,7 +117,7 @@ def test_a_study_judges_it_beside_its_task(tmp_path, capsys):
     assert other["difference"] == pytest.approx(other["reference_score"] - other["candidate_score"])
     assert rejudge(results)["amendments"][-1]["changed"] == []
     from dual_lora.lab.report.report import report
-    from dual_lora.lab.study.tables import show_results
+    from dual_lora.lab.report.tables import show_results
 
     show_results(results)
     assert "forgetting" in capsys.readouterr().out
@@ -125,15 +125,16 @@ def test_a_study_judges_it_beside_its_task(tmp_path, capsys):
     assert page.problems == []
     keys = {s["key"] for m in results["methods"] for s in m["seeds"]}
     texts.write_text("p o n m\n")
-    with pytest.raises(UserError, match=r"recipes or data have changed.*: letters records\.forgetting\. Give --update"):
+    with pytest.raises(UserError, match=r"recipes or data have changed.*: letters records\.forgetting\. A study"):
         compare(file, tmp_path / "out", progress=False)
-    again = compare(file, tmp_path / "out", update=True, progress=False)
+    runs = tmp_path / "out" / "runs"
+    again = compare(file, tmp_path / "new", runs=runs, progress=False)
     assert not keys & {s["key"] for m in again["methods"] for s in m["seeds"]}, "other text is another run"
     trials = [[t["key"] for m in r["methods"] for t in m["trials"]] for r in (results, again)]
     assert trials[0] == trials[1], "the search does not measure it"
-    (tmp_path / "out" / "runs" / f"{again['methods'][0]['seeds'][0]['key']}.forgetting.json").unlink()
-    notes = " ".join(json.loads((tmp_path / "out" / "results.json").read_text())["notes"])
+    (runs / f"{again['methods'][0]['seeds'][0]['key']}.forgetting.json").unlink()
+    notes = " ".join(json.loads((tmp_path / "new" / "results.json").read_text())["notes"])
     assert "is not compared" not in notes
     assert "Forgetting of lora on letters is not compared" in " ".join(
-        compare(file, tmp_path / "out", progress=False)["notes"]
+        compare(file, tmp_path / "new", runs=runs, progress=False)["notes"]
     )

@@ -272,7 +272,6 @@ def test_study_folders(tmp_path):
     commands = (
         ["compare", *given, "--dry-run"],
         ["compare", *given],
-        ["compare", *given, "--update"],
         ["report", "it"],
     )
     some = damaged(names, content, st.sampled_from(commands))

@@ -189,7 +189,7 @@ def test_our_own_searches_end(monkeypatch):
 
 @pytest.mark.parametrize("prompt", ["Answer format: " + "/a" * 40 + " b", " " * 200_000 + "x", "Answer1" * 20_000])
 def test_a_prompts_list_of_answers_is_read_in_one_pass(prompt):
-    from dual_lora.lab.data.examples import _choices_in
+    from dual_lora.lab.data.formats import _choices_in
 
     assert _choices_in(prompt) == []
     assert _choices_in("is it ?\n\nAnswer format: true/false \n") == ["true", "false"]
@@ -435,7 +435,7 @@ def test_a_name_that_is_no_text(call):
 
 @pytest.mark.parametrize("there", [True, False])
 def test_an_output_that_is_a_link_is_followed(there, source, tmp_path):
-    from dual_lora.lab.model.export import merge
+    from dual_lora.lab.export.export import merge
 
     if there:
         (tmp_path / "big-disk").mkdir()
@@ -557,6 +557,8 @@ def test_names_of_what_is_packed_as_published_models_have_them():
         ({"attn_implementation": {"text_config": "somebody/else"}}, "code would be fetched from the hub"),
         ({"num_hidden_layers": 10**6}, "has num_hidden_layers 1,000,000, expected at most 1,000"),
         ({"num_labels": 10**8}, "has num_labels 100,000,000"),
+        ({"intermediate_size": 10**8}, "has intermediate_size 100,000,000, expected at most 1,000,000"),
+        ({"max_position_embeddings": 10**9}, "has max_position_embeddings 1,000,000,000, expected at most 20,000,000"),
         (packed(r"((\w|\.)+)+!"), "may be sought in a layer's name without an end"),
         ({"text_config": packed(r"(?x: (\w|\.)+ #\n +)!")}, "may be sought in a layer's name without an end"),
         (packed(".*" * 5 + "!"), "may be sought in a layer's name without an end"),

@@ -1,6 +1,7 @@
 """A run's card says nothing of this machine, and `push` uploads known files to a hub, and no other."""
 
 import base64
+import contextlib
 import hashlib
 import json
 import os
@@ -17,12 +18,13 @@ from safetensors.torch import load_file, save_file
 
 from dual_lora.lab.data.examples import load_split
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.files.folder import RunFolder
 from dual_lora.lab.model.opened import open_tuned
 from dual_lora.lab.recipe.read import build_recipe, read_recipe
 from dual_lora.lab.run import hub_card
 from dual_lora.lab.run.evaluate import evaluate
-from dual_lora.lab.run.folder import RunFolder, recipe_of_run
 from dual_lora.lab.run.push import prepared
+from dual_lora.lab.run.resume import recipe_of_run
 from dual_lora.lab.run.train import run
 from listening import listening
 
@@ -57,34 +59,20 @@ def copy(trained, tmp_path):
 
 def test_training_writes_the_card(trained, tiny_lm):
     text = (trained / "adapter" / "README.md").read_text()
-    said = metadata(text)
-    assert said["library_name"] == "peft"
-    assert said["pipeline_tag"] == "text-generation"
-    assert "base_model" not in said  # it is a folder here
-    assert "dual-lora" in said["tags"]
-    assert "warm-or-cold" in text
-    assert "learning rate 0.01" in text
     assert "train.json, 48 examples" in text
     assert "[More Information Needed]" not in text
     assert str(tiny_lm) not in text
     assert "/tmp" not in text
     assert re.search(r"\| time \| .* tokens/s \|", text)
-    assert "PeftModel.from_pretrained(base" in text
 
 
 def test_the_card_has_the_scores_once_they_are_measured(copy):
     evaluate(copy, progress=False)
     hub_card.write_card(RunFolder(copy), read_recipe(copy), base_model="org/tiny", licence="apache-2.0")
     text = (copy / "adapter" / "README.md").read_text()
-    said = metadata(text)
-    assert said["base_model"] == "org/tiny"
-    assert said["base_model_relation"] == "adapter"
-    assert "base_model:adapter:org/tiny" in said["tags"]
-    assert said["license"] == "apache-2.0"
-    metrics = {m["type"] for r in said["model-index"][0]["results"] for m in r["metrics"]}
+    metrics = {m["type"] for r in metadata(text)["model-index"][0]["results"] for m in r["metrics"]}
     assert "loss" in metrics
     assert re.search(r"\| loss \| \d+\.\d{4} \| \d+\.\d{4} \|", text)
-    assert 'AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")' in text
 
 
 def test_other_data_or_precision_are_no_scores_of_the_card(copy, questions):
@@ -156,17 +144,6 @@ def test_written_anew_it_keeps_a_persons_words_and_the_base_model(copy):
 )
 def test_what_may_leave_this_machine(text, expected):
     assert hub_card.public(text) == expected
-
-
-def test_markup_in_a_recipe_stays_text(copy):
-    values = yaml.safe_load((copy / "recipe.yaml").read_text())
-    values["about"] = "<script>alert(1)</script> | [click](javascript:x)\n# Title"
-    (copy / "recipe.yaml").write_text(yaml.safe_dump(values))
-    hub_card.write_card(RunFolder(copy), read_recipe(copy))
-    text = (copy / "adapter" / "README.md").read_text()
-    assert "<script>" not in text
-    assert "[click](" not in text
-    assert "\n# Title" not in text
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -314,6 +291,25 @@ def test_what_is_damaged_is_said(name, content, copy):
     (copy / name).write_text(content)
     with pytest.raises(UserError, match="damaged"), prepared(copy, "me/it", base_model="org/tiny"):
         pass
+
+
+@pytest.mark.timeout(60)  # what hangs is the failure
+@pytest.mark.parametrize("number", ["1:" * 600_000 + "1", "9" * 1_000_000])
+def test_a_number_without_an_end_in_a_card(number, copy):
+    """PyYAML reads base 60, in a time that grows with the square of the length."""
+    file = copy / "adapter/README.md"
+    file.write_text(file.read_text().replace("---\n", f"---\nlanguage: {number}\n", 1))
+    with contextlib.suppress(UserError):
+        hub_card.write_card(RunFolder(copy), recipe_of_run(copy))
+
+
+def test_a_card_of_more_figures_than_any_evaluation_has(copy):
+    (copy / "evaluation/x").mkdir(parents=True, exist_ok=True)
+    figures = {f"variant {i}": {f"metric {i}": 1.0} for i in range(1000)}
+    result = {"metrics": figures, "examples": 1, "split": "test"}
+    (copy / "evaluation/x/result.json").write_text(json.dumps(result))
+    with pytest.raises(UserError, match="a table of 1,000,000 figures, expected at most 100,000"):
+        hub_card.write_card(RunFolder(copy), recipe_of_run(copy))
 
 
 def test_what_a_record_lacks_is_named(copy):

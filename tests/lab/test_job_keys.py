@@ -48,7 +48,7 @@ def keys(tmp_path, monkeypatch):
     recipe["data"] |= {"train": "train.jsonl", "test": "test.jsonl"}
     (tmp_path / "letters.yaml").write_text(yaml.safe_dump(recipe))
     study = read_study(study_file)
-    cells = plan.lay_out(study)
+    cells = plan.lay_out(plan.Plan.read(study))
     found = {f"base {job.task}": job.key for job in base_jobs(cells)}
     for cell in cells:
         jobs = [*trial_jobs(study, cell), *final_jobs(study, cell, {"learning_rate": 1e-3})]

@@ -248,6 +248,33 @@ def test_hostile_scores_are_one_sentence(name, content, words, tmp_path):
         judge(tmp_path)
 
 
+@pytest.mark.timeout(60)  # what hangs is the failure
+def test_scores_that_have_nothing_in_common_are_not_listed(tmp_path):
+    """A thousand lines, each of another method, seed and item, leave a thousand million pairs open."""
+    rows = [[f"m{i}", i, f"i{i}", 1] for i in range(1000)]
+    file = write_table(tmp_path / "s.csv", rows, ("method", "seed", "item", "score"))
+    with pytest.raises(UserError, match=r"m0 has no score for seed 0, item i1 .*\(999,999,000 missing in all\)"):
+        judge(file)
+
+
+def test_comparisons_without_an_end_are_not_made(tmp_path):
+    rows = [[m, 1, f"t{i}", 1] for m in "ab" for i in range(5001)]
+    file = write_table(tmp_path / "s.csv", rows, ("method", "seed", "task", "score"))
+    with pytest.raises(UserError, match="asks for 5,001 comparisons, at most 5,000 are made at once"):
+        judge(file)
+
+
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("name", [LOG, "results/a.json"])
+def test_a_link_in_a_folder_shows_no_file_of_the_user(name, hard, tmp_path):
+    file = tmp_path / "scores" / name
+    file.parent.mkdir(parents=True)
+    (tmp_path / "mine").write_text(json.dumps(SAMPLE if name == LOG else RESULT))
+    (file.hardlink_to if hard else file.symlink_to)(tmp_path / "mine")
+    with pytest.raises(UserError, match=f"it is a {'hard ' * hard}link, which is not followed"):
+        judge(tmp_path / "scores")
+
+
 def test_costs_that_are_no_figures_are_not_known(tmp_path):
     (tmp_path / "results").mkdir()
     for seed, time in enumerate(["long", -1, 10**400, [1]]):

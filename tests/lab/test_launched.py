@@ -14,9 +14,9 @@ from processes import launched
 from safetensors.torch import load_file
 
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.model.export import merge
+from dual_lora.lab.export.export import merge
+from dual_lora.lab.files.folder import WHOLE
 from dual_lora.lab.recipe.read import build_recipe
-from dual_lora.lab.run.folder import WHOLE
 from dual_lora.lab.run.train import run
 
 pytestmark = pytest.mark.slow

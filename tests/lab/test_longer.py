@@ -6,14 +6,15 @@ import pytest
 from safetensors.torch import load_file
 
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.recipe.read import build_recipe, merged
+from dual_lora.lab.recipe.read import build_recipe
+from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.run.longer import ends_of
 from dual_lora.lab.run.record import read_metrics
 from dual_lora.lab.run.train import run
 
 
 def steps(values, **train):
-    return build_recipe(merged(values, {"train": train}))
+    return build_recipe(Recipe.merged(values, {"train": train}))
 
 
 def rates(folder):
@@ -65,7 +66,7 @@ def test_a_longer_run_that_is_stopped_comes_out_the_same(lm_values, tmp_path):
 
 
 def build_recipe_of(folder):
-    from dual_lora.lab.run.folder import recipe_of_run
+    from dual_lora.lab.run.resume import recipe_of_run
 
     return recipe_of_run(folder)
 
@@ -99,7 +100,7 @@ def test_a_warm_up_that_is_a_share_of_the_run(lm_values, tmp_path):
 
 def test_more_patience(lm_values, tmp_path):
     early = {"validate_every": 1, "patience": 1, "learning_rate": 1e-12, "steps": 12}
-    values = merged(lm_values, {"data": {"holdout": 8}, "train": early})
+    values = Recipe.merged(lm_values, {"data": {"holdout": 8}, "train": early})
     first = run(build_recipe(values), tmp_path / "run")
     assert first.stopped_early
     assert first.steps < 12

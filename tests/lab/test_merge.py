@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from dual_lora import DualLoraConfig
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.model.export import merge
+from dual_lora.lab.export.export import merge
 from dual_lora.lab.model.opened import open_tuned
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.run.train import run

@@ -17,9 +17,9 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from dual_lora.lab.data.batches import collator
 from dual_lora.lab.data.encode import encode_texts
-from dual_lora.lab.data.examples import Example
+from dual_lora.lab.data.formats import Example
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.model.export import merge
+from dual_lora.lab.export.export import merge
 from dual_lora.lab.model.load import load_model, load_tokenizer
 from dual_lora.lab.model.location import Location, locate
 from dual_lora.lab.model.opened import open_tuned
@@ -109,7 +109,7 @@ print(json.dumps(model(ids).logits[0, -1].tolist()))
 @pytest.mark.model
 @needs_smollm2
 def test_gguf_in_a_package_is_trained_merged_and_read_without_us(tmp_path):
-    from dual_lora.lab.model.export import merge
+    from dual_lora.lab.export.export import merge
     from dual_lora.lab.run.train import run
 
     (tmp_path / "data.jsonl").write_text(json.dumps({"prompt": "The sky", "answer": "is blue"}) + "\n")

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.model.gguf import modelfile
+from dual_lora.lab.export.gguf import modelfile
 from dual_lora.lab.model.load import load_tokenizer
 
 pytestmark = [

@@ -106,14 +106,17 @@ def test_a_study_refuses_what_its_recipe_does_not_declare(tmp_path):
     lines = [(tmp_path / name).read_text().splitlines(True) for name in ("train.jsonl", "test.jsonl")]
     (tmp_path / "test.jsonl").write_text("".join(lines[1] + lines[0][:3]))
     with pytest.raises(UserError, match=r"tasks.letters: .* of 43 test records are training records too .*overlap: 2"):
-        plan.lay_out(read_study(file))
+        plan.lay_out(plan.Plan.read(read_study(file)))
     study = read_study(write_study(tmp_path, overrides={"data": {"overlap": 3}}))
-    said = plan.lay_out(study)[0].overlap
+    said = plan.lay_out(plan.Plan.read(study))[0].overlap
     assert said.startswith("Of letters, ")
     assert said.endswith("; the recipe declares it.")
     memory = {"train": str(tmp_path / "train.jsonl"), "test": str(tmp_path / "train.jsonl"), "overlap": "all"}
     study = read_study(write_study(tmp_path, overrides={"data": memory}))
-    assert "48 of 64" in plan.lay_out(study)[0].overlap or "64 test records" in plan.lay_out(study)[0].overlap
+    assert (
+        "48 of 64" in plan.lay_out(plan.Plan.read(study))[0].overlap
+        or "64 test records" in plan.lay_out(plan.Plan.read(study))[0].overlap
+    )
 
 
 def test_a_run_warns_and_goes_on(lm_values, tmp_path):

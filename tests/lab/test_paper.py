@@ -12,7 +12,8 @@ import yaml
 from dual_lora.lab.cli import main
 from dual_lora.lab.data.batches import mean_loss
 from dual_lora.lab.data.encode import Prompter
-from dual_lora.lab.data.examples import Example, load_split
+from dual_lora.lab.data.examples import load_split
+from dual_lora.lab.data.formats import Example
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.empty import fit
 from dual_lora.lab.recipe.families import KINDS, family, marked_yaml
@@ -44,7 +45,7 @@ def _settings(values, prefix=""):
 
 @pytest.mark.parametrize("name", PAPER)
 def test_every_setting_has_a_source(name):
-    text = recipe_text(name)[1]
+    text = recipe_text(name)
     values = yaml.safe_load(text)
     recipe = build_recipe(values)
     assert recipe == read_recipe(name)
@@ -143,7 +144,7 @@ def test_families_say_what_is_wrong(tmp_path):
     with pytest.raises(UserError, match="is no family of recipes"):
         family(write(recipes=[]))
     path = write(common={"us": {"train": {"steps": 1, "seed": 2}}}, axes={"x": {"a": {"us": {"train": {"seed": 3}}}}})
-    assert family(path)["f-a"].values["train"] == {"steps": 1, "seed": 3}
+    assert family(path)["f-a"]["train"] == {"steps": 1, "seed": 3}
 
 
 def test_marked_yaml_is_the_same_yaml():

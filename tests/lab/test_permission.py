@@ -11,7 +11,7 @@ import yaml
 
 from dual_lora.lab import permission
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.model.export import merge
+from dual_lora.lab.export.export import merge
 from dual_lora.lab.model.load import load_model
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.recipe.schema import ModelSection

@@ -66,9 +66,9 @@ def test_two_candidates_are_compared_by_a_bound(tmp_path):
 
 def test_packed_scores_are_judged_as_the_study_was(tmp_path):
     """What each item added is published with a study; all of the error follows from it."""
+    from dual_lora.lab.files.write import write_json
     from dual_lora.lab.judge import packed
     from dual_lora.lab.judge.judge import judge
-    from dual_lora.lab.run.write import write_json
 
     runs, out = tmp_path / "study" / "runs", tmp_path / "out"
     runs.mkdir(parents=True)
@@ -98,9 +98,9 @@ def test_packed_scores_are_judged_as_the_study_was(tmp_path):
 
 
 def test_packing_follows_no_link_and_no_key_out_of_the_runs(tmp_path):
+    from dual_lora.lab.files.write import write_json
     from dual_lora.lab.judge import packed
     from dual_lora.lab.judge.judge import judge
-    from dual_lora.lab.run.write import write_json
 
     runs, out = tmp_path / "study" / "runs", tmp_path / "out"
     runs.mkdir(parents=True)

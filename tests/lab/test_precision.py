@@ -12,18 +12,18 @@ from safetensors.torch import load_file
 from tiny_study import write_study
 
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.export.export import merge
 from dual_lora.lab.model import precision
-from dual_lora.lab.model.export import merge
 from dual_lora.lab.model.opened import open_tuned
 from dual_lora.lab.recipe.read import build_recipe, read_recipe, shipped_recipes
-from dual_lora.lab.run.folder import recipe_of_run
+from dual_lora.lab.run.resume import recipe_of_run
 from dual_lora.lab.run.train import run
 from dual_lora.lab.study import plan
 from dual_lora.lab.study.cell import final_jobs
 from dual_lora.lab.study.compare import compare
 from dual_lora.lab.study.folder import StudyFolder
 from dual_lora.lab.study.forecast import forecast
-from dual_lora.lab.study.plan import settled_study
+from dual_lora.lab.study.plan import settled_plan
 from dual_lora.lab.study.read import read_study, shipped_studies
 
 
@@ -203,7 +203,7 @@ def test_keys_of_runs_that_were_written_in_bf16_are_the_same(tmp_path):
 
     def keys(**study):
         read = read_study(write_study(tmp_path, **study))
-        return [job.key for cell in plan.lay_out(read) for job in final_jobs(read, cell, {})]
+        return [job.key for cell in plan.lay_out(plan.Plan.read(read)) for job in final_jobs(read, cell, {})]
 
     assert keys(**{**SHORT, "precision": "bf16"}) == keys(**{**SHORT, "overrides": written})
     assert set(keys(**{**SHORT, "precision": "bf16"})).isdisjoint(keys(**{**SHORT, "precision": "fp32"}))
@@ -213,4 +213,4 @@ def test_auto_is_no_value_to_vary(tmp_path):
     varied = {"sweep": {"train.autocast": ["auto", "none"]}, "reference": None, "budget": None}
     study = read_study(write_study(tmp_path, search=None, seeds=1, **varied))
     with pytest.raises(UserError, match="auto is one choice for the whole study"):
-        settled_study(study, StudyFolder(tmp_path / "none"))
+        settled_plan(study, StudyFolder(tmp_path / "none"))

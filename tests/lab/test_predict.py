@@ -13,7 +13,7 @@ from dual_lora.lab.data.records import Record
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.recipe.schema import DataSection
-from dual_lora.lab.run.results_file import write_rows
+from dual_lora.lab.run.results_file import check_cells, write_rows
 from dual_lora.lab.run.train import run
 
 
@@ -278,3 +278,11 @@ def test_class_names_of_a_stranger_are_names(names, why, classifier, sentences, 
     assert code == 1
     assert "the note of the recipe, is damaged" in " ".join(said.split())
     assert why in " ".join(said.split())
+
+
+def test_records_that_share_no_field_make_no_endless_table(tmp_path):
+    records = [Record({"text": "a", f"k{i}": 1}, "") for i in range(5000)]
+    check_cells(tmp_path / "a.jsonl", records)
+    with pytest.raises(UserError, match="5,000 records with 5,001 different fields would be nearly empty"):
+        check_cells(tmp_path / "a.csv", records)
+    check_cells(tmp_path / "a.csv", [Record(dict.fromkeys(map(str, range(5000)), 1), "")] * 5000)

@@ -4,7 +4,7 @@ import pytest
 
 from dual_lora.lab.commands.parameters import flag_values, flags
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.recipe.read import build_recipe, merged, read_recipe, shipped_recipes
+from dual_lora.lab.recipe.read import build_recipe, read_recipe, shipped_recipes
 from dual_lora.lab.recipe.schema import Recipe
 
 MINIMAL = {"model": {"path": "somewhere"}}
@@ -58,7 +58,7 @@ def test_overrides_lie_over_the_file(write_recipe):
 
 
 def test_another_method_does_not_inherit_settings():
-    assert merged({"method": {"name": "dual_lora", "r1": 8}}, {"method": {"name": "lora"}})["method"] == {
+    assert Recipe.merged({"method": {"name": "dual_lora", "r1": 8}}, {"method": {"name": "lora"}})["method"] == {
         "name": "lora"
     }
 
@@ -66,31 +66,33 @@ def test_another_method_does_not_inherit_settings():
 @pytest.mark.parametrize("written", [{"name": "dual_lora", "r": 64}, {"r": 64}])
 @pytest.mark.parametrize("given", ["dual-lora", "Dual_LoRA", "dual_lora"])
 def test_a_method_in_another_spelling_is_the_same(written, given):
-    values = merged({**MINIMAL, "method": written}, {"method": {"name": given}})
+    values = Recipe.merged({**MINIMAL, "method": written}, {"method": {"name": given}})
     assert build_recipe(values).method == {"name": "dual_lora", "r": 64}
 
 
 def test_what_is_given_is_not_outweighed_by_what_the_recipe_says_otherwise():
     train = {"steps": 9, "rates": {".*": 2.0}, "arguments": {"warmup_steps": 50, "use_cpu": True}}
     given = {"epochs": 2.0, "lr_warmup": 0.1, "rates": {"lora_B": 4.0}}
-    found = build_recipe(merged({**MINIMAL, "train": train}, {"train": given})).train
+    found = build_recipe(Recipe.merged({**MINIMAL, "train": train}, {"train": given})).train
     assert (found.steps, found.epochs, found.lr_warmup, found.arguments) == (None, 2.0, 0.1, {"use_cpu": True})
     assert list(found.rates.items()) == [("lora_B", 4.0), (".*", 2.0)], "the first that fits counts"
-    same = merged({"train": {"steps": 60, "epochs": 1.0}}, {"train": {"epochs": 1}})["train"]
+    same = Recipe.merged({"train": {"steps": 60, "epochs": 1.0}}, {"train": {"epochs": 1}})["train"]
     assert "steps" not in same, "epochs of the same number are asked for too"
-    held = merged({"data": {"validation": "v.jsonl", "train": "t.jsonl"}}, {"data": {"holdout": 20}})["data"]
+    held = Recipe.merged({"data": {"validation": "v.jsonl", "train": "t.jsonl"}}, {"data": {"holdout": 20}})["data"]
     assert held == {"train": "t.jsonl", "holdout": 20}, "validation records would be taken in their place"
     kept = {"validation": "v.jsonl", "holdout": 20}
-    assert merged({"data": {"validation": "v.jsonl"}}, {"data": kept})["data"] == kept
-    both = merged({"train": train}, {"train": {"epochs": 2.0, "steps": 3, "arguments": {"warmup_steps": 1}}})["train"]
+    assert Recipe.merged({"data": {"validation": "v.jsonl"}}, {"data": kept})["data"] == kept
+    both = Recipe.merged({"train": train}, {"train": {"epochs": 2.0, "steps": 3, "arguments": {"warmup_steps": 1}}})[
+        "train"
+    ]
     assert (both["steps"], both["arguments"]["warmup_steps"]) == (3, 1)
 
 
 @pytest.mark.parametrize(("path", "revision"), [("me/other", None), ("me/tiny", "v2")])
 def test_another_base_has_not_the_revision_of_the_recipe_s(path, revision):
     values = {**MINIMAL, "model": {"path": "me/tiny", "revision": "v2"}}
-    assert build_recipe(merged(values, {"model": {"path": path}})).model.revision == revision
-    assert build_recipe(merged(values, {"model": {"path": path, "revision": "v3"}})).model.revision == "v3"
+    assert build_recipe(Recipe.merged(values, {"model": {"path": path}})).model.revision == revision
+    assert build_recipe(Recipe.merged(values, {"model": {"path": path, "revision": "v3"}})).model.revision == "v3"
 
 
 def test_every_field_of_a_recipe_is_a_flag_with_help():

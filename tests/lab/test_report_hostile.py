@@ -228,3 +228,49 @@ def test_a_hard_link_in_a_folder_shows_no_file_of_the_user(tmp_path):
     assert sum("it is a hard link" in problem for problem in said.problems) == 2
     report([tmp_path / "theirs/ledger.jsonl"], tmp_path / "named.html")
     assert SECRET in (tmp_path / "named.html").read_text()
+
+
+def run_of(folder, items=(), **metrics):
+    """A run's folder with one evaluation."""
+    (folder / "evaluation/a").mkdir(parents=True)
+    (folder / "recipe.yaml").write_text("model: {path: x}\n")
+    record = {"state": "finished", "method": {"name": "lora"}, "versions": {}, "device": "cpu"}
+    (folder / "record.json").write_text(json.dumps(record))
+    result = {"examples": 1, "split": "test", "metrics": metrics}
+    (folder / "evaluation/a/result.json").write_text(json.dumps(result))
+    (folder / "evaluation/a/items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    return folder
+
+
+def test_few_values_make_no_endless_table(tmp_path):
+    """Each row has a column of its own: a thousand of them are a million cells."""
+    good = material.write(tmp_path / "good")
+    ledger = tmp_path / "ledger.jsonl"
+    ledger.write_text("".join(json.dumps({"kind": "a", f"k{i}": 1}) + "\n" for i in range(20_000)))
+    wide = run_of(tmp_path / "wide", **{f"v{i}": {f"m{i}": 1.0} for i in range(5000)})
+    said = report([good, ledger, wide], tmp_path / "r.html")
+    assert said.studies
+    assert any("ledger.jsonl could not be shown: ValueError: a table of 20,000 rows" in each for each in said.problems)
+    assert any("a table of 25,000,000 figures" in each for each in said.problems), said.problems
+
+
+def test_tasks_without_an_end_make_no_page(tmp_path):
+    item = {"variant": "tuned", "correct": False, "where": "", "expected": "a", "predicted": "b"}
+    many = run_of(tmp_path / "many", ({**item, "task": f"é{i}"} for i in range(50_000)), tuned={"a": 1.0})
+    said = report([material.write(tmp_path / "good"), many], tmp_path / "r.html")
+    assert any("50,003 tables and charts, at most 2,000 are shown" in each for each in said.problems), said.problems
+
+
+def test_a_source_that_takes_too_long_costs_only_itself(tmp_path, monkeypatch):
+    from dual_lora.lab.report import report as module
+
+    def slow(*_):
+        while True:
+            pass
+
+    monkeypatch.setattr(module, "SECONDS", 0.5)
+    monkeypatch.setattr(module, "run_sections", slow)
+    run = run_of(tmp_path / "slow", tuned={"a": 1.0})
+    said = report([material.write(tmp_path / "good"), run], tmp_path / "r.html")
+    assert said.studies
+    assert any("could not be shown within 0.5 seconds" in each for each in said.problems), said.problems

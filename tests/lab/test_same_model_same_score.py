@@ -20,8 +20,8 @@ from dual_lora.lab.data.batches import collator, kind_of_unmasked, mean_loss
 from dual_lora.lab.data.encode import Encoded, Prompter
 from dual_lora.lab.data.examples import load_split
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.export.export import export_lora
 from dual_lora.lab.model import opened, weights
-from dual_lora.lab.model.export import export_lora
 from dual_lora.lab.model.generate import generate
 from dual_lora.lab.model.load import load_model
 from dual_lora.lab.model.opened import open_tuned
@@ -30,7 +30,7 @@ from dual_lora.lab.recipe.schema import EvaluateSection, ModelSection
 from dual_lora.lab.run import scoring
 from dual_lora.lab.run.choice import score_choice
 from dual_lora.lab.run.evaluate import evaluate
-from dual_lora.lab.run.folder import recipe_of_run
+from dual_lora.lab.run.resume import recipe_of_run
 from dual_lora.lab.run.scoring import Asked, generate_all, score_exact_match, score_loss
 from dual_lora.lab.run.train import run
 from dual_lora.lab.verify import logprobs

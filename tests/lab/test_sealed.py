@@ -11,7 +11,7 @@ from processes import launched
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.run import sealed
-from dual_lora.lab.run.folder import same_sharding
+from dual_lora.lab.run.resume import same_sharding
 
 
 def trainer(fsdp="", deepspeed=False):

@@ -12,9 +12,9 @@ import pytest
 import tiny_study
 from processes import ENVIRONMENT, launched
 
+from dual_lora.lab.files.folder import WHOLE, RunFolder
 from dual_lora.lab.interrupt import SIGNALS, Stopped, on_signals, stop_at_once
 from dual_lora.lab.recipe.read import build_recipe
-from dual_lora.lab.run.folder import WHOLE, RunFolder
 from dual_lora.lab.run.train import run
 from dual_lora.lab.run.watch import Watch
 
@@ -90,7 +90,7 @@ def wait_for(there, process, seconds=400):
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_any_command_ends_with_the_status_of_the_signal(number, call, monkeypatch):
-    monkeypatch.setattr("dual_lora.lab.model.export.merge", lambda *_, **__: os.kill(os.getpid(), number))
+    monkeypatch.setattr("dual_lora.lab.export.export.merge", lambda *_, **__: os.kill(os.getpid(), number))
     code, _, err = call("merge", "it", "there")
     assert code == 128 + number
     assert "Interrupted" in err

@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dual_lora.lab.data.check import check
 from dual_lora.lab.data.guess import guess
 from dual_lora.lab.data.records import Record
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.recipe.read import read_recipe
+from dual_lora.lab.recipe.schema import DataSection
 
 TEXTS = [f"the sea is {word} ?" for word in ("red", "blue", "warm", "cold")]
 
@@ -165,3 +167,17 @@ def test_a_file_that_is_not_there(call, tmp_path):
     code, _, err = call("check-data", tmp_path / "none.csv")
     assert code == 1
     assert "There is no data file" in err
+
+
+@pytest.mark.timeout(60)  # what hangs is the failure
+def test_records_with_a_field_of_their_own_each(tmp_path, call):
+    """Many fields and many records: nothing goes through every record for each field."""
+    lines = [{"text": "a b", "label": i % 2, f"k{i}": 1} for i in range(20_000)]
+    (tmp_path / "s.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = DataSection(train=str(tmp_path / "s.jsonl"), format="text")
+    (found,) = check(data, "classification")
+    assert found.empty["k0"] == 19_999
+    assert "text" not in found.empty
+    code, _, said = call("check-data", tmp_path / "s.jsonl")
+    assert code == 1
+    assert "have 2,002 different fields, at most 1,000 are looked through" in " ".join(said.split())

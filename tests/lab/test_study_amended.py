@@ -19,8 +19,9 @@ pytest.importorskip("peft")
 from tiny_study import SHORT, cell, ended, figures, job, judged, laid_out, outcomes, trials, write_study
 
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.files.write import write_json
 from dual_lora.lab.report.report import report
-from dual_lora.lab.run.write import write_json
+from dual_lora.lab.report.tables import show_results
 from dual_lora.lab.study import compare as comparing
 from dual_lora.lab.study import folder as folders
 from dual_lora.lab.study import perform
@@ -32,11 +33,8 @@ from dual_lora.lab.study.job import damage, read_outcome, run_file
 from dual_lora.lab.study.read import shipped_studies
 from dual_lora.lab.study.rejudge import rejudge
 from dual_lora.lab.study.search import beyond, choose
-from dual_lora.lab.study.tables import show_results
 
 RESULTS = Path(__file__).parents[2] / "results" / "studies"
-# The base's own score, then the two methods.
-AGAIN = [f"{runs} runs on other weights of the base were done again." for runs in (1, 2)]
 LATE = "Amended after final runs had ended."
 
 
@@ -60,9 +58,9 @@ def test_the_plan_is_written_before_the_first_run(tiny, tmp_path, monkeypatch):
 def test_a_change_is_named_in_results_verdicts_terminal_and_page(tiny, whole, copy_of_whole, capsys):
     before = outcomes(copy_of_whole)
     changed = write_study(tiny, seeds=3)
-    with pytest.raises(UserError, match=r"study has changed since.*: seeds\. Give --update"):
+    with pytest.raises(UserError, match=r"study has changed since.*: seeds\. A study keeps .* --runs"):
         compare(changed, copy_of_whole, progress=False)
-    results = compare(changed, copy_of_whole, update=True, progress=False)
+    results = compare(changed, copy_of_whole, longer=True, progress=False)
     assert before.items() <= outcomes(copy_of_whole).items(), "runs that both studies contain are kept"
     assert len(outcomes(copy_of_whole)) == len(before) + 2
     for now, then in zip(figures(results)[0], figures(whole)[0], strict=True):
@@ -86,14 +84,27 @@ def test_a_change_is_named_in_results_verdicts_terminal_and_page(tiny, whole, co
     assert all(c["sentence"].endswith(LATE) for c in judged["comparisons"])
 
 
+def test_a_changed_study_takes_a_new_name_and_shares_the_runs(tiny, whole, copy_of_whole, tmp_path):
+    before, runs = outcomes(copy_of_whole), copy_of_whole / "runs"
+    results = compare(write_study(tiny, seeds=3), tmp_path / "more-seeds", runs=runs, progress=False)
+    assert before.items() <= outcomes(copy_of_whole).items(), "runs that both studies contain are kept"
+    assert len(outcomes(copy_of_whole)) == len(before) + 2
+    assert results["amendments"] == []
+    said = "4 of the final runs had ended before this study's plan was written, and were taken over."
+    assert said in results["notes"]
+    assert figures(compare(write_study(tiny), copy_of_whole, progress=False)) == figures(whole), "the first one's stay"
+
+
 def test_a_change_before_any_final_run_is_no_late_one(tiny, tmp_path, monkeypatch):
     """It stands in the results, and casts no doubt on the verdicts."""
     with monkeypatch.context() as patch:
         patch.setattr(comparing.Runner, "run", lambda self: None)
         compare(write_study(tiny, search=None), tmp_path / "out", progress=False)
-    results = compare(write_study(tiny, search=None, margin=0.5), tmp_path / "out", update=True, progress=False)
+    with pytest.raises(UserError, match=r"changed since.*: margin"):  # that is not longer
+        compare(write_study(tiny, search=None, margin=0.5), tmp_path / "out", longer=True, progress=False)
+    results = compare(write_study(tiny, search=None, seeds=3), tmp_path / "out", longer=True, progress=False)
     (amendment,) = results["amendments"]
-    assert (amendment["what"], amendment["ended"]) == ("Changed: margin.", 0)
+    assert (amendment["what"], amendment["ended"]) == ("Changed: seeds.", 0)
     assert not any(LATE in c["sentence"] for c in results["comparisons"])
 
 
@@ -138,18 +149,18 @@ def test_runs_of_two_versions_are_not_compared(tiny, tmp_path, monkeypatch):
     before = outcomes(out)
 
     of_version(monkeypatch, "two, torch 1")
-    with pytest.raises(UserError, match=r"2 finished runs were done by another version .*\(one, torch 1\).*--update"):
+    with pytest.raises(UserError, match=r"2 finished runs were done by another version .*\(one, torch 1\).*--out"):
         compare(study, out, progress=False)
     assert outcomes(out) == before
-    second = compare(study, out, update=True, progress=False)
+    with pytest.raises(UserError, match="2 finished runs were done by another version"):
+        compare(study, tmp_path / "sharing", runs=out / "runs", progress=False)
+    second = compare(study, tmp_path / "new", progress=False)
     assert second["complete"]
     assert {s["code"] for m in second["methods"] for s in m["seeds"]} == {"two, torch 1"}
-    assert second["amendments"][0]["what"] == "2 runs of another version of the code were done again."
-    assert len(list((out / "runs").glob("*.by-one-*.scores.json"))) == 2, "the old ones are kept"
-    assert figures(second)[0] == figures(compare(study, tmp_path / "new", progress=False))[0]
 
     of_version(monkeypatch, "three, torch 1")
-    assert figures(compare(study, out, progress=False)) == figures(second), "a finished study is of one version"
+    again = compare(study, tmp_path / "new", progress=False)
+    assert figures(again) == figures(second), "a finished study is of one version"
 
 
 def test_probes_of_two_versions_are_not_mixed(tiny, tmp_path, monkeypatch):
@@ -160,15 +171,16 @@ def test_probes_of_two_versions_are_not_mixed(tiny, tmp_path, monkeypatch):
         return self._measure([probe_job(self.study, cell) for cell in self.cells])
 
     monkeypatch.setattr(comparing.Runner, "run", probes)
-    found = []
-    for version, methods in (("one", ["lora"]), ("two", ["lora", "dual_lora"])):
-        of_version(monkeypatch, version)
-        study = write_study(
-            tiny, search=None, methods={name: {"r": 4} for name in methods}, budget={"match": "time", "like": "lora"}
-        )
-        probed = compare(study, tmp_path / "out", update=True, progress=False)
-        found.append({outcome.code for outcome in probed})
-    assert found == [{"one"}, {"two"}]
+
+    def study(*methods):
+        budget = {"match": "time", "like": "lora"}
+        return write_study(tiny, search=None, methods={name: {"r": 4} for name in methods}, budget=budget)
+
+    of_version(monkeypatch, "one")
+    compare(study("lora"), tmp_path / "out", progress=False)
+    of_version(monkeypatch, "two")
+    with pytest.raises(UserError, match=r"1 finished runs were done by another version of the code \(one\)"):
+        compare(study("lora", "dual_lora"), tmp_path / "more", runs=tmp_path / "out" / "runs", progress=False)
 
 
 def test_runs_that_do_not_say_their_version_are_kept_and_named(tiny, copy_of_whole):
@@ -180,7 +192,7 @@ def test_runs_that_do_not_say_their_version_are_kept_and_named(tiny, copy_of_who
             del values["code"]
             file.write_text(json.dumps(values))
             before[file.name] = file.stat().st_mtime_ns
-    results = compare(write_study(tiny, seeds=3), copy_of_whole, update=True, progress=False)
+    results = compare(write_study(tiny, seeds=3), copy_of_whole, longer=True, progress=False)
     assert before.items() <= outcomes(copy_of_whole).items()
     (note,) = [n for n in results["notes"] if "several versions of the code" in n]
     assert "not recorded" in note
@@ -213,13 +225,11 @@ def test_an_old_search_went_not_beyond_its_grid_and_says_so(tiny, whole, tmp_pat
     out = tmp_path / "out"
     as_begun_before(tiny / "whole", out)
     before = outcomes(out)
-    with pytest.raises(UserError, match=r"changed since.*: search\.extend\. Give --update"):
+    with pytest.raises(UserError, match=r"changed since.*: search\.extend\. A study keeps"):
         compare(write_study(tiny), out, progress=False)
-    results = compare(write_study(tiny), out, update=True, progress=False)
+    search = whole["study"]["search"] | {"extend": 0}
+    assert compare(write_study(tiny, search=search), out, progress=False)["amendments"] == []
     assert outcomes(out) == before
-    (amendment,) = results["amendments"]
-    assert amendment["fields"] == {"search.extend": [0, 2]}
-    assert (amendment["ended"], amendment["of"]) == (4, 4)
 
 
 def test_an_old_study_whose_runs_are_elsewhere_asks_for_them(tiny, short, tmp_path):
@@ -383,37 +393,17 @@ def test_other_weights_of_the_base_are_noticed(tmp_path):
     compare(study, tmp_path / "out", progress=False)
     compare(study, tmp_path / "out", progress=False)
     other_weights(tmp_path)
-    with pytest.raises(UserError, match=r"recipes or data have changed.*: letters weights\. Give"):
+    with pytest.raises(UserError, match=r"recipes or data have changed.*: letters weights\. A study keeps"):
         compare(study, tmp_path / "out", progress=False)
     file = tmp_path / "out" / "study.json"
     known = json.loads(file.read_text())
     nameless = {"letters weights": {"file pytorch_model.bin": "0"}}
     file.write_text(json.dumps(known | {"recipes": known["recipes"] | nameless}))
     doubt = "Nothing tells whether .* weights are those that the study was begun with"
-    asks = pytest.raises(UserError, match=r"1 finished runs were made on other weights.*--update")
-    with pytest.warns(UserWarning, match=doubt), asks:
+    asks = pytest.raises(UserError, match=r"1 finished runs were made on other weights.*another --out")
+    with pytest.warns(UserWarning, match=doubt), asks:  # by what the runs say
         compare(study, tmp_path / "out", progress=False)
-    results = compare(study, tmp_path / "out", update=True, progress=False)
-    assert [amendment["what"] for amendment in results["amendments"]] == AGAIN, "by what the runs say"
-    del known["recipes"]["letters weights"]
-    file.write_text(json.dumps(known))
-    assert compare(study, tmp_path / "out", progress=False)["amendments"] == [], "one of an earlier version knows none"
-
-
-def test_runs_on_the_base_s_earlier_weights_are_done_again(tmp_path):
-    study = write_study(tmp_path, **SHORT)
-    before = compare(study, tmp_path / "out", progress=False)
-    other_weights(tmp_path)
-    assert forecast(study, tmp_path / "out").done == 0
-    after = compare(study, tmp_path / "out", update=True, progress=False)
-    anew = compare(study, tmp_path / "anew", progress=False)
-    assert figures(after)[:2] == figures(anew)[:2] != figures(before)[:2]
-    assert after["untrained"] == anew["untrained"] != before["untrained"]
-    said = [amendment["what"] for amendment in after["amendments"]]
-    assert said == ["Changed: letters weights.", *AGAIN]
-    again = compare(study, tmp_path / "out", progress=False)
-    assert figures(again) == figures(after)
-    assert len(again["amendments"]) == 3, "once"
+    assert forecast(study, tmp_path / "new", runs=tmp_path / "out" / "runs").done == 0
 
 
 def test_runs_on_another_base_are_kept_for_when_it_comes_back(tmp_path):
@@ -429,17 +419,16 @@ def test_runs_on_another_base_are_kept_for_when_it_comes_back(tmp_path):
     text = recipe.read_text()
     recipe.write_text(text.replace(str(tmp_path / "model"), str(tmp_path / "other")))
     assert recipe.read_text() != text
-    compare(study, tmp_path / "out", update=True, progress=False)
+    compare(study, tmp_path / "other-out", runs=tmp_path / "out" / "runs", progress=False)
     recipe.write_text(text)
     runs = outcomes(tmp_path / "out")
-    after = compare(study, tmp_path / "out", update=True, progress=False)
+    after = compare(study, tmp_path / "out", progress=False)
     assert figures(after)[:2] == figures(before)[:2]
     assert outcomes(tmp_path / "out") == runs, "nothing was done again"
-    assert not any("done again" in amendment["what"] for amendment in after["amendments"])
 
 
 def test_a_new_study_takes_no_run_on_other_weights(tmp_path):
-    """From a folder that studies share; and the first of them takes the second one's."""
+    """From a folder that studies share."""
     study, shared = write_study(tmp_path, **SHORT), tmp_path / "shared"
     compare(study, tmp_path / "first", runs=shared, progress=False)
     other_weights(tmp_path)
@@ -449,27 +438,8 @@ def test_a_new_study_takes_no_run_on_other_weights(tmp_path):
     assert second["untrained"] == alone["untrained"]
     assert second["amendments"] == [], "nothing of it was changed"
     assert second["plan"]["before"] == 0
-    done = {file: file.stat().st_mtime_ns for file in shared.glob("*.json")}
-    first = compare(study, tmp_path / "first", runs=shared, update=True, progress=False)
-    assert figures(first)[:2] == figures(alone)[:2]
-    assert {file: file.stat().st_mtime_ns for file in shared.glob("*.json")} == done
-
-
-def test_runs_that_do_not_say_what_they_were_made_on_are_done_again_too(tmp_path):
-    """As an earlier version left them; and one whose record was removed."""
-    study = write_study(tmp_path, **SHORT)
-    compare(study, tmp_path / "out", progress=False)
-    for file in (tmp_path / "out" / "runs").glob("*.json"):
-        values = json.loads(file.read_text())
-        if "weights" in values:
-            file.write_text(json.dumps({name: value for name, value in values.items() if name != "weights"}))
-    for folder in (tmp_path / "out" / "runs").glob("*/"):
-        (folder / "record.json").unlink()
-    other_weights(tmp_path)
-    after = compare(study, tmp_path / "out", update=True, progress=False)
-    anew = compare(study, tmp_path / "anew", progress=False)
-    assert figures(after)[:2] == figures(anew)[:2]
-    assert after["untrained"] == anew["untrained"]
+    with pytest.raises(UserError, match=r"changed since.*letters weights"):
+        compare(study, tmp_path / "first", runs=shared, progress=False)
 
 
 def test_weights_that_change_while_a_study_goes_on_are_noticed(tmp_path, monkeypatch):
@@ -489,38 +459,20 @@ def test_a_base_that_is_not_here_for_a_while_is_not_forgotten(tmp_path):
     now = {"letters model": {"path": "me/model", "revision": None}, "letters weights": {"a": "1"}}
     gone, other = ({**now, "letters weights": value} for value in ({}, {"a": "2"}))
     with StudyFolder(tmp_path) as folder:
-        folder.begin({}, now, {}, tmp_path / "runs", update=False)
-        folder.begin({}, gone, {}, tmp_path / "runs", update=False)
+        folder.begin({}, now, {}, tmp_path / "runs")
+        folder.begin({}, gone, {}, tmp_path / "runs")
         with pytest.raises(UserError, match="letters weights"):
-            folder.begin({}, other, {}, tmp_path / "runs", update=False)
+            folder.begin({}, other, {}, tmp_path / "runs")
         config = {**now, "letters weights": {"config hidden_size": "8"}}  # all that is here of a hub's at first
-        folder.begin({}, config, {}, tmp_path / "runs", update=False)
+        folder.begin({}, config, {}, tmp_path / "runs")
         assert folder.known.recipes["letters weights"] == {"a": "1", "config hidden_size": "8"}
         wider = {**now, "letters weights": {"config hidden_size": "9"}}
-        folder.begin({}, wider, {}, tmp_path / "runs", update=True)
-        assert folder.known.turned == [], "its weights may be the same"
-        folder.begin({}, other, {}, tmp_path / "runs", update=True)
-        assert folder.known.turned == json.loads(folder.file.read_text())["turned"] == ["letters"]
-        elsewhere = {**gone, "letters model": {"path": "me/other", "revision": None}}
-        folder.begin({}, elsewhere, {}, tmp_path / "runs", update=True)
-        assert folder.known.recipes["letters weights"] == {}
+        for another in (wider, other, {**gone, "letters model": {"path": "me/other", "revision": None}}):
+            with pytest.raises(UserError, match="recipes or data have changed"):
+                folder.begin({}, another, {}, tmp_path / "runs")
 
 
-def test_a_method_that_was_left_out_meanwhile_comes_back_on_the_same_base(tmp_path):
-    both = {"lora": {"r": 4}, "dual_lora": {}}
-    for methods in (both, {"lora": {"r": 4}}):
-        compare(write_study(tmp_path, **SHORT, methods=methods), tmp_path / "out", update=True, progress=False)
-    other_weights(tmp_path)
-    # A run that was killed on the old base cannot go on there.
-    key = next(iter(json.loads((tmp_path / "out" / "study.json").read_text())["jobs"]))
-    (tmp_path / "out" / "runs" / f"{key}.json").unlink()
-    compare(write_study(tmp_path, **SHORT, methods={"lora": {"r": 4}}), tmp_path / "out", update=True, progress=False)
-    after = compare(write_study(tmp_path, **SHORT, methods=both), tmp_path / "out", update=True, progress=False)
-    anew = compare(write_study(tmp_path, **SHORT, methods=both), tmp_path / "anew", progress=False)
-    assert figures(after)[:2] == figures(anew)[:2]
-
-
-def test_after_an_update_the_old_plan_s_runs_are_not_waited_for(tmp_path):
+def test_a_longer_study_waits_for_no_run_of_the_plan_before(tmp_path):
     class Enough(Exception):
         pass
 
@@ -535,11 +487,11 @@ def test_after_an_update_the_old_plan_s_runs_are_not_waited_for(tmp_path):
         patch.setattr(perform, "_trained", lambda *given, real=perform._trained: (stop(), real(*given))[1])
         with contextlib.suppress(Enough):
             compare(write_study(tmp_path, search=None, seeds=3), tmp_path / "out", progress=False)
-    results = compare(write_study(tmp_path, search=None, seeds=[11, 12]), tmp_path / "out", update=True, progress=False)
+    results = compare(write_study(tmp_path, search=None, seeds=[11, 12]), tmp_path / "out", longer=True, progress=False)
     assert results["complete"]
     assert folders.progress(tmp_path / "out" / "study.json") is None
-    margin = write_study(tmp_path, search=None, seeds=[11, 12], margin=0.5)
-    amendments = compare(margin, tmp_path / "out", update=True, progress=False)["amendments"]
+    more = write_study(tmp_path, search=None, seeds=[11, 12, 13])
+    amendments = compare(more, tmp_path / "out", longer=True, progress=False)["amendments"]
     assert (amendments[-1]["ended"], amendments[-1]["of"]) == (4, 4)
 
 

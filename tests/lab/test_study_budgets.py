@@ -16,6 +16,7 @@ from tiny_study import write_study
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.empty import fit
 from dual_lora.lab.recipe.read import build_recipe
+from dual_lora.lab.report.tables import show_forecast
 from dual_lora.lab.run.train import run
 from dual_lora.lab.study import plan
 from dual_lora.lab.study.budget import Scale, _routed, match_by_probes, planned_steps
@@ -26,7 +27,6 @@ from dual_lora.lab.study.folder import StudyFolder
 from dual_lora.lab.study.forecast import forecast
 from dual_lora.lab.study.job import Outcome, Training, write_outcome
 from dual_lora.lab.study.read import read_study
-from dual_lora.lab.study.tables import show_forecast
 
 BOTH = {"lora": {"r": 4}, "dual_lora": {"r": 4}}
 
@@ -38,7 +38,7 @@ def took(job, **training):
 def matched(tiny, measure, **changes):
     """The cells of a study by method, its probes answered by measure(method, rank) with what training took."""
     study = read_study(write_study(tiny, search=None, **changes))
-    cells = plan.lay_out(study)
+    cells = plan.lay_out(plan.Plan.read(study))
     match_by_probes(study, cells, lambda jobs: [took(j, **measure(j.method, j.recipe.method.get("r"))) for j in jobs])
     return {cell.method: cell for cell in cells}
 
@@ -73,7 +73,10 @@ def test_memory_budget_tries_ranks_whose_parts_are_whole(tiny):
 def test_a_budget_like_dual_lora_by_the_ranks_of_its_parts(tiny):
     dual = {"r1": 3, "r2": 1, "alpha": "2r"}
     methods, budget = {"lora": {}, "dual_lora": dual}, {"match": "parameters", "like": "dual_lora"}
-    cells = {cell.method: cell for cell in plan.lay_out(read_study(write_study(tiny, methods=methods, budget=budget)))}
+    cells = {
+        cell.method: cell
+        for cell in plan.lay_out(plan.Plan.read(read_study(write_study(tiny, methods=methods, budget=budget))))
+    }
     assert cells["dual_lora"].rank == 4
     assert cells["dual_lora"].recipe.method["alpha"] == 8
     assert cells["dual_lora"].mismatch == 0
@@ -103,7 +106,7 @@ def test_time_budget_goes_by_steps_that_do_not_warm_up(tiny):
         return [took(j, steps=8, seconds=seconds[j.method]).model_copy(update=more) for j in jobs]
 
     def steps(measure):
-        cells = plan.lay_out(study)
+        cells = plan.lay_out(plan.Plan.read(study))
         match_by_probes(study, cells, measure)
         return [cell.recipe.train.steps for cell in cells]
 
@@ -140,14 +143,14 @@ def test_forecast_of_a_time_budget_knows_its_finished_runs(tiny, tmp_path):
     file = write_study(tiny, methods=BOTH, budget=budget, search=None, seeds=1)
     study, runs = read_study(file), tmp_path / "out" / "runs"
     runs.mkdir(parents=True)
-    for cell in plan.lay_out(study):
+    for cell in plan.lay_out(plan.Plan.read(study)):
         write_outcome(runs, took(probe_job(study, cell), steps=8, seconds=1.0))
     assert [row["steps"] for row in forecast(file, tmp_path / "out").rows] == [8, 8]
 
 
 def test_time_left_counts_the_runs_after_the_search(tiny, tmp_path):
     study = read_study(write_study(tiny, search=None))
-    made = Runner(study, StudyFolder(tmp_path), tmp_path, Options(), plan.lay_out(study))
+    made = Runner(study, StudyFolder(tmp_path), tmp_path, Options(), plan.lay_out(plan.Plan.read(study)))
     job = final_jobs(study, made.cells[0], {})[0]
     made.times.estimates = {(kind, "", "letters", "lora"): 60.0 for kind in ("trial", "final")}
     left = {"x": dataclasses.replace(job, kind="trial")}

@@ -102,8 +102,8 @@ def test_runs_seen_before_an_amended_plan_are_named(tiny, whole, tmp_path, monke
     with monkeypatch.context() as patch:
         patch.setattr(comparing.Runner, "run", lambda self: None)
         compare(write_study(tiny), tmp_path / "out", runs=tiny / "whole" / "runs", progress=False)
-    changed = write_study(tiny, margin=0.5)
-    results = compare(changed, tmp_path / "out", runs=tiny / "whole" / "runs", update=True, progress=False)
+    changed = write_study(tiny, seeds=3)
+    results = compare(changed, tmp_path / "out", runs=tiny / "whole" / "runs", longer=True, progress=False)
     write_study(tiny)
     assert [(a["ended"], a["of"]) for a in results["amendments"]] == [(0, 0)]
     assert (

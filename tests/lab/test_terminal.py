@@ -43,6 +43,8 @@ def test_what_is_shown():
     assert shown("tab\t, line\n, é, 漢, →") == "tab\t, line\n, é, 漢, →"
     assert shown("\x1b[2J\x9b") == "\\u001b[2J\\u009b"
     assert not obeyed(shown(HOSTILE))
+    assert shown("a\u202egpj.exe\u202c \u2066b\u2069") == "a\\u202egpj.exe\\u202c \\u2066b\\u2069"
+    assert shown("שלום \u200fעולם, می\u200cروم") == "שלום \u200fעולם, می\u200cروم"
 
 
 @pytest.mark.parametrize("colours", [False, True], ids=["file", "terminal"])

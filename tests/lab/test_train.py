@@ -20,10 +20,11 @@ from tiny_study import die, in_child
 from transformers import AutoTokenizer, LlamaConfig, RobertaConfig, RobertaModel
 
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.files.folder import WHOLE, RunFolder
 from dual_lora.lab.recipe.read import build_recipe, read_recipe
+from dual_lora.lab.run import keep
 from dual_lora.lab.run import train as training
 from dual_lora.lab.run.evaluate import evaluate
-from dual_lora.lab.run.folder import WHOLE, RunFolder
 from dual_lora.lab.run.train import run
 from dual_lora.lab.run.watch import Watch
 
@@ -190,7 +191,7 @@ def killed(values, out, where, step):
 
             transformers.Trainer._save_rng_state = save
         if where == "adapter":
-            training.write_note = lambda *_: die()
+            keep.write_note = lambda *_: die()
         run(build_recipe(values), out, progress=False)
 
     return in_child(train)

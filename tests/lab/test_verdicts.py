@@ -17,9 +17,9 @@ pytest.importorskip("pydantic")
 from tiny_study import SEEDS, cell, judged, made, trials
 
 from dual_lora.lab.report.report import report
+from dual_lora.lab.report.tables import show_results
 from dual_lora.lab.study import metrics, statistics, verdicts
 from dual_lora.lab.study.rejudge import rejudge
-from dual_lora.lab.study.tables import show_results
 
 
 def test_a_clear_winner_on_two_tasks(tmp_path):

@@ -184,7 +184,7 @@ def test_a_head_that_is_trained_whole_on_a_base_in_half_precision(dtype, tiny_lm
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from dual_lora.lab.model.export import merge
+    from dual_lora.lab.export.export import merge
 
     torch.manual_seed(0)
     config = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")

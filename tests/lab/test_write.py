@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.run.write import (
+from dual_lora.lab.files.write import (
     free_file,
     free_folder,
     held,
@@ -153,3 +153,25 @@ def test_what_killed_writers_left_is_removed(tmp_path):
     with held(tmp_path / "out"):
         assert not (tmp_path / left).exists()
     assert names(tmp_path) == sorted([other, mine, f".out.{'aa' * 8}.part", "elsewhere"])
+
+
+def test_what_a_killed_writer_left_in_a_study_is_removed(tmp_path):
+    """A file among its runs when it is old: another study may be writing there."""
+    from dual_lora.lab.study.folder import StudyFolder
+
+    part = f".study.json.{'0a' * 8}.part"
+    (tmp_path / "runs").mkdir()
+    left, old, fresh = tmp_path / part, tmp_path / "runs" / part, tmp_path / "runs" / part.replace("study", "x")
+    mine = [tmp_path / ".mine.part", tmp_path / "runs/x.part"]
+    for file in (left, old, fresh, *mine):
+        file.write_text("half")
+    os.utime(old, (0, 0))
+    (tmp_path / f".link.{'0a' * 8}.part").symlink_to(mine[0])
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "runs").symlink_to(tmp_path / "runs")
+    with StudyFolder(other):
+        assert old.exists()  # outside of that study
+    with StudyFolder(tmp_path):
+        assert [file.exists() for file in (left, old, fresh, *mine)] == [False, False, True, True, True]
+    assert os.path.lexists(tmp_path / f".link.{'0a' * 8}.part")

@@ -160,11 +160,11 @@ def die():
 
 def laid_out(folder, **changes):
     """The study and its cells by method."""
-    from dual_lora.lab.study.plan import lay_out
+    from dual_lora.lab.study.plan import Plan, lay_out
     from dual_lora.lab.study.read import read_study
 
     study = read_study(write_study(folder, **changes))
-    return study, {cell.method: cell for cell in lay_out(study)}
+    return study, {cell.method: cell for cell in lay_out(Plan.read(study))}
 
 
 def job(task="t", method="a", seed=0, metric="choice", kind="final", settings=None):
@@ -199,7 +199,7 @@ def trials(scores, key="", **more):
 
 def cell(folder, method, scores, task="t", metric="matthews", finals=None, trials=(), figures=None, **outcome):
     """One method's finished runs from what every item adds in each run: [S][N, K]; None where a run diverged."""
-    from dual_lora.lab.run.write import write_json
+    from dual_lora.lab.files.write import write_json
     from dual_lora.lab.study.cell import Cell, Finished, Size
     from dual_lora.lab.study.job import run_file
     from dual_lora.lab.study.study import MethodEntry
@@ -248,11 +248,11 @@ def judged(folder, cells, untrained=(), **study):
     """Results of these cells, with everything that is shown of them, which must hold no NaN."""
     from rich.console import Console
 
+    from dual_lora.lab.files.write import write_json
     from dual_lora.lab.report.report import report
-    from dual_lora.lab.run.write import write_json
+    from dual_lora.lab.report.tables import show_results
     from dual_lora.lab.study.read import build_study
     from dual_lora.lab.study.results import build_results
-    from dual_lora.lab.study.tables import show_results
 
     methods, tasks = (list(dict.fromkeys(getattr(f.cell, part) for f in cells)) for part in ("method", "task"))
     values = {"name": "s", "tasks": tasks, "methods": {m: {} for m in methods}, "seeds": len(cells[0].finals)}

@@ -32,6 +32,7 @@ from torch.distributed.tensor.parallel import (  # noqa: E402
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from dual_lora import DualLoraConfig, DualLoraLayer, composed_weights  # noqa: E402
+from dual_lora.core import tokens  # noqa: E402
 from dual_lora.core import whole as small  # noqa: E402
 
 RANK = int(os.environ["RANK"])
@@ -52,7 +53,7 @@ class Block(nn.Module):
 
 def adapted(base, seed=0, **options):
     torch.manual_seed(seed)
-    options = dict(r=4, init_weights=False) | options
+    options = dict(r=4, alpha=8, init_weights=False) | options
     return get_peft_model(base, DualLoraConfig(**options))
 
 
@@ -302,6 +303,52 @@ def idle_rows_under_fsdp2(mesh, folder):
             optimizer.zero_grad()
 
 
+def sampled(mesh, folder):
+    """DDP and FSDP2 average what each process estimates from tokens of its own, which others' data do not share."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    def fresh():
+        torch.manual_seed(0)
+        return adapted(nn.Sequential(nn.Linear(16, 12)), target_modules=["0"], ste="identity", token_sampling=0.5)
+
+    def step(model, x):
+        """The factors' gradients, and the numbers that were drawn."""
+        drawn, draw = [], tokens.Water.draw
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tokens.Water, "draw", lambda made, n, at: drawn.append(float(at)) or draw(made, n, at))
+            torch.manual_seed(5)
+            model(x).square().sum().backward()
+        wanted = {n.removeprefix("module."): p.grad for n, p in model.named_parameters() if p.requires_grad}
+        return {n: getattr(g, "full_tensor", lambda g=g: g)() for n, g in wanted.items()}, drawn
+
+    def everywhere(number):
+        found = [None, None]
+        dist.all_gather_object(found, number)
+        return found
+
+    def sharded(model):
+        return fully_shard(model) or model
+
+    own = torch.randn(200, 16, generator=torch.Generator().manual_seed(RANK))
+    alone, mine = step(fresh(), own)
+    exact, _ = step(adapted(nn.Sequential(nn.Linear(16, 12)), target_modules=["0"], ste="identity"), own)
+    for gradient in alone.values():
+        dist.all_reduce(gradient)
+    for wrap in (DistributedDataParallel, sharded):
+        got, drawn = step(wrap(fresh()), own)
+        assert drawn == mine
+        one, other = everywhere(drawn)
+        assert len(one) == len(other) == 1
+        assert one != other, "two processes with one seed have drawn the same"
+        for name, gradient in got.items():
+            torch.testing.assert_close(gradient, alone[name] / 2)
+            assert not torch.allclose(gradient, exact[name])
+        same = torch.ones(200, 16) * torch.arange(1, 201).unsqueeze(1)
+        one, other = everywhere(step(wrap(fresh()), same)[1])
+        assert one == other, "replicas have drawn different tokens"
+
+
 def reference_pass(mesh, folder):
     """Preference and policy training under FSDP2: a pass without the adapter between the steps, as by one process."""
     from torch.distributed.fsdp import fully_shard
@@ -441,6 +488,7 @@ CASES = {
     "plan": by_plan,
     "fsdp2": merged_under_fsdp2,
     "idle": idle_rows_under_fsdp2,
+    "sampled": sampled,
     "reference": reference_pass,
     "filled": filled_after_sharding,
     "switched": switched_under_fsdp2,

@@ -1,4 +1,4 @@
-"""nn.MultiheadAttention, packed and with separate projections, input and output projection adapted."""
+"""nn.MultiheadAttention beside the table: what is composed, encoder layers, an adapter of its projection alone."""
 
 import weakref
 
@@ -8,19 +8,12 @@ from peft import get_peft_model
 from reference_layer import (
     Holder,
     adapted,
-    assert_merges_exactly,
-    assert_same_bits,
-    assert_survives_saving,
-    base_output,
-    expect,
-    leaves,
 )
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dual_lora import DualLoraConfig
 from dual_lora.core.compose_op import dual_lora_weight
-from dual_lora.core.reference import delta_weight
 from dual_lora.method import layer as layer_module
 from dual_lora.method.factors import FactorsLayer
 
@@ -41,89 +34,6 @@ def call(layer, x):
 
 def inputs():
     return torch.randn(3, 5, 8)
-
-
-def weights_of(base, layer, factors, out_factors):
-    out = layer.base_layer.out_proj
-    weights = {"out_proj.weight": base.out_proj.weight.detach() + update(out, out_factors)}
-    whole = update(layer, factors)
-    names = ["in_proj_weight"] if base._qkv_same_embed_dim else ["q_proj_weight", "k_proj_weight", "v_proj_weight"]
-    start = 0
-    for name in names:
-        W = getattr(base, name).detach()
-        weights[name] = W + whole[start : start + len(W), : W.shape[1]]
-        start += len(W)
-    return weights
-
-
-def update(layer, factors):
-    return delta_weight(factors, layer.dual_lora_scale["default"], layer.states["default"].form)
-
-
-@LAYOUTS
-@pytest.mark.parametrize("ste", ["clip", "identity", "hardtanh", "surrogate"])
-def test_value_and_gradients(layout, ste):
-    base, x = multihead(layout), inputs()
-    model, layer = adapted(base, call, ste=ste)
-    model.train()
-    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
-    y = model(ours)[0]
-    factors, outs = leaves(layer), leaves(layer.base_layer.out_proj)
-    expected = expect(base, weights_of(base, layer, factors, outs), theirs, call)[0]
-    torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-4)
-    g = torch.randn_like(y)
-    y.backward(g)
-    expected.backward(g)
-    pairs = {
-        "dx": (ours.grad, theirs.grad),
-        **{f"in {n}": (a.grad, b.grad) for n, a, b in zip("ABCD", layer.factors("default"), factors, strict=True)},
-        **{
-            f"out {n}": (a.grad, b.grad)
-            for n, a, b in zip("ABCD", layer.base_layer.out_proj.factors("default"), outs, strict=True)
-        },
-    }
-    for name, (a, b) in pairs.items():
-        assert b.any(), name
-        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
-
-
-@LAYOUTS
-def test_merge(layout):
-    assert_merges_exactly(multihead(layout), inputs(), call)
-
-
-@LAYOUTS
-def test_saving(layout, tmp_path):
-    assert_survives_saving(multihead(layout), inputs(), tmp_path, call)
-
-
-def test_a_broken_adapter_leaves_the_base_untouched():
-    model, layer = adapted(multihead(PACKED), call)
-    before = {k: v.clone() for k, v in layer.base_layer.state_dict().items() if "dual_lora" not in k}
-    layer.factors("default").B.data[0, 0] = float("nan")
-    with pytest.raises(
-        ValueError, match=r"NaNs detected in the merged weights\. The adapter default seems to be broken"
-    ):
-        model.merge_adapter(safe_merge=True)
-    after = {k: v for k, v in layer.base_layer.state_dict().items() if "dual_lora" not in k}
-    assert_same_bits(after, before)
-    assert not layer.merged
-
-
-@LAYOUTS
-@pytest.mark.parametrize("letter", "ABCD")
-def test_a_broken_second_adapter_leaves_the_first_one_merged(layout, letter):
-    """C and D as well: Sign makes a number of a NaN, so that the merged weight shows none."""
-    model, layer = adapted(multihead(layout), call)
-    model.add_adapter("b", DualLoraConfig(target_modules=["it"], init_weights=False, r=4))
-    model.merge_adapter(["default"])
-    x = inputs()
-    merged = model(x)[0]
-    getattr(layer, f"dual_lora_{letter}")["b"].data[0, 0] = float("nan")
-    with pytest.raises(ValueError, match=r"The adapter b seems to be broken"):
-        model.merge_adapter(["b"], safe_merge=True)
-    assert layer.merged_adapters == layer.base_layer.out_proj.merged_adapters == ["default"]
-    assert torch.equal(model(x)[0], merged)
 
 
 @LAYOUTS
@@ -208,30 +118,6 @@ def test_an_adapter_of_the_output_projection_alone_stays_beside_one_of_the_atten
         model.unmerge_adapter()
         torch.testing.assert_close(model(x)[0], want)
     assert not torch.allclose(want, alone, atol=1e-2)
-
-
-def test_dropout_is_said_to_have_no_effect():
-    with pytest.warns(UserWarning, match="dropout=0.5 has no effect on nn.MultiheadAttention"):
-        adapted(multihead(PACKED), call, dropout=0.5)
-
-
-def test_mixed_batch_is_refused():
-    model, _ = adapted(multihead(PACKED), call)
-    model.eval()
-    with pytest.raises(TypeError, match="does not support mixed adapter batches"):
-        model.base_model.model.it(inputs(), inputs(), inputs(), adapter_names=["default"] * 3)
-
-
-def test_disabled_is_the_base():
-    base, x = multihead(PACKED), inputs()
-    model, _ = adapted(base, call)
-    with torch.no_grad(), model.disable_adapter():
-        torch.testing.assert_close(model(x)[0], base_output(base, x, call)[0])
-
-
-def test_holder_calls_like_the_plain_layer():
-    base, x = multihead(SEPARATE), inputs()
-    assert torch.equal(Holder(base, call)(x)[0], call(base, x)[0])
 
 
 def test_factors_go_where_the_attention_is(monkeypatch):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from peft.peft_model import ModelCard
+from safetensors.torch import load_file, save_file
 from tiny import Mlp, adapted, layers, llama, points, state, train
 
 from dual_lora import DualLoraConfig
@@ -74,6 +75,26 @@ def test_shapes_that_do_not_fit_leave_the_layer_at_its_start(tmp_path):
     assert torch.equal(other(points()), Mlp()(points()))
     with pytest.raises((RuntimeError, ValueError), match="dual_lora_C"):
         PeftModel.from_pretrained(Mlp(), tmp_path, config=copy.deepcopy(config))
+
+
+@pytest.mark.parametrize("letter", "ABCD")
+def test_so_does_transformers_own_loader(letter, tmp_path):
+    torch.manual_seed(0)
+    model = adapted(llama(), target_modules=["q_proj", "down_proj"], init_weights=False, r=4, task_type="CAUSAL_LM")
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    state = load_file(file)
+    key = next(name for name in state if f"down_proj.dual_lora_{letter}" in name)
+    save_file(state | {key: state[key][:-1].contiguous()}, file)
+    base = llama()
+    base.load_adapter(tmp_path, ignore_mismatched_sizes=True)
+    layer_of = dict(base.named_modules()).__getitem__
+    odd, *others = sorted(layers(base), key=lambda name: name not in key)
+    x = torch.randn(2, layer_of(odd).in_features)
+    assert torch.equal(layer_of(odd)(x), layer_of(odd).base_layer(x))
+    for name in others:
+        x = torch.randn(2, layer_of(name).in_features)
+        torch.testing.assert_close(layer_of(name)(x), model.get_submodule(f"base_model.model.{name}")(x))
 
 
 def test_nothing_is_saved_as_an_adapter(tmp_path):

@@ -82,7 +82,8 @@ def test_ranks(given, ranks):
         (dict(rank_pattern={"q": [4]}), ["rank_pattern['q']", "pair [r1, r2]"]),
         (dict(rank_pattern={"q": [4, 0]}), ["rank_pattern['q']", "at least 1"]),
         (dict(rank_pattern={"q": "8"}), ["rank_pattern['q']", "whole number"]),
-        (dict(alpha_pattern={"q": 0}), ["alpha_pattern['q']", "positive number"]),
+        (dict(alpha_pattern={"q": 8}), ["alpha_pattern={'q': 8} alone", "LoRA's `lora_alpha`", "2 times as large"]),
+        (dict(alpha=4, alpha_pattern={"q": 0}), ["alpha_pattern['q']", "positive number"]),
         (dict(target_modules=".*q", layers_to_transform=[0]), ["layers_to_transform", "`target_modules` is a str"]),
         (dict(target_modules=".*q", layers_pattern="h"), ["layers_pattern", "`target_modules` is a str"]),
         (dict(layers_pattern="h"), ["`layers_pattern` is specified, `layers_to_transform` must also"]),
@@ -102,6 +103,22 @@ def test_names_of_lora_are_understood():
     assert DualLoraConfig(alpha=32, lora_alpha=16).alpha == 32
     assert DualLoraConfig(lora_alpha=16, alpha_pattern={"q": 4}).alpha_pattern == {"q": 8}
     assert DualLoraConfig(alpha=16, alpha_pattern={"q": 4}).alpha_pattern == {"q": 4}
+
+
+def test_a_start_that_is_written_later_brings_its_sigma_and_its_warm_up():
+    config, given = DualLoraConfig(), DualLoraConfig(init_std=0.3)
+    config.init_weights = given.init_weights = "paper"
+    assert config == DualLoraConfig.paper()
+    assert (given.init_std, given.warmup_steps) == (0.3, 50)
+    config.warmup_steps = 7
+    for name, value in (("init_std", -1), ("warmup_steps", -1), ("init_weights", "pissa")):
+        with pytest.raises(ValueError, match=name):
+            setattr(config, name, value)
+    assert config == DualLoraConfig.paper(warmup_steps=7)
+    config.init_weights = True
+    assert config == DualLoraConfig()
+    with pytest.raises(ValueError, match="belongs to the paper's start"):
+        config.warmup_steps = 5
 
 
 def test_a_rank_of_one_takes_one_for_each_group_and_says_so():
@@ -250,10 +267,19 @@ def test_a_configuration_survives_the_round_trip(tmp_path, options):
 
 @pytest.mark.parametrize("saved", [{}, {"ste": "clip"}, {"ste": "hardtanh"}], ids=str)
 def test_an_older_configuration_means_what_it_meant(tmp_path, saved):
-    values = {"peft_type": "DUAL_LORA", "r": 8, "init_weights": True, "init_std": 0.02, "warmup_steps": 50, **saved}
+    values = {
+        "peft_type": "DUAL_LORA",
+        "r": 8,
+        "alpha": None,
+        "alpha_pattern": {"q": 3},
+        "init_weights": True,
+        "init_std": 0.02,
+        "warmup_steps": 50,
+        **saved,
+    }
     (tmp_path / "adapter_config.json").write_text(json.dumps(values))
     config = DualLoraConfig.from_pretrained(tmp_path)
-    assert config.form == Form(saved.get("ste", "clip"))
+    assert (config.form, config.alpha_pattern) == (Form(saved.get("ste", "clip")), {"q": 3})
     assert (config.init_weights, config.warmup_steps, config.default_alpha(4, 4)) == ("paper", 50, 16)
     (tmp_path / "adapter_config.json").write_text(json.dumps(values | {"init_weights": "zero"}))
     config = DualLoraConfig.from_pretrained(tmp_path)

@@ -1,9 +1,9 @@
-"""Embeddings: rows of W + ΔW, gradients as nn.Embedding's, padding untouched, only the rows in use composed."""
+"""Embeddings beside the table: max_norm, no rows or wrong ones, a thawed base, ties, only the rows in use composed."""
 
 import pytest
 import torch
 from peft import get_peft_model
-from reference_layer import adapted, assert_matches_reference, assert_merges_exactly, assert_survives_saving, delta
+from reference_layer import adapted
 from torch import nn
 
 from dual_lora import DualLoraConfig
@@ -17,19 +17,6 @@ IDS = torch.tensor([[1, 5, 1], [0, 29, 7]])
 def embedding(**options):
     torch.manual_seed(1)
     return nn.Embedding(30, 6, **options)
-
-
-def weights_of(base, layer, factors):
-    update = delta(layer, factors)
-    if base.padding_idx is not None:
-        update = update * (torch.arange(30) != base.padding_idx)[:, None]
-    return {"weight": base.weight.detach() + update}
-
-
-@pytest.mark.parametrize("ste", ["clip", "identity", "hardtanh", "surrogate"])
-@pytest.mark.parametrize("options", [{}, {"padding_idx": 1}, {"scale_grad_by_freq": True}], ids=str)
-def test_value_and_gradients(options, ste):
-    assert_matches_reference(embedding(**options), IDS, weights_of, ste=ste)
 
 
 def test_max_norm_shortens_the_composed_rows_and_leaves_the_weight_alone():
@@ -74,49 +61,6 @@ def test_only_rows_in_use_are_composed(monkeypatch):
     model, _ = adapted(embedding())
     model(IDS)
     assert composed == [(5, 6)]
-
-
-@pytest.mark.parametrize("options", [{}, {"padding_idx": 1}], ids=str)
-def test_merge(options):
-    assert_merges_exactly(embedding(**options), IDS, atol=1e-6)
-
-
-def test_padding_row_is_untouched_by_merging():
-    base = embedding(padding_idx=1)
-    merged = adapted(base)[0].merge_and_unload()
-    assert torch.equal(merged.it.weight[1], base.weight[1])
-    assert not torch.equal(merged.it.weight[5], base.weight[5])
-
-
-def test_saving(tmp_path):
-    assert_survives_saving(embedding(), IDS, tmp_path)
-
-
-def test_scaled_embedding_scales_the_update_too():
-    from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
-
-    base = Gemma3TextScaledWordEmbedding(30, 6, padding_idx=None, embed_scale=3.0)
-    model, layer = adapted(base)
-    expected = 3 * (base.weight + layer.get_delta_weight("default"))[IDS]
-    torch.testing.assert_close(model(IDS), expected, atol=1e-5, rtol=1e-5)
-
-
-def test_mixed_batch_equals_separate_batches():
-    model, _ = adapted(embedding(), adapter="a")
-    model.add_adapter("b", DualLoraConfig(target_modules=["it"], init_weights=False))
-    model.eval()
-    mixed = model(IDS, adapter_names=["a", "b"])
-    for row, name in enumerate(["a", "b"]):
-        model.set_adapter(name)
-        torch.testing.assert_close(mixed[row : row + 1], model(IDS[row : row + 1]), atol=1e-5, rtol=1e-5)
-
-
-def test_bf16_base_keeps_fp32_factors():
-    model, layer = adapted(embedding().bfloat16())
-    y = model(IDS)
-    assert y.dtype == torch.bfloat16
-    y.float().sum().backward()
-    assert layer.factors("default").A.grad.dtype == torch.float32
 
 
 class Tied(nn.Module):

@@ -51,9 +51,9 @@ def left(model, adapter="default"):
 
 def test_a_state_of_trainable_parameters_alone_is_finished():
     """As frameworks that save `requires_grad` alone have it."""
-    trained = adapted(init_weights=False)
+    trained = adapted(init_weights=False, alpha=16)
     state = {n: p.detach().clone() for n, p in trained.named_parameters() if p.requires_grad}
-    fresh = adapted(warmup_steps=7)
+    fresh = adapted(warmup_steps=7, alpha=16)
     assert left(fresh) == {7}
     fresh.load_state_dict(state, strict=False)
     assert left(fresh) == {0}
@@ -128,7 +128,7 @@ def test_an_optimizer_state_loaded_by_torch_s_own_functions_is_no_step():
 def test_patterns_of_one_layer_are_read_alike_before_and_after_saving(tmp_path):
     several = {r"model\.layers\.0\.self_attn\.k_proj": 64.0, "k_proj": 1.0}
     with pytest.warns(UserWarning, match="alpha_pattern has several values for one layer"):
-        model = get_peft_model(llama(), visible(target_modules=["k_proj"], alpha_pattern=several)).eval()
+        model = get_peft_model(llama(), visible(target_modules=["k_proj"], alpha=8.0, alpha_pattern=several)).eval()
     model.save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match="alpha_pattern has several values"):
         loaded = PeftModel.from_pretrained(llama(), tmp_path).eval()

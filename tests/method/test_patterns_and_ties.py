@@ -55,7 +55,7 @@ def test_a_swapped_adapter_has_the_patterns_of_one_that_is_made(kind):
         model = get_peft_model(make(), DualLoraConfig(init_weights=False, warmup_steps=0, **targets, **options))
         return model.eval()
 
-    patterns = dict(r=6, rank_pattern={first: 2, second: [1, 3]}, alpha_pattern={first: 1.0, second: 9.0})
+    patterns = dict(r=6, rank_pattern={first: 2, second: [1, 3]}, alpha=5.0, alpha_pattern={first: 1.0, second: 9.0})
     wanted, model = build(**patterns), build(r=6)
     state = get_peft_model_state_dict(wanted)
     hotswap.hotswap_adapter_from_state_dict(model, state, "default", wanted.peft_config["default"])

@@ -8,6 +8,7 @@ from tiny import adapted, layers, train, trainable
 from torch import nn
 from transformers import Lfm2Config, Lfm2ForCausalLM, MambaConfig, MambaForCausalLM
 
+from dual_lora import DualLoraConfig
 from dual_lora.method.parallel.fast_paths import ReadConv1d, ReadLinear
 
 
@@ -47,6 +48,75 @@ def test_what_is_read_is_composed_and_the_rest_is_called():
         assert not torch.allclose(model(batch()), before, atol=1e-2)
 
 
+class ReadsFromAfar(nn.Module):
+    """Each layer by another name; of the blocks one layer is read and one is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.by_alias, self.by_property, self.by_module, self.by_name, self.other = (nn.Linear(6, 6) for _ in range(5))
+        self.blocks = nn.ModuleList(nn.ModuleDict({"read": nn.Linear(6, 6), "called": nn.Linear(6, 6)}) for _ in "ab")
+        self.inner = Inner()
+
+    @property
+    def filter(self):
+        return self.by_property.weight
+
+    @property
+    def head(self):
+        return self.by_module
+
+    def forward(self, x):
+        self.other.weight.mul_(1.0)  # written to, in place
+        layer = self.by_alias
+        x = self.other(nn.functional.linear(x, layer.weight, layer.bias)) @ self.filter @ self.head.weight
+        x = nn.functional.linear(x, self.by_name.weight)
+        for k, block in enumerate(self.blocks):
+            x = block["called"](x @ block["read"].weight) + k
+        return x @ self.inner.deep.weight
+
+
+class Inner(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.deep = nn.Linear(6, 6)
+
+
+def test_a_weight_is_found_by_whatever_name_it_is_read():
+    torch.manual_seed(0)
+    names = ["by_alias", "by_property", "by_module", "by_name", "other", "read", "called", "deep"]
+    model = adapted(ReadsFromAfar(), target_modules=names, init_weights=False, r=4)
+    kinds = {name.rpartition(".")[2]: type(m) for name, m in layers(model).items()}
+    assert {name for name, kind in kinds.items() if kind is ReadLinear} == set(names) - {"other", "called"}
+    with torch.no_grad():
+        unmerged = model(batch())
+        torch.testing.assert_close(model.merge_and_unload()(batch()), unmerged, rtol=1e-4, atol=1e-4)
+
+
+class ReadsSometimes(nn.Module):
+    """As BLOOM, whose attention reads `dense` for a setting that few have."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense, self.slow = nn.Linear(6, 6), False
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.dense.weight) if self.slow else self.dense(x)
+
+
+def test_a_batch_of_several_adapters_is_refused_where_a_weight_is_read_in_it():
+    model = adapted(ReadsSometimes(), target_modules=["dense"], init_weights=False, r=4)
+    model.add_adapter("other", DualLoraConfig(target_modules=["dense"], init_weights=False, r=4))
+    model.eval()
+    mixed = model(batch(), adapter_names=["default", "other", "__base__"] * 2)
+    for k, name in enumerate(["default", "other"]):
+        model.set_adapter(name)
+        torch.testing.assert_close(mixed[k::3], model(batch())[k::3])
+    model.base_model.model.slow = True
+    with pytest.raises(TypeError, match="does not support mixed adapter batches"):
+        model(batch(), adapter_names=["default", "other", "__base__"] * 2)
+    model(batch())
+
+
 MODELS = {
     "mamba": lambda: MambaForCausalLM(
         MambaConfig(vocab_size=60, hidden_size=32, state_size=4, num_hidden_layers=1, time_step_rank=4)
@@ -68,7 +138,7 @@ def test_real_models_compute_merged_as_unmerged(name):
     ids = torch.arange(12).view(1, 12)
     start = model(input_ids=ids).logits
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
-    train(model, 5, optimizer=optimizer, loss=lambda: model(input_ids=ids, labels=ids).loss)
+    train(model, 10, optimizer=optimizer, loss=lambda: model(input_ids=ids, labels=ids).loss)
     model.eval()
     with torch.no_grad():
         unmerged = model(input_ids=ids).logits

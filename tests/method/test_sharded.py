@@ -18,6 +18,7 @@ CASES = [
     "dropout",
     "fsdp2",
     "idle",
+    "sampled",
     "reference",
     "filled",
     "switched",

@@ -1,6 +1,8 @@
 """The strength λα/√(r1 r2): kept once, as a count; what a graph has saved of it stays as it was."""
 
 import copy
+import operator
+import pickle
 
 import pytest
 import torch
@@ -36,16 +38,38 @@ def test_a_change_between_forward_and_backward_comes_after_both(change, left):
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
-def test_a_strength_written_as_for_lora_acts(mode):
-    """`layer.scaling[adapter] = …` is how much code sets a LoRA's."""
-    model, theirs = adapted(init_std=0.3).eval(), adapted(init_std=0.3).eval()
-    with mode():
-        model(points())
-        for ours, other in zip(layers(model).values(), layers(theirs).values(), strict=True):
-            ours.scaling["default"] *= 0.5
-            other.set_scale("default", 0.5)
-        assert torch.equal(model(points()), theirs(points()))
+WRITTEN = {
+    "item": lambda layer, value: layer.scaling.__setitem__("default", value),
+    "update": lambda layer, value: layer.scaling.update(default=value),
+    "or": lambda layer, value: operator.ior(layer.scaling, {"default": value}),
+    "another dict": lambda layer, value: setattr(layer, "scaling", {"default": value}),  # as PEFT's rescale helper
+}
+
+
+def unpickled(model):
+    return pickle.loads(pickle.dumps(model))  # noqa: S301 - our own
+
+
+@pytest.mark.parametrize("copied", [lambda model: model, copy.deepcopy, unpickled], ids=["itself", "copy", "unpickled"])
+@pytest.mark.parametrize("way", WRITTEN)
+def test_a_strength_written_as_for_lora_acts_compiled_too(way, copied):
+    """`layer.scaling[adapter] = …` is how much code sets a LoRA's. The graph stays the one that it was."""
+    torch._dynamo.reset()
+    model, theirs = copied(adapted(init_std=0.3)).eval(), adapted(init_std=0.3).eval()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for mode in (torch.no_grad, torch.enable_grad):
+        with mode():
+            for run in (model, compiled):
+                run(points())
+            before = counter.frame_count
+            for share in (0.5, 2.0):
+                for ours, other in zip(layers(model).values(), layers(theirs).values(), strict=True):
+                    WRITTEN[way](ours, share * ours.states["default"].strength)
+                    other.set_scale("default", share)
+                for run in (model, compiled):
+                    torch.testing.assert_close(run(points()), theirs(points()))
+            assert counter.frame_count == before
 
 
 def test_a_count_below_zero_is_none():

@@ -84,6 +84,9 @@ def test_a_healthy_run_warns_of_nothing(options):
         before = adapted(**options)
         train(before, 6)
         before(points()).sum().backward()  # gradients that no step takes
+        briefly = adapted(**options)
+        train(briefly, 2)
+        briefly(points()).sum().backward()
         never = adapted(**options)
         model = adapted(TwoHeads(), target_modules=["first", "second"], **options)
         model.add_adapter("idle", copy.deepcopy(model.peft_config["default"]))

@@ -11,7 +11,7 @@ from adapters import base_with_words, verified
 from faulty import with_config, with_tensors
 from gguf import GGUFReader
 
-from dual_lora.lab.model.export import merge
+from dual_lora.lab.export.export import merge
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.run.train import run
 from dual_lora.lab.verify.logprobs import int4

@@ -62,6 +62,25 @@ def test_a_pattern_without_an_end(field, tmp_path, monkeypatch):
         ComposedWeights(tmp_path / "base", tmp_path / "adapter")
 
 
+def test_no_other_model_is_loaded(tmp_path, monkeypatch):
+    """Its own code would be asked for, and what is piped into the server taken for the answer."""
+    saved(peft.LoraConfig(r=4, target_modules=TARGETS), tmp_path)
+    changed(tmp_path, {"peft_type": "SHADOW", "shadow_model": str(tmp_path / "evil")})
+    monkeypatch.setattr("transformers.AutoModel.from_pretrained", lambda *_, **__: pytest.fail("it was loaded"))
+    (tmp_path / "evil").mkdir()
+    (tmp_path / "evil/config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(AdapterError, match=r"shadow_model names .*evil"):
+        ComposedWeights(tmp_path / "base", tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("key", ["q_proj|alpha", "(q_proj|seed)"])
+def test_a_rank_is_bounded_whatever_its_pattern(key, tmp_path):
+    saved(peft.LoHaConfig(r=4, target_modules=TARGETS), tmp_path)
+    changed(tmp_path, {"rank_pattern": {key: 10**9}})
+    with pytest.raises(AdapterError, match="rank_pattern holds 1,000,000,000"):
+        ComposedWeights(tmp_path / "base", tmp_path / "adapter")
+
+
 def test_patterns_that_end_are_served(tmp_path):
     config = peft.LoraConfig(
         r=4, target_modules=r".*\.(q|v)_proj", rank_pattern={r"layers\.(0|1)\.self_attn\.q_proj": 2}

@@ -9,7 +9,7 @@ import pytest
 from llama_cpp_server import CONVERTED, HOME, needs_llama_cpp, served
 from vllm_server import folder, verdict  # noqa: F401
 
-from dual_lora.lab.model.gguf import export_gguf, export_gguf_lora, find_converter
+from dual_lora.lab.export.gguf import export_gguf, export_gguf_lora, find_converter
 
 pytestmark = needs_llama_cpp
 

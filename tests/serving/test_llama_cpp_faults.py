@@ -8,7 +8,7 @@ import served_faults
 from llama_cpp_server import CONVERTED, HOME, needs_llama_cpp, served
 from served_faults import VERDICTS, adapters  # noqa: F401
 
-from dual_lora.lab.model.gguf import find_converter
+from dual_lora.lab.export.gguf import find_converter
 
 pytestmark = needs_llama_cpp
 

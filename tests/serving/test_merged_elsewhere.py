@@ -9,8 +9,8 @@ from llama_cpp_server import CONVERTED, HOME
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm_server import PYTHON, ask, folder, free_port, running  # noqa: F401
 
-from dual_lora.lab.model.export import merge
-from dual_lora.lab.model.gguf import find_converter
+from dual_lora.lab.export.export import merge
+from dual_lora.lab.export.gguf import find_converter
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
 PROMPT, TOKENS = "The sky is", 12

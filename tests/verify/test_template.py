@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from dual_lora.verify import template
+from dual_lora.verify import template, time_limit
 from dual_lora.verify.callback import end_tokens
 
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{{ b }}{% endfor %}{% endfor %}"
@@ -24,7 +24,7 @@ def tokenizer(text):
 @pytest.mark.parametrize("text", ["{{ 9**(9**9) }}", "{{ (messages|length + 8)**(9**9) }}", LOOP])
 def test_a_template_without_end_is_ended(text, monkeypatch):
     monkeypatch.setattr(template, "SECONDS", 0.1)
-    monkeypatch.setattr(template, "AGAIN", 0.1)
+    monkeypatch.setattr(time_limit, "AGAIN", 0.1)
     before = signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)[0] > 0
     with pytest.raises(TimeoutError, match="takes longer than"):
         template.rendered(tokenizer(text), TALK)

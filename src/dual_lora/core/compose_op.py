@@ -205,15 +205,16 @@ def _(G, factors, scales, mean_squares, forms, loss_scale, routed):
 
 def _setup(ctx, inputs, output):
     weight, factors, scales, mean_squares, forms, loss_scale, routed, _ = inputs
-    ctx.save_for_backward(loss_scale, routed, *factors, *scales, *mean_squares)
+    ctx.save_for_backward(routed, *factors, *scales, *mean_squares)
+    ctx.loss_scale = loss_scale  # not saved: its value is that of the backward pass
     ctx.forms, ctx.weight_dtype = forms, None if weight is None else weight.dtype
 
 
 def _backward(ctx, G):
     need_weight, need_factors, *_ = ctx.needs_input_grad
-    loss_scale, routed, *rest = ctx.saved_tensors
+    routed, *rest = ctx.saved_tensors
     n = len(ctx.forms)
-    given = G, rest[: 4 * n], rest[4 * n : 5 * n], rest[5 * n :], ctx.forms, loss_scale, routed
+    given = G, rest[: 4 * n], rest[4 * n : 5 * n], rest[5 * n :], ctx.forms, ctx.loss_scale, routed
     dF = dispatch.wanted(need_factors, lambda: torch.ops.dual_lora.weight_backward(*given))
     return G.to(ctx.weight_dtype) if need_weight else None, dF, [None] * n, [None] * n, None, None, None, None
 

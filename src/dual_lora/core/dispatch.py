@@ -49,7 +49,7 @@ def implementation(
     known = (
         dtype in DTYPES
         and (not isinstance(weight, Tensor) or (weight.dtype in DTYPES and weight.device == device))
-        and all(a.factors.A.dtype != torch.float64 and a.form.trains_direction for a in adapters)
+        and all(a.factors.A.dtype != torch.float64 for a in adapters)
         and all(max(a.factors.A.shape[-2], a.factors.C.shape[-2]) <= LARGEST_RANK for a in adapters)
         and os.environ.get(SWITCH) != "plain"
     )

@@ -125,13 +125,14 @@ def _(dy, indices, factors, scales, mean_squares, forms, loss_scale, padding_idx
 
 def _setup(ctx, inputs, output):
     indices, _, factors, scales, mean_squares, forms, loss_scale, padding_idx, _, _, scale_grad_by_freq, _ = inputs
-    ctx.save_for_backward(indices, loss_scale, *factors, *scales, *mean_squares)
-    ctx.rest = forms, padding_idx, scale_grad_by_freq
+    ctx.save_for_backward(indices, *factors, *scales, *mean_squares)
+    # The factor on the loss is not saved: its value is that of the backward pass.
+    ctx.rest = forms, loss_scale, padding_idx, scale_grad_by_freq
 
 
 def _backward(ctx, dy):
-    indices, loss_scale, *rest = ctx.saved_tensors
-    forms, padding_idx, scale_grad_by_freq = ctx.rest
+    indices, *rest = ctx.saved_tensors
+    forms, loss_scale, padding_idx, scale_grad_by_freq = ctx.rest
     n = len(forms)
     lists = rest[: 4 * n], rest[4 * n : 5 * n], rest[5 * n :], forms
     given = dy, indices, *lists, loss_scale, padding_idx, scale_grad_by_freq

@@ -179,7 +179,8 @@ def _keep(
 ) -> None:
     # One order for both ways: gradient checkpointing may see one in forward and the other when it computes again.
     kept = [t for factors, scale, _, mean_square in adapters for t in (*factors, scale, mean_square)]
-    ctx.save_for_backward(x, weight, loss_scale, *kept)
+    ctx.save_for_backward(x, weight, *kept)
+    ctx.loss_scale = loss_scale  # not saved: its value is that of the backward pass
     ctx.forms, ctx.share = [a.form for a in adapters], share
     ctx.bias_dtype = None if bias is None else bias.dtype
 
@@ -188,7 +189,7 @@ def _gradients(
     ctx: Any, dy: Tensor, need_x: bool, need_weight: bool, need_bias: bool, need_factors: Sequence[bool]
 ) -> tuple[Any, ...]:
     """dx, dW, dbias and the factors' gradients; None where no gradient is wanted."""
-    x, weight, loss_scale, *kept = ctx.saved_tensors
+    x, weight, *kept = ctx.saved_tensors
     dx: Any = None
     dW: Any = None
     dF: Any = None
@@ -203,9 +204,9 @@ def _gradients(
         draw = torch.rand((), device=x.device) if sampling else None
         # With create_graph=True the operator's own backward raises the error for a second derivative.
         if nobody_watches() and not torch.is_grad_enabled() and are_plain(dy, x, weight):
-            dx, dW, dF = _linear_backward(dy, x, weight, adapters, loss_scale, ctx.share, draw, needs)
+            dx, dW, dF = _linear_backward(dy, x, weight, adapters, ctx.loss_scale, ctx.share, draw, needs)
         else:
-            given = dy, x, weight, *dispatch.flat(adapters), loss_scale, ctx.share, draw, *needs
+            given = dy, x, weight, *dispatch.flat(adapters), ctx.loss_scale, ctx.share, draw, *needs
             out = iter(torch.ops.dual_lora.linear_backward(*given))
             dx, dW = next(out) if needs.x else None, next(out) if needs.weight else None
             dF = list(out)

@@ -126,12 +126,17 @@ def magnitude(P: Tensor, form: Form) -> Tensor:
 def direction_of(C: Tensor, D: Tensor, form: Form, weight: Tensor | None = None) -> Tensor:
     """Q, [O, I]: D C, in integers that wrap around where the signs are frozen; the weight; or nothing, a 1."""
     if form.direction == "weight":
-        if weight is None:
-            raise ValueError('The direction "weight" needs the weight that the update is multiplied by.')
-        return weight
+        return needed(weight)
     if form.direction == "one":
         return D.new_ones(())
     return D * C if form.direction == "frozen" else D @ C
+
+
+def needed(weight: Tensor | None) -> Tensor:
+    """The weight that an update is multiplied by. Raises ValueError where there is none."""
+    if weight is None:
+        raise ValueError('The direction "weight" needs the weight that the update is multiplied by.')
+    return weight
 
 
 def direction(Q: Tensor, form: Form) -> Tensor:

@@ -8,6 +8,7 @@ such that Σ π = n (water-filling), and the sampling is systematic: one uniform
 is. As in VCAS (Wang et al., arXiv 2402.17227) and WTA-CRS (Liu et al., arXiv 2305.15265).
 """
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -73,29 +74,40 @@ class Water(NamedTuple):
         return at, torch.where(beyond, 0.0, chances[at].clamp(min=1e-300).reciprocal())
 
 
-def water(dy: Tensor, x: Tensor) -> Water:
-    """For dy [T, O] and x [T, I]."""
-    scores = torch.nan_to_num(_norms(dy).double() * _norms(x).double(), nan=_HUGE, posinf=_HUGE)
+def water(scores: Tensor) -> Water:
+    """Of leverages [T], or of parts of each token [T, parts], whose squares are added."""
+    scores = torch.nan_to_num(scores.double(), nan=_HUGE, posinf=_HUGE)
+    if scores.ndim > 1:
+        scores = torch.linalg.vector_norm(scores, dim=1)
     ordered = scores.sort(descending=True).values
     rest, squared = (v.flip(0).cumsum(0).flip(0) for v in (ordered, ordered.square()))
     return Water(scores, ordered, rest, squared)
 
 
-def sample(dy: Tensor, x: Tensor, n: int, draw: Tensor, made: Water | None = None) -> tuple[Tensor, Tensor]:
+def leverage(dy: Tensor, x: Tensor) -> Tensor:
+    """‖dy_t‖ · ‖x_t‖ of the rows of dy [..., T, O] and x [..., T, I]."""
+    return norms(dy).double() * norms(x).double()
+
+
+def sample(dy: Tensor, x: Tensor, n: int, draw: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of dy, weighed, and of x, n of each, whose product has the expectation dyᵀ x.
 
     draw: one number, uniform in [0, 1).
     """
-    at, weights = (made or water(dy, x)).draw(n, draw)
+    return weighed(dy, x, water(leverage(dy, x)).draw(n, draw))
+
+
+def weighed(dy: Tensor, x: Tensor, drawn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The drawn rows of dy [T, O], each by its weight, and of x [T, I]."""
+    at, weights = drawn
     return dy[at] * weights.to(dy.dtype).unsqueeze(1), x[at]
 
 
-def count(dy: Tensor, x: Tensor, sequences: int, share: float, draw: Tensor, made: Water) -> int:
-    """How many tokens a sample takes; T for all of them."""
-    T = len(x)
+def count(T: int, share: float, made: Water, variance: Callable[[], Tensor]) -> int:
+    """How many tokens a sample takes; T for all of them. variance: G's own, which `AUTO` adds to."""
     if share != AUTO:
         return min(T, max(FEWEST, round(share * T)))
-    allowed = BOUND * _own_variance(dy, x, sequences, draw, made)
+    allowed = BOUND * variance()
     for part in (16, 8, 4, 3, 2):
         n = max(FEWEST, T // part)
         if n < T and bool(made.added_variance(n) <= allowed):
@@ -103,39 +115,62 @@ def count(dy: Tensor, x: Tensor, sequences: int, share: float, draw: Tensor, mad
     return T
 
 
-def _own_variance(dy: Tensor, x: Tensor, sequences: int, draw: Tensor, made: Water) -> Tensor:
-    """The variance of G as the sum over sequences, estimated between those of the batch by random projections of their
-    gradients; of a single sequence, as if its tokens were independent, which is less."""
+def chosen(
+    scores: Tensor, share: float, draw: Tensor, variance: Callable[[Water, Tensor], Tensor]
+) -> tuple[Tensor, Tensor] | None:
+    """Which tokens stand for all, and the weight of each, by their leverages [T]; None for all as they are.
+
+    variance: G's own, for these tokens and this draw.
+    """
+    T = len(scores)
+    if T <= FEWEST:
+        return None
+    made = water(scores)
+    draw = (draw + made.shift()) % 1
+    n = count(T, share, made, lambda: variance(made, draw))
+    return None if n >= T else made.draw(n, draw)
+
+
+def probes(draw: Tensor, shape: Sequence[int], like: Tensor) -> Tensor:
+    """Random directions [shape] of this draw, by which gradients are compared without being made."""
+    generator = torch.Generator().manual_seed(int(draw * 2**53))
+    return torch.randn(*shape, generator=generator).to(like.device, torch.float32)
+
+
+def between(projected: Tensor) -> Tensor:
+    """The variance of G as the sum over S sequences, estimated from G of each, projected on the probes [S, …]."""
+    S = len(projected)
+    return (projected - projected.mean(0)).double().square().sum() / PROBES * S / (S - 1)
+
+
+def own_variance(dy: Tensor, x: Tensor, sequences: int, made: Water, draw: Tensor) -> Tensor:
+    """The variance of G = dyᵀ x between the sequences of a batch; of a single one, as if its tokens were independent,
+    which is less."""
     if sequences < 2:
         return made.rest_squared[:1]
-    generator = torch.Generator().manual_seed(int(draw * 2**53))
-    probes = torch.randn(x.shape[1], PROBES, generator=generator).to(x.device, torch.float32)
-    seen = (x.float() @ probes).view(sequences, -1, PROBES)
-    each = dy.float().view(sequences, -1, dy.shape[1]).mT @ seen  # G of each sequence, projected
-    spread = (each - each.mean(0)).double().square().sum() / PROBES
-    return spread * sequences / (sequences - 1)
+    seen = (x.float() @ probes(draw, (x.shape[1], PROBES), x)).view(sequences, -1, PROBES)
+    return between(dy.float().view(sequences, -1, dy.shape[1]).mT @ seen)
 
 
 def carriers(dy: Tensor, x: Tensor, sequences: int, share: float, draw: Tensor | None) -> tuple[Tensor, Tensor] | None:
     """Rows of dy and x whose product stands for dyᵀ x; None for all of them as they are."""
     if draw is None or len(x) <= FEWEST:
         return None
-    made = water(dy, x)
-    draw = (draw + made.shift()) % 1
-    n = count(dy, x, sequences, share, draw, made)
-    return None if n >= len(x) else sample(dy, x, n, draw, made)
+    drawn = chosen(leverage(dy, x), share, draw, lambda made, draw: own_variance(dy, x, sequences, made, draw))
+    return None if drawn is None else weighed(dy, x, drawn)
 
 
 def not_zero(dy: Tensor) -> Tensor | None:
     """The rows of dy [T, O] that are not zero; None where nearly none is, or on a device that would have to wait."""
     if dy.device.type != "cpu" or len(dy) <= FEWEST:
         return None
-    zero = _norms(dy) == 0
+    zero = norms(dy) == 0
     # The square of a small number may be zero where the number is not.
     if int(zero.sum()) <= WORTH * len(dy) or bool(dy[zero].any()):
         return None
     return zero.logical_not_().nonzero().view(-1)
 
 
-def _norms(rows: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.promote_types(rows.dtype, torch.float32))
+def norms(rows: Tensor) -> Tensor:
+    """‖row‖ of each row, at least in fp32."""
+    return torch.linalg.vector_norm(rows, dim=-1, dtype=torch.promote_types(rows.dtype, torch.float32))

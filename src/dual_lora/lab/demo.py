@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 from dual_lora.lab.data import tool_calls
 from dual_lora.lab.data.tool_calls import TEST_SETS
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.files.folder import OWN as OF_A_RUN
+from dual_lora.lab.files.folder import check_plain, files_in, remove_own
+from dual_lora.lab.files.write import WHOLE, write_folder_atomically, write_json
 from dual_lora.lab.interrupt import Stopped
 from dual_lora.lab.read import read_object
-from dual_lora.lab.recipe.read import merged, read_recipe
+from dual_lora.lab.recipe.read import read_recipe
 from dual_lora.lab.recipe.schema import Recipe
-from dual_lora.lab.run.folder import OWN as OF_A_RUN
-from dual_lora.lab.run.folder import check_plain, files_in, remove_own
-from dual_lora.lab.run.write import WHOLE, write_folder_atomically, write_json
 
 if TYPE_CHECKING:
     from dual_lora.lab.run.evaluate import EvalResult
@@ -144,12 +144,12 @@ def ask(out: Path, request: str) -> str:
 
 def _recipe(out: Path, seed: int, overrides: dict[str, Any]) -> Recipe:
     data = {"train": str(out / "data" / "train.jsonl"), "test": str(out / "data" / f"{TEST_SETS[-1]}.jsonl")}
-    return read_recipe(RECIPE, merged({"data": data, "train": {"seed": seed}}, overrides))
+    return read_recipe(RECIPE, Recipe.merged({"data": data, "train": {"seed": seed}}, overrides))
 
 
 def _make(out: Path, seed: int, recipe: Recipe, progress: bool) -> DemoResult:
     from dual_lora.lab.data.examples import load_split
-    from dual_lora.lab.model.export import merge
+    from dual_lora.lab.export.export import merge
     from dual_lora.lab.model.opened import open_tuned
     from dual_lora.lab.run.evaluate import evaluate, write_result
     from dual_lora.lab.run.train import run as train

@@ -12,6 +12,10 @@ class UserError(ValueError):
     """Wrong input or surroundings. The message says what was received, what was expected and the way out."""
 
 
+class NotFinite(Exception):
+    """A number was NaN or infinity. The message says where; the one who catches it says what follows."""
+
+
 KEPT_OF_AN_ERROR = 2000  # characters
 LISTED = 60  # more names than that hide the sentence that they end
 

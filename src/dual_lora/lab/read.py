@@ -42,10 +42,11 @@ def has_second_name(file: Path) -> bool:
 
 
 @contextmanager
-def opened(file: Path, largest: int = LARGEST) -> Iterator[TextIO]:
-    """A text file's lines. Raises UserError for one that is too large, not UTF-8 or no regular file."""
+def opened(file: Path, largest: int = LARGEST, linked: bool = True) -> Iterator[TextIO]:
+    """A text file's lines. Raises UserError for one that is too large, not UTF-8 or no regular file. linked: whether
+    it may be a link, see `unlinked`."""
     try:
-        with regular(file, largest).open(encoding="utf-8-sig", newline="") as lines:
+        with regular(file if linked else unlinked(file), largest).open(encoding="utf-8-sig", newline="") as lines:
             yield lines
     except UserError:
         raise

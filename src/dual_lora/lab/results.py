@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dual_lora.lab.errors import UserError, suggest
-from dual_lora.lab.read import read_json, read_json_lines
+from dual_lora.lab.read import read_json, read_json_lines, read_object
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,6 +25,20 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 ANALYSIS = "dual-lora analysis"  # the format of its file
+
+
+MOST_FIGURES = 100_000  # of one evaluation, in the table of its variants and metrics
+
+
+def read_evaluation(file: Path) -> Row:
+    """The result of an evaluation. Raises OSError, or ValueError for none, and for more figures than any has."""
+    result = read_object(file)
+    variants = result["metrics"].values() if isinstance(result.get("metrics"), dict) else ()
+    if not all(isinstance(figures, dict) for figures in variants):
+        raise ValueError("its metrics are no figures by the names of models")
+    if (count := len(variants) * len({name for figures in variants for name in figures})) > MOST_FIGURES:
+        raise ValueError(f"it holds a table of {count:,} figures, expected at most {MOST_FIGURES:,}")
+    return result
 
 
 def mean_over_layers(rows: Sequence[Row], key: str) -> float | None:

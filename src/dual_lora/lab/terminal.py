@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from dual_lora.lab.report import blocks
 
 MOODS = {"good": "green", "bad": "red", "same": "cyan", "open": "yellow"}
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but the tab and the new line
+# All but the tab and the new line; and what turns the direction of writing, so that other words seem to stand there.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def shown(text: str) -> str:

@@ -67,6 +67,14 @@ class _Dumper(yaml.SafeDumper):
     """YAML's safe dumper, which quotes what looks like a number of either version."""
 
 
+def _text(dumper: _Dumper, value: str) -> yaml.ScalarNode:
+    """Unicode's own line ends are escaped, which only double quotes can: they would be read as spaces."""
+    style = '"' if any(end in value for end in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+
+_Dumper.add_representer(str, _text)
+
 for _tag, (_pattern, _first) in _NUMBERS.items():
     _whole = re.compile(rf"(?:{_pattern.pattern})$")  # PyYAML asks for a match at the beginning
     _Loader.add_implicit_resolver(_tag, _whole, list(_first))

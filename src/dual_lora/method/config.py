@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from dataclasses import MISSING, dataclass, field, fields
@@ -12,11 +13,11 @@ from peft.utils import PeftType
 
 from ..core.reference import Form, Magnitude, Ste
 from . import lora_fields
-from .config_checks import PAPER_WARMUP, check_frozen, check_share, check_warmup, is_positive
+from .config_checks import PAPER_WARMUP, check_frozen, check_share, check_warmup, is_positive, of_format_1
 from .ranks import Rank, ranks_of, split_rank
 from .saved import check_file
 
-Start = bool | Literal["paper", "zero"]
+Start = bool | Literal["aligned", "paper", "zero"]
 Direction = Literal["sign", "identity", "frozen"]
 Sampling = float | Literal["auto"] | None
 FORMAT_VERSION = 2  # 1: the paper's start was the default, `init_weights=True`
@@ -80,9 +81,10 @@ class DualLoraConfig(PeftConfig):
     init_weights: Start = field(
         default=True,
         metadata={
-            "help": "True: B = 0, so that ΔW = 0 at the start, and A as LoRA draws it. 'paper': Gaussian factors under "
-            "the warm-up (see `DualLoraConfig.paper`). 'zero': B = 0 and a Gaussian A, as in version 0.2. "
-            "False: random factors at full strength (for tests; it changes the model's output)."
+            "help": "True: B = 0, so that ΔW = 0 at the start, and A as LoRA draws it. 'aligned': the same with signs "
+            "of rank one. 'paper': Gaussian factors under the warm-up (see `DualLoraConfig.paper`). 'zero': B = 0, the "
+            "rest Gaussian, as in version 0.2. False: random factors at full strength (for tests; it changes the "
+            "model's output)."
         },
     )
     init_std: float | None = field(
@@ -153,7 +155,11 @@ class DualLoraConfig(PeftConfig):
         metadata={"help": "Ranks of single layers by name or regular expression: a total, or [r1, r2]."},
     )
     alpha_pattern: dict[str, float] = field(
-        default_factory=dict, metadata={"help": "α of single layers by name or regular expression."}
+        default_factory=dict,
+        metadata={
+            "help": "α of single layers by name or regular expression. Next to `lora_alpha` LoRA's number; one of "
+            "`alpha` and `lora_alpha` has to be given with it."
+        },
     )
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Tokens whose embeddings train, as in LoraConfig."}
@@ -182,7 +188,6 @@ class DualLoraConfig(PeftConfig):
         self._custom_modules: dict[type, type] | None = None
         self.r1, self.r2 = split_rank(self.r, self.r1, self.r2, one_group=self.one_group)
         self.r = self.r1 + self.r2
-        self._has_ranks = True
         for name in ("rank_pattern", "alpha_pattern", "sampling_pattern"):
             if not isinstance(getattr(self, name), dict):
                 raise ValueError(f"{name} must be a mapping of names to values, got {getattr(self, name)!r}.")
@@ -194,11 +199,7 @@ class DualLoraConfig(PeftConfig):
         for name, alpha in alphas.items():
             if alpha is not None and not is_positive(alpha):
                 raise ValueError(f"{name} must be a positive number, got {alpha!r}.")
-        if self.init_std is None:
-            self.init_std = STD if self.init_weights is True else EARLIER_STD
-        if not is_positive(self.init_std):
-            raise ValueError(f"init_std must be a positive number, got {self.init_std!r}; the default is {STD}.")
-        check_warmup(self)
+        self._check_start()
         shares = {"token_sampling": self.token_sampling}
         shares |= {f"sampling_pattern[{k!r}]": v for k, v in self.sampling_pattern.items()}
         for name, share in shares.items():
@@ -229,6 +230,19 @@ class DualLoraConfig(PeftConfig):
                     )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
+        self._complete = True
+
+    def _check_start(self) -> None:
+        if self.init_std is None:
+            self.init_std = STD if self.starts_like_lora else EARLIER_STD
+        if not is_positive(self.init_std):
+            raise ValueError(f"init_std must be a positive number, got {self.init_std!r}; the default is {STD}.")
+        check_warmup(self)
+
+    @property
+    def starts_like_lora(self) -> bool:
+        """Whether B is zero and A is drawn as LoRA draws it."""
+        return self.init_weights is True or self.init_weights == "aligned"
 
     @property
     def one_group(self) -> bool:
@@ -236,9 +250,17 @@ class DualLoraConfig(PeftConfig):
         return self.direction_activation == "frozen"
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """As usual; ranks that are written later stay consistent: a new `r` is halved, a new r1 or r2 changes `r`."""
-        if name not in ("r", "r1", "r2") or not vars(self).get("_has_ranks"):
+        """As usual; ranks and start stay consistent: a new r1 or r2 changes `r`, a start has its σ and warm-up."""
+        if not vars(self).get("_complete") or name not in ("r", "r1", "r2", "init_weights", "init_std", "warmup_steps"):
             super().__setattr__(name, value)
+            return
+        if name[0] != "r":
+            tried, std = copy.copy(self), self.init_std
+            vars(tried).update({"_complete": False, name: value})
+            if name == "init_weights" and value != self.init_weights:
+                vars(tried).update(init_std=None if std in (STD, EARLIER_STD) else std, warmup_steps=None)
+            tried._check_start()
+            vars(self).update(vars(tried), _complete=True)
             return
         new = {"r1": self.r1, "r2": self.r2, name: value}
         if name == "r" and value != new["r1"] + new["r2"]:
@@ -271,7 +293,7 @@ class DualLoraConfig(PeftConfig):
 
     def default_alpha(self, r1: int, r2: int) -> float:
         """α of a layer of these ranks where none is set."""
-        return (ALPHA if self.init_weights is True else EARLIER_ALPHA) * (r1 + r2)
+        return (ALPHA if self.starts_like_lora else EARLIER_ALPHA) * (r1 + r2)
 
     lora_alpha = property(
         lambda self: (self.default_alpha(self.r1, self.r2) if self.alpha is None else self.alpha) / LORA_ALPHA,
@@ -291,7 +313,7 @@ class DualLoraConfig(PeftConfig):
             self.ste,
             self.magnitude_activation,
             self.direction_activation,
-            live_zero=self.init_weights in (True, "zero"),
+            live_zero=self.starts_like_lora or self.init_weights == "zero",
             plain=self.plain_rank,
         ).check()
 
@@ -303,20 +325,13 @@ def _by_loras_names(init: Any) -> Any:
     @functools.wraps(init)
     def wrapped(self: Any, *args: Any, **options: Any) -> None:
         if options.get("peft_type") and "format_version" not in options and "init_std" in options:
-            options = _of_format_1(options)
+            options = of_format_1(options)
         init(self, *args, **lora_fields.translated(options, own, LORA_ALPHA))
 
     signature = inspect.signature(init)  # PEFT looks there for what a saved configuration may hold
     theirs = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in lora_fields.names() - own]
     wrapped.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *theirs])  # type: ignore[attr-defined]
     return wrapped
-
-
-def _of_format_1(saved: dict[str, Any]) -> dict[str, Any]:
-    """What a configuration that an earlier version has saved says in the present format."""
-    if saved.get("init_weights", True) is True:
-        return saved | {"init_weights": "paper"}
-    return saved | {"warmup_steps": None}  # which played no part
 
 
 def _described(config: type) -> str:

@@ -32,10 +32,11 @@ def check_share(name: str, share: Any) -> None:
 
 def check_warmup(config: Any) -> None:
     """Give the paper's start its warm-up, and raise ValueError for one that cannot be, or for another start's."""
-    if not isinstance(config.init_weights, bool) and config.init_weights not in ("paper", "zero"):
+    if not isinstance(config.init_weights, bool) and config.init_weights not in ("aligned", "paper", "zero"):
         raise ValueError(
-            f"Unknown init_weights {config.init_weights!r}: choose True (B = 0), 'paper' (Gaussian factors under the "
-            "warm-up), 'zero' (as version 0.2 drew it) or False (random, for tests)."
+            f"Unknown init_weights {config.init_weights!r}: choose True (B = 0), 'aligned' (with signs of rank one), "
+            "'paper' (Gaussian factors under the warm-up), 'zero' (as version 0.2 drew it) or False (random, for "
+            "tests)."
         )
     steps = config.warmup_steps
     if config.init_weights != "paper":
@@ -64,3 +65,10 @@ def is_whole(value: Any) -> bool:
 def is_positive(value: Any) -> bool:
     """Whether a value is a finite number above 0."""
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+
+
+def of_format_1(saved: dict[str, Any]) -> dict[str, Any]:
+    """What a configuration that an earlier version has saved says in the present format."""
+    if saved.get("init_weights", True) is True:
+        return saved | {"init_weights": "paper"}
+    return saved | {"warmup_steps": None}  # which played no part

@@ -78,6 +78,7 @@ def configuration(original: Callable[..., Any], state: dict[str, Any], *args: An
     return DualLoraConfig(
         r1=usual[0],
         r2=usual[1],
+        alpha=LORA_ALPHA * sum(usual),
         rank_pattern=others,
         alpha_pattern=alphas,
         target_modules=sorted(ranks),

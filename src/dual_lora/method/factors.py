@@ -23,7 +23,8 @@ from .config import DualLoraConfig
 from .parallel import offloaded, sharded
 from .precision import FACTOR_DTYPES, Warned, in_fp32, mark_as_stored
 from .seeds import Seeds
-from .strength import AdapterState, Strength
+from .start import give_signs_of_rank_one
+from .strength import AdapterState, Scaling, Strength
 
 Adapters = dict[str, Adapter]  # by name, in the order in which they are added
 
@@ -38,7 +39,7 @@ class FactorsLayer(Strength, Seeds, nn.Module, BaseTunerLayer):
 
     adapter_layer_names: tuple[str, ...] = ("dual_lora_A", "dual_lora_B", "dual_lora_C", "dual_lora_D")
     other_param_names: tuple[str, ...] = (
-        *("states", "scaling", "tied", "dual_lora_dropout", "dual_lora_left", "dual_lora_scale", "_scaled"),
+        *("states", "scaling", "tied", "dual_lora_dropout", "dual_lora_left", "dual_lora_scale"),
         *("dual_lora_seed", "dual_lora_keys", "_made_of"),
     )
 
@@ -48,7 +49,6 @@ class FactorsLayer(Strength, Seeds, nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.states: dict[str, AdapterState] = {}
-        self.scaling: dict[str, float] = {}
         self.dual_lora_dropout = nn.ModuleDict()
         self.dual_lora_A = nn.ParameterDict()
         self.dual_lora_B = nn.ParameterDict()
@@ -59,7 +59,7 @@ class FactorsLayer(Strength, Seeds, nn.Module, BaseTunerLayer):
         self.dual_lora_keys: dict[str, tuple[Tensor, Tensor]] = {}
         self._made_of: dict[str, tuple[Tensor, int]] = {}
         self.dual_lora_scale: dict[str, Tensor] = {}
-        self._scaled: dict[str, float] = {}
+        self._scaling = Scaling({}, self.dual_lora_scale)
         self._disable_adapters = False
         self.tied: dict[str, FactorsLayer] = {}  # the embedding whose weight, and whose adapter, this is
         self.warned = Warned() if warned is None else warned  # the model's own, of all its layers
@@ -129,10 +129,7 @@ class FactorsLayer(Strength, Seeds, nn.Module, BaseTunerLayer):
             )
         alpha = config.default_alpha(r1, r2) if alpha is None else float(alpha)
         if share != EXACT and not self.samples_tokens:
-            self.warned.once(
-                f"token_sampling has no effect on {type(base).__name__}: it acts in linear layers. This "
-                "layer's gradients are exact."
-            )
+            self.warned.once(f"token_sampling has no effect on {type(base).__name__}: its gradients are exact.")
         self.set_state(adapter_name, AdapterState(r1, r2, alpha, config.form, config.warmup_steps or 0, share))
         dropout = config.dropout if self.takes_dropout else 0.0
         self.dual_lora_dropout[adapter_name] = nn.Dropout(dropout) if dropout else nn.Identity()
@@ -189,19 +186,22 @@ class FactorsLayer(Strength, Seeds, nn.Module, BaseTunerLayer):
     def reset_dual_lora_parameters(self, adapter_name: str, config: DualLoraConfig) -> None:
         """Draw the factors: A as LoRA draws its own, B = 0, C and D from N(0, σ²).
 
-        With init_weights="paper" all from N(0, σ²), with "zero" all but B, with False at a visible strength.
+        With init_weights="aligned" the same with signs of rank one; with "paper" all from N(0, σ²), with "zero" all but
+        B, with False at a visible strength.
         """
         std = (config.init_std or 0.0) if config.init_weights else 0.3  # for tests: it shows in a model of any width
         for letter, factors in zip("ABCD", self._dicts_of(adapter_name), strict=False):
             factor = factors[adapter_name]
             if factor.device.type == "meta":
                 continue
-            if letter == "A" and config.init_weights is True:
+            if letter == "A" and config.starts_like_lora:
                 self._draw_A(factor)
-            elif letter == "B" and config.init_weights in (True, "zero"):
+            elif letter == "B" and config.form.live_zero:  # by which a zero B trains
                 nn.init.zeros_(factor)
             else:
                 nn.init.normal_(factor, std=std)
+                if letter in "CD" and config.init_weights == "aligned" and config.direction_activation == "sign":
+                    give_signs_of_rank_one(factor, rank_dimension=-2 if letter == "C" else -1)
         mark_as_stored(self._stored(adapter_name))
 
     def _draw_A(self, A: Tensor) -> None:

@@ -65,11 +65,13 @@ def hotswap_from_state_dict(
                 "missing. Save the adapter with `save_pretrained`."
             )
     key_of = _keys(model)
+    scales: dict[DualLoraLayer, Tensor] = {}
     with torch.no_grad():
         for key, value in others.items():
             known[key].copy_(value)
         for name, layer in layers.items():
             composed_weights.drop(layer)
+            scales[layer] = layer._scale(adapter_name)
             if adapter_name in layer.tied:
                 continue  # its factors are the embedding's
             for letter, factors in zip(RANK_DIMENSION, layer._dicts_of(adapter_name), strict=False):
@@ -84,11 +86,10 @@ def hotswap_from_state_dict(
                 layer.states[adapter_name].warmup = config.warmup_steps
                 layer._begin(adapter_name)
             layer.set_left(adapter_name, 0 if left is None else left)
-            _rescale(layer, adapter_name)
         for layer in layers.values():
             if adapter_name in layer.tied:
                 layer.tie(adapter_name, layer.tied[adapter_name])
-                _rescale(layer, adapter_name)
+            _rescale(layer, adapter_name, scales[layer])
 
     configs: Any = getattr(model, "peft_config", {})
     if adapter_name in configs:
@@ -197,9 +198,8 @@ def pad_ranks(model: nn.Module, target_rank: int | None, config: Any = None) -> 
             _write_options(one, model, adapter)
 
 
-def _rescale(layer: DualLoraLayer, adapter: str) -> None:
-    """Write the adapter's strength where the old one was, for compiled models and captured CUDA graphs."""
-    before = layer.dual_lora_scale[adapter]
+def _rescale(layer: DualLoraLayer, adapter: str, before: Tensor) -> None:
+    """Write the adapter's strength where the old one was, for captured CUDA graphs."""
     now = layer._scale(adapter)
     if now is not before and not before.is_inference() and (before.device, before.dtype) == (now.device, now.dtype):
         layer.dual_lora_scale[adapter] = before.copy_(now)

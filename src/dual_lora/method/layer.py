@@ -18,6 +18,7 @@ from ..core.compose_op import Composed, dual_lora_weight
 from ..core.dispatch import autocast_dtype, in_dtype_of
 from ..core.handle import Handle
 from ..core.op import dual_lora_linear
+from ..core.sampled import SampledProducts
 from ..core.tokens import AUTO, EXACT
 from .cache import composed_weights
 from .config import DualLoraConfig
@@ -105,6 +106,11 @@ class DualLoraLayer(MergeLayer):
             return Composed(self._kept_weight(weight, chosen, dtype, make), matrix, adapters)
         return Composed(make(), matrix, adapters)
 
+    def _share(self, names: Iterable[str]) -> float:
+        """The share of the tokens that the adapters' gradients are estimated from: one G serves all of them."""
+        shares = [self.states[name].share for name in names]
+        return AUTO if AUTO in shares and EXACT not in shares else max(shares)
+
     def _loss_scale(self, names: Iterable[str], operand: Tensor) -> Tensor | None:
         """The gradient scaler's factor, where one of the adapters is trained with `clip`."""
         scale = loss_scale(operand.device)
@@ -168,8 +174,10 @@ class MapLayer(DualLoraLayer):
         base: Any = self.base_layer
         weight = base.weight
         composed = self._composed(weight, self._adapters(names), weight, dtype=weight.dtype)
+        products = SampledProducts(self._share(names))
+        products.add(composed.result)
         # Not composed again in backward: such a forward may write into its weight (a mask), which dx has to see.
-        with replaced(base, {"weight": self._from_matrix(composed.result)}):
+        with replaced(base, {"weight": self._from_matrix(composed.result)}), products.entered():
             return base(x, *args, **kwargs)
 
     def _branch(self, x: Tensor, name: str, *args: Any, **kwargs: Any) -> Tensor:
@@ -267,9 +275,7 @@ class Linear(MapLayer):
                 composed_weights.drop(self)
         adapters = [*chosen.values()]
         if source is None or not keeps:
-            shares = [self.states[name].share for name in chosen]  # one G serves all of them
-            share = AUTO if AUTO in shares and EXACT not in shares else max(shares)
-            return dual_lora_linear(x, weight, bias, adapters, self._loss_scale(chosen, x), share)
+            return dual_lora_linear(x, weight, bias, adapters, self._loss_scale(chosen, x), self._share(chosen))
         dtype = autocast_dtype(x.device, x.dtype) or x.dtype
         composed = self._kept_weight(source, chosen, dtype, partial(dispatch.compose, weight, adapters, dtype))
         return nn.functional.linear(x.to(dtype), composed, None if bias is None else bias.to(dtype))

@@ -142,7 +142,7 @@ class DualLoraModel(BaseTuner):
             options |= get_quantization_kwargs(self.model)
             if parameter_name is not None:
                 options["parameter_name"] = parameter_name
-            if is_read(parent, target_name, target):
+            if is_read(self.model, current_key, target):
                 layer = READ_LAYERS[type(target)](target, adapter_name, config=config, **options)
             else:
                 layer = self._create_new_module(config, adapter_name, target, **options)
@@ -227,12 +227,10 @@ class DualLoraModel(BaseTuner):
         encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
         in_encoder = set() if encoder is None or encoder is self.model else set(encoder.modules())
         inside = {id(m._out) for m in self.modules() if isinstance(m, MultiheadAttention)}
-        if any(isinstance(m, ReadLayer) and id(m) not in inside for m in self.modules()):
-            raise TypeError(
-                "A layer whose weight is read and not called (an attention's out_proj, a fused loss's linear layer) "
-                "does not support mixed adapter batches: run the samples of each adapter as a batch of their own."
-            )
         with ExitStack() as hooks:
+            for read in (m for m in self.modules() if isinstance(m, ReadLayer) and id(m) not in inside):
+                read.takes_no_reads = True
+                hooks.callback(setattr, read, "takes_no_reads", False)
             for module in self.modules():
                 if isinstance(module, DualLoraLayer | AuxiliaryTrainingWrapper):
                     names = adapter_names if module in in_encoder else repeated

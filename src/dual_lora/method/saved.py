@@ -65,7 +65,7 @@ def with_counts(state: dict[str, Tensor], layers: Mapping[str, Any], config: Any
     place so, and taken out again). An adapter that is loaded to be used and has ended its warm-up forgets it.
     """
     names = {name.removeprefix(PEFT_PREFIX): layer for name, layer in layers.items()}
-    counts = {_layer(key): value for key, value in state.items() if key.endswith(".dual_lora_left")}
+    counts = {layer_of(key): value for key, value in state.items() if key.endswith(".dual_lora_left")}
     state = {key: value for key, value in state.items() if not key.endswith((".dual_lora_left", ".dual_lora_alpha"))}
     ended = config.inference_mode and not any(bool(left.any()) for left in counts.values())
     for stem in {key.rpartition(".dual_lora_B")[0] for key in state if ".dual_lora_B" in key}:
@@ -76,7 +76,7 @@ def with_counts(state: dict[str, Tensor], layers: Mapping[str, Any], config: Any
             layer.end_warmup(adapter)
             continue
         own = layer.dual_lora_left[adapter]
-        left = counts.get(_layer(stem), own if 0 < layer.steps_left(adapter) < layer.states[adapter].warmup else 0)
+        left = counts.get(layer_of(stem), own if 0 < layer.steps_left(adapter) < layer.states[adapter].warmup else 0)
         left = torch.as_tensor(left, dtype=torch.int32).clamp(-1, most_left(layer.states[adapter].warmup))
         state[f"{stem}.dual_lora_left"] = left.expand(own.shape).clone()
     return state
@@ -122,7 +122,7 @@ def warn_of_scales(layers: list[Any], adapter_name: str) -> None:
 
 def warn_if_unfinished(counts: Mapping[str, Tensor], config: Any) -> None:
     """Say which layers of an adapter loaded for inference act below full strength."""
-    layers = sorted(_layer(name) for name, left in counts.items() if left.any())
+    layers = sorted(layer_of(name) for name, left in counts.items() if left.any())
     if layers and config.inference_mode:
         most = max(int(left.max()) for left in counts.values())
         warn(
@@ -144,11 +144,11 @@ def check_fits(model: nn.Module, config: Any, adapter_name: str, state: dict[str
         [n for n, _ in named if ".dual_lora_" in n and n.endswith(f".{adapter_name}")]
         for named in (model.named_parameters(), model.named_parameters(remove_duplicate=False))
     )
-    wanted = {_layer(name) for name in own}
-    given = {_layer(name) for name in state if ".dual_lora_" in name}
+    wanted = {layer_of(name) for name in own}
+    given = {layer_of(name) for name in state if ".dual_lora_" in name}
     if not wanted:
         return
-    missing, extra = sorted(wanted - given), sorted(given - {_layer(name) for name in known})
+    missing, extra = sorted(wanted - given), sorted(given - {layer_of(name) for name in known})
     if not (missing or extra):
         bare = {name.removeprefix(PEFT_PREFIX) for name in state}
         absent = [name for name in own if name.removeprefix(PEFT_PREFIX) not in bare]
@@ -177,15 +177,16 @@ def without_strangers(model: nn.Module, adapter_name: str, state: dict[str, Tens
     """
     held = dict(model.named_parameters())
     own = {name: parameter.shape for name, parameter in held.items()}
-    mixed = {_layer(n) for n, t in state.items() if n in own and ".dual_lora_" in n and own[n] != t.shape}
+    mixed = {layer_of(n) for n, t in state.items() if n in own and ".dual_lora_" in n and own[n] != t.shape}
     for B in (held.get(f"{layer}.dual_lora_B.{adapter_name}") for layer in mixed):
         if B is not None and not B.is_meta:
             B.data.zero_()  # the paper's start has another
     fits = {n for n, t in state.items() if n in own and own[n] == t.shape}
-    return {n: t for n, t in state.items() if _layer(n) not in mixed or ".dual_lora_" not in n or n not in fits}
+    return {n: t for n, t in state.items() if layer_of(n) not in mixed or ".dual_lora_" not in n or n not in fits}
 
 
-def _layer(name: str) -> str:
+def layer_of(name: str) -> str:
+    """The layer's name in that of one of its tensors."""
     return name.removeprefix(PEFT_PREFIX).partition(".dual_lora_")[0]
 
 

@@ -4,6 +4,7 @@
 the warm-up (of experts one each), which is saved with the adapter. λ is read off it in every forward pass.
 """
 
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,14 +52,60 @@ def until_full(left: int, warmup: float) -> str:
     return f"up to {left} of {warmup} optimizer steps before full strength"
 
 
+class _Ranks(Mapping[str, int]):
+    """r1 + r2 by adapter, as the states have them when it is asked."""
+
+    def __init__(self, states: Mapping[str, AdapterState]):
+        self._states = states
+
+    def __getitem__(self, adapter: str) -> int:
+        return self._states[adapter].r1 + self._states[adapter].r2
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._states)
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+
+class Scaling(dict[str, float]):
+    """Strengths by adapter. Who writes one, by whatever method of a dict, also exchanges the tensor made of it.
+
+    It is made anew, and not written to: a graph that waits for its backward has saved the one that was.
+    """
+
+    def __init__(self, values: dict[str, float], tensors: dict[str, Tensor]):
+        super().__init__()
+        self.tensors = tensors
+        self.update(values)
+
+    def __setitem__(self, name: str, value: float) -> None:
+        super().__setitem__(name, value)
+        if name in self.tensors:
+            self.tensors[name] = _number(value, self.tensors[name].dtype, self.tensors[name].device)
+
+    def __ior__(self, values: Any) -> "Scaling":  # type: ignore[misc,override]
+        self.update(values)
+        return self
+
+    def __reduce__(self) -> Any:
+        return Scaling, (dict(self), self.tensors)
+
+    update, setdefault = MutableMapping.update, MutableMapping.setdefault  # type: ignore[assignment]
+
+
+@torch.inference_mode(False)  # who sets it in inference mode may train afterwards
+def _number(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full((), value, dtype=dtype, device=device)
+
+
 class Strength:
     """The part of a layer that knows nothing of its weight."""
 
     states: dict[str, AdapterState]
-    scaling: dict[str, float]  # LoRA's name, as code that knows LoRA writes there
+    _scaling: "Scaling"
     dual_lora_A: nn.ParameterDict
     dual_lora_scale: dict[str, Tensor]  # `scaling` as operators take it: 0-dim, where the factors are
-    _scaled: dict[str, float]  # what that was made of
     dual_lora_left: BufferDict  # int32, 0-dim or [E]; -1: not begun, in a run of unknown length
     active_adapters: list[str]
     tied: dict[str, Any]  # whose adapter it is, count and all, where it is not the layer's own
@@ -67,17 +114,17 @@ class Strength:
         raise NotImplementedError
 
     def _present(self, names: list[str]) -> list[str]:
-        present = [name for name in names if name in self.scaling]
+        present = [name for name in names if name in self.states]
         return present if len(present) < 2 else [*dict.fromkeys(present)]
 
     @property
-    def r(self) -> dict[str, int]:
+    def r(self) -> Mapping[str, int]:
         """r1 + r2 by adapter, for code that knows LoRA."""
-        return {name: state.r1 + state.r2 for name, state in self.states.items()}
+        return _Ranks(self.states)
 
     def adapter_names(self) -> list[str]:
         """All adapters of this layer."""
-        return list(self.scaling)
+        return list(self.states)
 
     def trainable_factors(self, adapter: str) -> list[Tensor]:
         """The trainable factors in the order B, A, D, C."""
@@ -96,20 +143,24 @@ class Strength:
 
     def set_state(self, adapter: str, state: AdapterState) -> None:
         """Ranks, α and form of an adapter, at the strength that they make."""
-        self.states[adapter], self.scaling[adapter] = state, state.strength
+        self.states[adapter], self._scaling[adapter] = state, state.strength
+
+    @property
+    def scaling(self) -> "Scaling":
+        """The strength of each adapter, by LoRA's name; a number that is written there acts."""
+        return self._scaling
+
+    @scaling.setter
+    def scaling(self, values: dict[str, float]) -> None:
+        self._scaling = Scaling(values, self.dual_lora_scale)
 
     def _scale(self, adapter: str, A: Tensor | None = None) -> Tensor:
         """`scaling` as a 0-dim tensor where the factor A is (by default the stored one), in its precision."""
         A = self.dual_lora_A[adapter] if A is None else A
         scale = self.dual_lora_scale[adapter] if adapter in self.dual_lora_scale else None  # noqa: SIM401 - no call
-        if scale is not None and torch.compiler.is_dynamo_compiling():  # it would guard every number that it looks at
-            return scale.to(A.device)
-        value, dtype = self.scaling[adapter], torch.float64 if A.dtype == torch.float64 else torch.float32
-        if scale is None or self._scaled[adapter] != value or scale.device != A.device or scale.dtype != dtype:
-            # Anew, and not in place: a graph that waits for its backward has saved the one that was.
-            with torch.inference_mode(False):
-                scale = torch.full((), value, dtype=dtype, device=A.device)
-            self.dual_lora_scale[adapter], self._scaled[adapter] = scale, value
+        dtype = torch.float64 if A.dtype == torch.float64 else torch.float32
+        if scale is None or scale.device != A.device or scale.dtype != dtype:
+            scale = self.dual_lora_scale[adapter] = _number(self._scaling[adapter], dtype, A.device)
         return scale
 
     def set_scale(self, adapter: str, scale: float) -> None:
@@ -117,21 +168,18 @@ class Strength:
 
         A graph that waits for its backward keeps the strength that it had, and so does a captured CUDA graph.
         """
-        if adapter in self.scaling:
-            self.scaling[adapter] = scale * self.states[adapter].strength
-            self._scale(adapter)
+        if adapter in self._scaling:
+            self._scaling[adapter] = scale * self.states[adapter].strength
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the strength of the active adapters by `scale`."""
         for adapter in self._present(self.active_adapters):
-            self.scaling[adapter] *= scale
-            self._scale(adapter)
+            self._scaling[adapter] *= scale
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the strength of the active adapters by `scale`, or set it back to the configured one."""
         for adapter in self._present(self.active_adapters):
-            self.scaling[adapter] = self.states[adapter].strength if scale is None else self.scaling[adapter] / scale
-            self._scale(adapter)
+            self._scaling[adapter] = self.states[adapter].strength if scale is None else self._scaling[adapter] / scale
 
     # The paper's warm-up.
 

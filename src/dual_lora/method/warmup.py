@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from . import scaler, watch_training
+from . import watch_training
 from .cache import composed_weights
 
 
@@ -73,7 +73,6 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     composed_weights.clear()  # fused optimizers, and bitsandbytes', raise no version counter
-    scaler.after_step()
     if not (_layers or watch_training.watches):
         return
     # By this attribute a gradient scaler tells a fused optimizer to leave everything as it is.

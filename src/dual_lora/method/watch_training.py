@@ -53,7 +53,7 @@ class Watch:
                 watches.discard(self)
             return  # it may be chosen to train later
         if not any(id(f) in held for f in factors):
-            self.foreign += any(f.grad is not None for f in factors)
+            self.foreign += not self.own and any(f.grad is not None for f in factors)
             if self.foreign == FOREIGN_STEPS:
                 self._say(
                     f"get gradients, but in {self.foreign} optimizer steps no optimizer held them: they do not move. "

@@ -17,6 +17,7 @@ from torch import nn
 from dual_lora.verify.bounds import check_bounds
 from dual_lora.verify.numbers import check_numbers, header
 from dual_lora.verify.patterns import check_patterns
+from dual_lora.verify.sources import check_sources
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 CONFIG_BYTES, HEADER_BYTES = 1 << 22, 1 << 24  # largest that are read; the largest real ones have a tenth of that
@@ -140,6 +141,7 @@ def check_before_loading(model: nn.Module, folder: Path, config: Any, files: Sha
     from peft import get_peft_model
 
     try:
+        check_sources(config, model)
         check_patterns(config.to_dict(), model)
         check_bounds(config, model)
     except ValueError as error:

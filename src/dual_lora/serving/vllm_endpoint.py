@@ -23,6 +23,7 @@ from .vllm import KEY, LIMIT, NAMED, check_limit
 OWN = "/v1/dual_lora/"  # below /v1, where `vllm serve --api-key` asks for the key
 ROUTE, NAMES_ROUTE = f"{OWN}adapter", f"{OWN}adapters"
 JSON_BYTES, FILES_BYTES = 1 << 20, 2 << 30  # the largest requests that are read
+AS_THEY_WERE = "The names are as they were."
 
 
 class AdapterEndpoint:
@@ -44,126 +45,134 @@ class AdapterEndpoint:
         """Add the routes, and the turns of requests, to vLLM's server."""
         from fastapi import HTTPException, Request
 
-        served = self.served
-
-        def limited(request: Any, most: int) -> Any:
-            """The same request, of which no more than so many bytes are read."""
-            too_large = HTTPException(413, f"The request is larger than the {most:,} bytes that are read of one.")
-            length, read = request.headers.get("content-length", "0"), 0
-            if length.isdecimal() and int(length) > most:
-                raise too_large
-
-            async def receive() -> Any:
-                nonlocal read
-                message = await request.receive()
-                read += len(message.get("body", b""))
-                if read > most:
-                    raise too_large
-                return message
-
-            return Request(request.scope, receive)
-
-        async def json_of(request: Any) -> Any:
-            try:
-                return json.loads(await limited(request, JSON_BYTES).body())
-            except (ValueError, RecursionError) as error:
-                raise HTTPException(400, f"The request is no JSON: {error}.") from error
-
-        @contextmanager
-        def refused(left: str) -> Iterator[None]:
-            """What is wrong with a request, as status 400. left: what the server has afterwards, in a sentence."""
-            try:
-                yield
-            except ValueError as error:
-                raise HTTPException(400, f"{error} {left}") from error
-
-        as_they_were = "The names are as they were."
-
-        async def swap(adapter: str | None, kept: Any = None) -> dict[str, str | None]:
-            try:
-                await served.swap(adapter, kept)
-            except AdapterError as error:
-                raise HTTPException(400, f"{error} {served.left()}") from error
-            except Exception as error:  # a worker's, which has changed its weights by then
-                raise HTTPException(500, f"The swap failed: {error} {served.left()}") from error
-            return {KEY: adapter}
-
-        async def now() -> dict[str, str | None]:
-            if not served.whole and not served.swapping:
-                raise HTTPException(500, served.left())
-            return {KEY: served.main and served.main.folder}
-
-        async def by_folder(request: Request) -> dict[str, str | None]:
-            body = await json_of(request)
-            wanted = body.get(KEY, 0) if isinstance(body, dict) else 0
-            if not isinstance(wanted, str | None):
-                raise HTTPException(
-                    400, f'Expected {{"{KEY}": "FOLDER"}}, or null for the base model, got {body!r:.200}.'
-                )
-            return await swap(wanted)
-
-        async def form_of(request: Any) -> Any:
-            try:
-                return await limited(request, FILES_BYTES).form(max_files=len(FILES), max_fields=0)
-            except (HTTPException, OSError):
-                raise
-            except Exception as error:  # the reader's own, or of a client that has gone
-                raise HTTPException(400, f"The form cannot be read: {getattr(error, 'detail', error)}") from error
-
-        async def brought(request: Any) -> Any:
-            """The adapter's two files in a temporary folder, which goes with the last reference to it."""
-            try:
-                form = await form_of(request)
-                if set(form) != set(FILES) or any(isinstance(part, str) for part in form.values()):
-                    raise HTTPException(400, f"Expected the files {' and '.join(FILES)} as a form, got {sorted(form)}.")
-                folder = tempfile.TemporaryDirectory(prefix="adapter-")
-                for name in FILES:
-                    with (Path(folder.name) / name).open("xb") as file:
-                        await asyncio.to_thread(shutil.copyfileobj, form[name].file, file)
-            except OSError as error:
-                raise HTTPException(507, f"The adapter cannot be stored: {error}. {served.left()}") from error
-            return folder
-
-        async def by_files(request: Request) -> dict[str, str | None]:
-            with refused(served.left()):
-                served.check_start()
-            folder = await brought(request)
-            return await swap(folder.name, folder)
-
-        async def names() -> dict[str, Any]:
-            named = {name: adapter.folder for name, adapter in served.named.items()}
-            return {NAMED: named, LIMIT: served.limit_bytes, "loaded": served.loaded and served.loaded.folder}
-
-        async def give_names(request: Request) -> dict[str, Any]:
-            body = await json_of(request)
-            named = body.get(NAMED, {}) if isinstance(body, dict) and not body.keys() - {NAMED, LIMIT} else None
-            if not body or not isinstance(named, dict) or not all(isinstance(f, str | None) for f in named.values()):
-                form = f'{{"{NAMED}": {{"NAME": "FOLDER"}}, "{LIMIT}": BYTES}}'
-                raise HTTPException(
-                    400, f"Expected {form}, with null as folder to take a name away, got {body!r:.200}."
-                )
-            with refused(as_they_were):
-                await served.give_names(named, check_limit(body[LIMIT]) if LIMIT in body else None)
-            return await names()
-
-        async def give_name_by_files(request: Request, name: str) -> dict[str, Any]:
-            with refused(as_they_were):
-                served.check_names([name])
-            folder = await brought(request)
-            with refused(as_they_were):
-                await served.give_names({name: folder.name}, kept=folder)
-            return await names()
-
-        # As objects: FastAPI reads annotations, which are strings here and name what only this function imported.
-        for handler in (by_folder, by_files, give_names, give_name_by_files):
+        routes = _Routes(self.served, HTTPException)
+        # As objects: FastAPI reads annotations, which are strings here, and FastAPI is there in vLLM's server alone.
+        for handler in (_Routes.by_folder, _Routes.by_files, _Routes.give_names, _Routes.give_name_by_files):
             handler.__annotations__["request"] = Request
         for method, path, call in (
-            ("GET", ROUTE, now),
-            ("POST", ROUTE, by_folder),
-            ("PUT", ROUTE, by_files),
-            ("GET", NAMES_ROUTE, names),
-            ("POST", NAMES_ROUTE, give_names),
-            ("PUT", f"{NAMES_ROUTE}/{{name:path}}", give_name_by_files),
+            ("GET", ROUTE, routes.now),
+            ("POST", ROUTE, routes.by_folder),
+            ("PUT", ROUTE, routes.by_files),
+            ("GET", NAMES_ROUTE, routes.names),
+            ("POST", NAMES_ROUTE, routes.give_names),
+            ("PUT", f"{NAMES_ROUTE}/{{name:path}}", routes.give_name_by_files),
         ):
             app.add_api_route(path, call, methods=[method], response_model=None)
-        app.add_middleware(ByName, turns=served.turns, names=served.named, own=OWN)
+        app.add_middleware(ByName, turns=self.served.turns, names=self.served.named, own=OWN)
+
+
+class _Routes:
+    """What the server does at each route. Status 400 says what is wrong with a request, and what is served now."""
+
+    def __init__(self, served: ServedAdapters, error: Any):
+        self.served, self.error = served, error  # FastAPI's exception, which has a status
+
+    async def now(self) -> dict[str, str | None]:
+        """The folder of the adapter that is served, null for the base model."""
+        served = self.served
+        if not served.whole and not served.swapping:
+            raise self.error(500, served.left())
+        return {KEY: served.main and served.main.folder}
+
+    async def by_folder(self, request: Any) -> dict[str, str | None]:
+        """Serve the adapter in a folder of the server's."""
+        body = await self._json_of(request)
+        wanted = body.get(KEY, 0) if isinstance(body, dict) else 0
+        if not isinstance(wanted, str | None):
+            raise self.error(400, f'Expected {{"{KEY}": "FOLDER"}}, or null for the base model, got {body!r:.200}.')
+        return await self._swap(wanted)
+
+    async def by_files(self, request: Any) -> dict[str, str | None]:
+        """Serve the adapter whose files the request brings."""
+        with self._refused(self.served.left()):
+            self.served.check_start()
+        folder = await self._brought(request)
+        return await self._swap(folder.name, folder)
+
+    async def names(self) -> dict[str, Any]:
+        """The adapters that have names."""
+        served = self.served
+        named = {name: adapter.folder for name, adapter in served.named.items()}
+        return {NAMED: named, LIMIT: served.limit_bytes, "loaded": served.loaded and served.loaded.folder}
+
+    async def give_names(self, request: Any) -> dict[str, Any]:
+        """Give names to the adapters in folders of the server's, or take names away."""
+        body = await self._json_of(request)
+        named = body.get(NAMED, {}) if isinstance(body, dict) and not body.keys() - {NAMED, LIMIT} else None
+        if not body or not isinstance(named, dict) or not all(isinstance(f, str | None) for f in named.values()):
+            form = f'{{"{NAMED}": {{"NAME": "FOLDER"}}, "{LIMIT}": BYTES}}'
+            raise self.error(400, f"Expected {form}, with null as folder to take a name away, got {body!r:.200}.")
+        with self._refused(AS_THEY_WERE):
+            await self.served.give_names(named, check_limit(body[LIMIT]) if LIMIT in body else None)
+        return await self.names()
+
+    async def give_name_by_files(self, request: Any, name: str) -> dict[str, Any]:
+        """Give a name to the adapter whose files the request brings."""
+        with self._refused(AS_THEY_WERE):
+            self.served.check_names([name])
+        folder = await self._brought(request)
+        with self._refused(AS_THEY_WERE):
+            await self.served.give_names({name: folder.name}, kept=folder)
+        return await self.names()
+
+    async def _swap(self, adapter: str | None, kept: Any = None) -> dict[str, str | None]:
+        try:
+            await self.served.swap(adapter, kept)
+        except AdapterError as error:
+            raise self.error(400, f"{error} {self.served.left()}") from error
+        except Exception as error:  # a worker's, which has changed its weights by then
+            raise self.error(500, f"The swap failed: {error} {self.served.left()}") from error
+        return {KEY: adapter}
+
+    async def _brought(self, request: Any) -> Any:
+        """The adapter's two files in a temporary folder, which goes with the last reference to it."""
+        try:
+            form = await self._form_of(request)
+            if set(form) != set(FILES) or any(isinstance(part, str) for part in form.values()):
+                raise self.error(400, f"Expected the files {' and '.join(FILES)} as a form, got {sorted(form)}.")
+            folder = tempfile.TemporaryDirectory(prefix="adapter-")
+            for name in FILES:
+                with (Path(folder.name) / name).open("xb") as file:
+                    await asyncio.to_thread(shutil.copyfileobj, form[name].file, file)
+        except OSError as error:
+            raise self.error(507, f"The adapter cannot be stored: {error}. {self.served.left()}") from error
+        return folder
+
+    @contextmanager
+    def _refused(self, left: str) -> Iterator[None]:
+        """What is wrong with a request, as status 400. left: what the server has afterwards, in a sentence."""
+        try:
+            yield
+        except ValueError as error:
+            raise self.error(400, f"{error} {left}") from error
+
+    def _limited(self, request: Any, most: int) -> Any:
+        """The same request, of which no more than so many bytes are read."""
+        too_large = self.error(413, f"The request is larger than the {most:,} bytes that are read of one.")
+        length, read = request.headers.get("content-length", "0"), 0
+        if length.isdecimal() and int(length) > most:
+            raise too_large
+
+        async def receive() -> Any:
+            nonlocal read
+            message = await request.receive()
+            read += len(message.get("body", b""))
+            if read > most:
+                raise too_large
+            return message
+
+        return type(request)(request.scope, receive)
+
+    async def _json_of(self, request: Any) -> Any:
+        try:
+            return json.loads(await self._limited(request, JSON_BYTES).body())
+        except (ValueError, RecursionError) as error:
+            raise self.error(400, f"The request is no JSON: {error}.") from error
+
+    async def _form_of(self, request: Any) -> Any:
+        try:
+            return await self._limited(request, FILES_BYTES).form(max_files=len(FILES), max_fields=0)
+        except (self.error, OSError):
+            raise
+        except Exception as error:  # the reader's own, or of a client that has gone
+            raise self.error(400, f"The form cannot be read: {getattr(error, 'detail', error)}") from error

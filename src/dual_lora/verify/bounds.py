@@ -89,17 +89,19 @@ def _numbers(values: Mapping[str, Any], fractions: set[str]) -> Iterator[tuple[s
     """(field, the name inside it, number) of all that is bounded."""
     for field, value in values.items():
         if field in LIMITS or not (field in fractions or FREE.search(field)):
-            yield from ((field, name, number) for name, number in _inside(value, field))
+            named = not field.endswith("_pattern")  # there a name is a pattern of the stranger's
+            yield from ((field, name, number) for name, number in _inside(value, field, named))
 
 
-def _inside(value: Any, name: str) -> Iterator[tuple[str, float]]:
+def _inside(value: Any, name: str, named: bool) -> Iterator[tuple[str, float]]:
+    """named: whether the names in it are those of settings, which have bounds of their own."""
     if isinstance(value, Mapping):
         for key, each in value.items():
-            if not FREE.search(str(key)):
-                yield from _inside(each, key if key in LIMITS else name)
+            if not (named and FREE.search(str(key))):
+                yield from _inside(each, key if named and key in LIMITS else name, named)
     elif isinstance(value, list | tuple | set):
         for each in value:
-            yield from _inside(each, name)
+            yield from _inside(each, name, named)
     elif _is_number(value):
         yield name, value
 

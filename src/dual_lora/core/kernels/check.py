@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..._warning import warn
 from ..blocked import RowSource
-from ..reference import Adapter, Factors, Form, delta_weight, product_gradients
+from ..reference import Adapter, Factors, Form, delta_weight, direction_of, product_gradients
 from . import compose as triton_compose
 from . import gradient as triton_gradient
 from . import launch as triton_launch
@@ -54,6 +54,7 @@ class Launch(NamedTuple):
     ranks: tuple[tuple[int, int, Form], ...]
     tensors: tuple[Layout | None, ...]  # compose: the weight and the result; gradient: dy and x, or None and G
     scaled: bool = False  # the loss, by a gradient scaler
+    weight: Layout | None = None  # gradient: that of a direction which is the weight
 
 
 def kind(n: int) -> int:
@@ -70,13 +71,24 @@ def composing(weight: Tensor | RowSource | None, adapters: Sequence[Adapter], dt
     """The launch that composes W + ΣΔW. A quantised weight is dequantised row by row, most likely to that dtype."""
     B, A = adapters[0].factors.B, adapters[0].factors.A
     sizes = 0, kind(B.shape[-2]), kind(A.shape[-1]), *map(kind, B.shape[:-2])
-    fresh = Layout(dtype, True, (kind(A.shape[-1]), 1))
+    fresh = _fresh(dtype, A.shape[-1])
     tile = triton_compose.TILES[triton_launch.target(B.device)]
     tensors = layout(weight) if weight is None or isinstance(weight, Tensor) else fresh, fresh
     return Launch("compose", B.device, False, tile, sizes, _ranks(adapters), tensors)
 
 
-def differentiating(dy: Tensor | None, x: Tensor, adapters: Sequence[Adapter], scaled: bool) -> Launch:
+def _fresh(dtype: torch.dtype, I: int) -> Layout:
+    """Of a matrix with I columns that is made for the launch."""
+    return Layout(dtype, True, (kind(I), 1))
+
+
+def differentiating(
+    dy: Tensor | None,
+    x: Tensor,
+    adapters: Sequence[Adapter],
+    scaled: bool,
+    weight: Tensor | RowSource | None = None,
+) -> Launch:
     """The launch that makes the factors' gradients from dy and x, or from G instead of x."""
     B, A = adapters[0].factors.B, adapters[0].factors.A
     O, I, experts = B.shape[-2], A.shape[-1], B.shape[:-2]
@@ -84,7 +96,10 @@ def differentiating(dy: Tensor | None, x: Tensor, adapters: Sequence[Adapter], s
     tile = triton_gradient.tile_for(O, I, experts[0] if experts else 1, dy, x)
     deterministic = torch.are_deterministic_algorithms_enabled()
     ranks, tensors = _ranks(adapters), (layout(dy), layout(x))
-    return Launch("gradient", x.device, deterministic, tile, sizes, ranks, tensors, scaled)
+    base = None
+    if triton_launch.multiplies_weight(adapters):
+        base = layout(weight) if weight is None or isinstance(weight, Tensor) else _fresh(x.dtype, I)
+    return Launch("gradient", x.device, deterministic, tile, sizes, ranks, tensors, scaled, base)
 
 
 def _ranks(adapters: Sequence[Adapter]) -> tuple[tuple[int, int, Form], ...]:
@@ -149,6 +164,9 @@ def error(launch: Launch) -> float:
     for r1, r2, form in launch.ranks:
         shapes = (*lead, r1, I), (*lead, O, r1), (*lead, r2, I), (*lead, O, r2)
         factors = Factors(*(integers(*shape).float() for shape in shapes))
+        if form.direction == "frozen":  # products beyond 2³¹, which wrap around
+            C, D = (integers(*shape, most=1 << 20).int() | 1 for shape in shapes[2:])
+            factors = factors._replace(C=C, D=D)
         adapters.append(Adapter(factors, torch.tensor(2.0**-6, device=launch.device), form))
     loss_scale = torch.tensor(8.0, device=launch.device) if launch.scaled else None
     if launch.kernel == "compose":
@@ -156,32 +174,43 @@ def error(launch: Launch) -> float:
         assert result is not None
         W = None if weight is None else _laid_out(integers(*lead, O, I, most=100) / 64, weight)
         got = [triton_compose.compose(W, adapters, result.dtype).double()]
-        deltas = [delta_weight(Factors(*(f.double() for f in a.factors)), a.scale.double(), a.form) for a in adapters]
-        truth = [sum(deltas, torch.zeros_like(got[0]) if W is None else W.double())]
+        wide = None if W is None else W.double()
+        deltas = [delta_weight(_wide(a.factors), a.scale.double(), a.form, weight=wide) for a in adapters]
+        truth = [sum(deltas, torch.zeros_like(got[0]) if wide is None else wide)]
     else:
         dy_layout, x_layout = launch.tensors
         assert x_layout is not None
         dy = None if dy_layout is None else _laid_out(integers(T, O), dy_layout)
         x = _laid_out(integers(*lead, O, I, most=60) if dy is None else integers(T, I), x_layout)
+        W = None if launch.weight is None else _laid_out(integers(O, I, most=100) / 64, launch.weight)
         found = triton_gradient.factor_gradients(
-            dy, x, adapters, loss_scale, deterministic=launch.deterministic, tile=tile
+            dy, x, adapters, loss_scale, deterministic=launch.deterministic, tile=tile, weight=W
         )
         got = [g.double() for four in found for g in four]
         G = x.double() if dy is None else dy.double().t() @ x.double()
-        truth = [g for a in adapters for g in _gradients(G, a, loss_scale)]
+        wide = None if W is None else W.double()
+        truth = [g for a in adapters for g in _gradients(G, a, loss_scale, wide)]
     return max(_relative(g, t) for g, t in zip(got, truth, strict=True))
 
 
-def _gradients(G: Tensor, adapter: Adapter, loss_scale: Tensor | None) -> list[Tensor]:
+def _wide(factors: Factors) -> Factors:
+    """The same in fp64; integers stay what they are."""
+    return Factors(*(f.double() if f.is_floating_point() else f for f in factors))
+
+
+def _gradients(G: Tensor, adapter: Adapter, loss_scale: Tensor | None, weight: Tensor | None) -> list[Tensor]:
     """dA, dB, dC, dD in fp64 from G = ∂L/∂W."""
-    A, B, C, D = (f.double() for f in adapter.factors)
+    A, B, C, D = _wide(adapter.factors)
     L = None if loss_scale is None else loss_scale.double()
-    dP, dQ = product_gradients(G, B @ A, D @ C, adapter.scale.double(), adapter.form, L)
-    return [B.mT @ dP, dP @ A.mT, D.mT @ dQ, dQ @ C.mT]
+    Q = direction_of(C, D, adapter.form, weight)
+    dP, dQ = product_gradients(G, B @ A, Q, adapter.scale.double(), adapter.form, L)
+    return [B.mT @ dP, dP @ A.mT, D.double().mT @ dQ, dQ @ C.double().mT]
 
 
 def _relative(got: Tensor, truth: Tensor) -> float:
     """max |got − truth| / max |truth|; infinite where something is not finite."""
+    if not truth.numel():  # of a direction group that there is not
+        return 0.0
     worst = ((got - truth).abs().max() / truth.abs().max().clamp(min=1e-30)).item()
     return worst if worst == worst else float("inf")
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..reference import Adapter
 from . import launch as triton_launch
 from .launch import Tile
-from .product import direction, expert, magnitude, product
+from .product import direction, direction_product, expert, magnitude, product
 
 # 64 × 64 on four warps spills nothing and needs 128 to 188 registers, by the compiler's version: 8 to 16 warps share a
 # multiprocessor, and one program's loads hide under another's products.
@@ -35,8 +35,8 @@ def compose(
     """W + Σ ΔW_n, [O, I] or [E, O, I].
 
     weight: the base, of any float dtype and strides, or None for ΔW alone.
-    adapters: fp32 factors, scale s as an fp32 tensor on the device (it is never read back) and form of each. In a
-        batch the factors have a leading dimension E and share the scale.
+    adapters: fp32 factors (int32 C and D of frozen signs), scale s as an fp32 tensor on the device (it is never read
+        back) and form of each. In a batch the factors have a leading dimension E and share the scale.
     out_dtype: of the result; by default the weight's, else fp32.
     out: where to write. It may be `weight` itself: each entry is read once, before it is written.
     routed: int64 [N], the experts to write; the others of `out` are left as they are.
@@ -55,6 +55,7 @@ def compose(
         plan.launch(out, weight, routed, *letters, tuple(a.scale for a in adapters))
         return out
     s = triton_launch.stack(adapters)
+    triton_launch.check_weight(weight, adapters)
     if weight is not None and weight.shape != s.shape:
         raise ValueError(f"The weight has shape {tuple(weight.shape)}, the factors make {tuple(s.shape)}.")
     if out is None:
@@ -113,7 +114,8 @@ def compose_kernel(
     total = tl.zeros((ROWS, COLS), tl.float32)
     for n in tl.static_range(len(R1)):
         P = product(Bs[n] + e * O * R1[n], As[n] + e * I * R1[n], rows, cols, O, I, R1[n], CHUNK, PRODUCTS)
-        Q = product(Ds[n] + e * O * R2[n], Cs[n] + e * I * R2[n], rows, cols, O, I, R2[n], CHUNK, PRODUCTS)
+        D, C, W = Ds[n] + e * O * R2[n], Cs[n] + e * I * R2[n], None if weight is None else weight + e * weight_e
+        Q = direction_product(D, C, W, weight_o, weight_i, rows, cols, O, I, R2[n], CHUNK, PRODUCTS, FORMS[n])
         total += tl.load(scales[n]) * (magnitude(P, FORMS[n]) * direction(Q, FORMS[n]))
     inside = (rows < O)[:, None] & (cols < I)[None, :]
     # The weight is read after the products: read before them it would sit in registers that they need.

@@ -25,7 +25,7 @@ from ..ieee import wants_tf32
 from ..reference import Adapter, Factors, steepness
 from . import launch as triton_launch
 from .launch import Tile
-from .product import expert, product, product_gradients
+from .product import UNTRAINED, direction_product, expert, product, product_gradients
 
 # Of the four small products: what the inputs themselves carry. By "tf32" and "bf16" ∂P, ∂Q and the factors are rounded
 # to 11 or 8 bits on their way into the matrix units, sums stay fp32. Signs and masks do not depend on it.
@@ -62,6 +62,7 @@ def factor_gradients(
     deterministic: bool | None = None,
     routed: Tensor | None = None,
     tile: Tile | None = None,
+    weight: Tensor | None = None,
 ) -> list[Factors]:
     """dA, dB, dC, dD of each adapter, fp32, in the shapes of its factors.
 
@@ -71,6 +72,7 @@ def factor_gradients(
     deterministic: the same bits in every run. By default torch.are_deterministic_algorithms_enabled().
     routed: int64 [N], the experts whose G is read; the gradients of the others are zero.
     tile: by default what `tile_for` chooses.
+    weight: [O, I], of any float dtype and strides, for updates that multiply it; others do not read it.
 
     Raises ValueError for shapes or dtypes that do not fit together.
     """
@@ -79,19 +81,21 @@ def factor_gradients(
     fp32 = "tf32" if wants_tf32() else "ieee"
     adapters = [a.whole() for a in adapters]
     # The other estimators read no steepness, and get their scale for one.
+    weight = weight if triton_launch.multiplies_weight(adapters) else None
     steeps = tuple(a.scale if a.mean_square is None else steepness(a.mean_square) for a in adapters)
-    given = (dy, x, routed, loss_scale, *steeps, *(t for a in adapters for t in (*a.factors, a.scale)))
+    given = (dy, x, routed, weight, loss_scale, *steeps, *(t for a in adapters for t in (*a.factors, a.scale)))
     settings = tile, deterministic, fp32, triton_launch.PRODUCTS, tuple(a.form for a in adapters)
     key = x.device, gradient_kernel.fn, *settings, triton_launch.signature(given)
     plan = triton_launch.plans.get(key)
     if plan is not None:
         down, across = plan.result
-        targets = [_targets(a.factors, down, across, deterministic) for a in adapters]
+        targets = [_targets(a.factors, a.form.trains_direction, down, across, deterministic) for a in adapters]
         letters = zip(*(a.factors for a in adapters), strict=True)
         scales = tuple(a.scale for a in adapters)
-        plan.launch(dy, x, routed, *letters, *zip(*targets, strict=True), scales, steeps, loss_scale)
+        plan.launch(dy, x, routed, weight, *letters, *zip(*targets, strict=True), scales, steeps, loss_scale)
         return _totals(targets, deterministic)
     s = triton_launch.stack(adapters)
+    triton_launch.check_weight(weight, adapters)
     _check(dy, x, s)
     batch = s.batch if routed is None else routed.numel()
     if batch * s.shape.numel() * x.shape[-2] == 0:
@@ -99,15 +103,24 @@ def factor_gradients(
     O, I = s.shape[-2:]
     tile = tile or tile_for(O, I, batch, dy, x)
     down, across = triton_launch.count(O, tile.rows), triton_launch.count(I, tile.cols)
-    targets = [_targets(a.factors, down, across * tile.splits, deterministic) for a in adapters]
+    result = down, across * tile.splits
+    targets = [_targets(a.factors, a.form.trains_direction, *result, deterministic) for a in adapters]
     triton_launch.first_launch(
         key if s.as_given else None,
         x.device,
         gradient_kernel,
         (down * across, batch, 1),
-        (dy, x, routed, *s.letters, *zip(*targets, strict=True), s.scales, steeps, loss_scale),
-        (x.shape[-2], O, I, s.batch, *((0, 0) if dy is None else dy.stride()), *triton_launch.strides(x)),
-        result=(down, across * tile.splits),
+        (dy, x, routed, weight, *s.letters, *zip(*targets, strict=True), s.scales, steeps, loss_scale),
+        (
+            x.shape[-2],
+            O,
+            I,
+            s.batch,
+            *((0, 0) if dy is None else dy.stride()),
+            *triton_launch.strides(x),
+            *((0, 0) if weight is None else weight.stride()),
+        ),
+        result=result,
         TOKENS=tile.tokens,
         SPLITS=tile.splits,
         RANKS=RANKS,
@@ -121,11 +134,12 @@ def factor_gradients(
     return _totals(targets, deterministic)
 
 
-def _targets(factors: Factors, down: int, across: int, deterministic: bool) -> Factors:
+def _targets(factors: Factors, trains: bool, down: int, across: int, deterministic: bool) -> Factors:
     """Where one adapter's gradients are added up: sums, or (deterministic) shares [down or across, …] of them."""
     if deterministic:
         # In a batch there may be experts that no token was routed to, whose shares nobody writes.
-        new = factors.A.new_empty if factors.A.ndim == 2 else factors.A.new_zeros
+        # Nor of a direction that does not train.
+        new = factors.A.new_empty if factors.A.ndim == 2 and trains else factors.A.new_zeros
         return Factors(*(new((n, *f.shape)) for f, n in zip(factors, (down, across) * 2, strict=True)))
     sizes = [f.numel() for f in factors]
     flat = factors.A.new_zeros(sum(sizes))  # one allocation, one fill
@@ -169,6 +183,7 @@ def gradient_kernel(
     dy,  # [T, O], or None
     x,  # [T, I], or G [E, O, I]
     routed,  # [N] or None
+    weight,  # [O, I], for a direction that is the weight, or None
     As,  # tuples, one entry for each adapter; [E, r1, I] contiguous
     Bs,  # [E, O, r1]
     Cs,  # [E, r2, I]
@@ -189,6 +204,8 @@ def gradient_kernel(
     x_e,
     x_t,  # G: rows
     x_i,
+    weight_o,
+    weight_i,
     R1: tl.constexpr,
     R2: tl.constexpr,
     FORMS: tl.constexpr,
@@ -225,14 +242,15 @@ def gradient_kernel(
             A, B = As[n] + e * I * R1[n], Bs[n] + e * O * R1[n]
             C, D = Cs[n] + e * I * R2[n], Ds[n] + e * O * R2[n]
             P = product(B, A, rows, part, O, I, R1[n], CHUNK, PRODUCTS)
-            Q = product(D, C, rows, part, O, I, R2[n], CHUNK, PRODUCTS)
+            Q = direction_product(D, C, weight, weight_o, weight_i, rows, part, O, I, R2[n], CHUNK, PRODUCTS, FORMS[n])
             dP, dQ = product_gradients(splits[j] * tl.load(scales[n]), P, Q, loss_scale, steeps[n] + e, FORMS[n])
             if PRECISION == "bf16":  # at once: it halves what waits in registers
                 dP, dQ = dP.to(tl.bfloat16), dQ.to(tl.bfloat16)
             _add_factors(dP, B, A, dBs[n] + share_i * O * R1[n], dAs[n] + share_o * I * R1[n],
                          rows, part, O, I, R1[n], RANKS, PRECISION, ATOMIC)  # fmt: skip
-            _add_factors(dQ, D, C, dDs[n] + share_i * O * R2[n], dCs[n] + share_o * I * R2[n],
-                         rows, part, O, I, R2[n], RANKS, PRECISION, ATOMIC)  # fmt: skip
+            if not UNTRAINED & FORMS[n]:
+                _add_factors(dQ, D, C, dDs[n] + share_i * O * R2[n], dCs[n] + share_o * I * R2[n],
+                             rows, part, O, I, R2[n], RANKS, PRECISION, ATOMIC)  # fmt: skip
 
 
 @triton.jit

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..reference import Adapter, check_factors
+from ..reference import Adapter, check_factors, needed
 
 RANK_CHUNK = 16
 """Ranks multiplied at a time in P = B A and Q = D C; the same in every kernel, so that they agree on every sign."""
@@ -108,10 +108,12 @@ def stack(adapters: Sequence[Adapter]) -> Stack:
     if len(shape) not in (2, 3):
         raise ValueError(f"The factors make a weight of shape {tuple(shape)}: expected [O, I] or [E, O, I].")
     check_factors(adapters, *shape)
-    for factors, scale, *_ in adapters:
-        for name, t in zip(("A", "B", "C", "D", "scale"), (*factors, scale), strict=True):
-            if t.dtype != torch.float32:
-                raise ValueError(f"{name} is {t.dtype}: the kernels take torch.float32 alone (Adapter.working).")
+    for factors, scale, form, _ in adapters:
+        signs = torch.int32 if form.direction == "frozen" else torch.float32
+        dtypes = torch.float32, torch.float32, signs, signs, torch.float32
+        for name, t, dtype in zip(("A", "B", "C", "D", "scale"), (*factors, scale), dtypes, strict=True):
+            if t.dtype != dtype:
+                raise ValueError(f"{name} is {t.dtype}: the kernels take {dtype} alone (Adapter.working).")
         if scale.numel() != 1:
             raise ValueError(f"A scale has shape {tuple(scale.shape)}: expected one number for each adapter.")
     given = list(zip(*(a.factors for a in adapters), strict=True))
@@ -124,6 +126,17 @@ def stack(adapters: Sequence[Adapter]) -> Stack:
     as_given = all(f.is_contiguous() for letter in given for f in letter)
     letters = [tuple(f.contiguous() for f in letter) for letter in given]
     return Stack(letters, tuple(a.scale for a in adapters), shape, as_given, constants)
+
+
+def multiplies_weight(adapters: Sequence[Adapter]) -> bool:
+    """Whether one of the updates has the weight as its direction."""
+    return any(a.form.direction == "weight" for a in adapters)
+
+
+def check_weight(weight: Tensor | None, adapters: Sequence[Adapter]) -> None:
+    """Raise ValueError for an update that multiplies the weight where there is none."""
+    if multiplies_weight(adapters):
+        needed(weight)
 
 
 class Plan(NamedTuple):

@@ -17,6 +17,7 @@ from ..reference import Adapter, Factors
 from . import check as triton_check
 from . import compose as triton_compose
 from . import gradient as triton_gradient
+from . import launch as triton_launch
 
 
 def forward(x: Tensor, weight: Tensor | RowSource | None, adapters: Sequence[Adapter]) -> Tensor:
@@ -55,7 +56,10 @@ def backward(
     dW = dy.t() @ x if needs.weight else None
     grads = None
     if needs.factors:
-        grads = triton_gradient.factor_gradients(dy, x, [a.working() for a in adapters], loss_scale)
+        working, base = [a.working() for a in adapters], None
+        if triton_launch.multiplies_weight(working):
+            base = weight if weight is None or isinstance(weight, Tensor) else weight.rows(0, weight.shape[0])
+        grads = triton_gradient.factor_gradients(dy, x, working, loss_scale, weight=base)
     return Gradients(dx, dW, grads)
 
 
@@ -79,4 +83,4 @@ def are_right(
     if gradient_of is None:
         return True
     dy, x, loss_scale = gradient_of
-    return triton_check.is_right(triton_check.differentiating(dy, x, adapters, loss_scale is not None))
+    return triton_check.is_right(triton_check.differentiating(dy, x, adapters, loss_scale is not None, weight))

@@ -16,6 +16,11 @@ HARDTANH = tl.constexpr(Form(ste="hardtanh").code)
 SURROGATE = tl.constexpr(Form(ste="surrogate").code)
 SIGNED = tl.constexpr(Form(magnitude="identity").code)
 UNSIGNED = tl.constexpr(Form(direction="identity").code)
+FROZEN = tl.constexpr(Form(direction="frozen").code)
+WEIGHT = tl.constexpr(Form(direction="weight").code)
+ONE = tl.constexpr(Form(direction="one").code)
+DIRECTION = tl.constexpr(UNSIGNED.value | FROZEN.value | WEIGHT.value | ONE.value)
+UNTRAINED = tl.constexpr((FROZEN.value | ONE.value) & ~UNSIGNED.value)  # the weight's code has a bit of both
 LIVE_ZERO = tl.constexpr(Form(live_zero=True).code)
 
 
@@ -43,6 +48,26 @@ def product(left, right, rows, cols, O, I, R: tl.constexpr, CHUNK: tl.constexpr,
 
 
 @triton.jit
+def direction_product(
+    D, C, weight, weight_o, weight_i, rows, cols, O, I,
+    R: tl.constexpr, CHUNK: tl.constexpr, PRODUCTS: tl.constexpr, FORM: tl.constexpr,
+):  # fmt: skip
+    """Q = D C, fp32: a product of factors, or of integers that wrap around; or the weight, or ones."""
+    if DIRECTION & FORM == FROZEN:
+        d = tl.load(D + rows, mask=rows < O, other=1)
+        c = tl.load(C + cols, mask=cols < I, other=1)
+        Q = (d[:, None] * c[None, :]).to(tl.float32)
+    elif DIRECTION & FORM == WEIGHT:
+        at = weight + rows.to(tl.int64)[:, None] * weight_o + cols.to(tl.int64)[None, :] * weight_i
+        Q = tl.load(at, mask=(rows < O)[:, None] & (cols < I)[None, :], other=0.0).to(tl.float32)
+    elif DIRECTION & FORM == ONE:
+        Q = tl.full((rows.shape[0], cols.shape[0]), 1.0, tl.float32)
+    else:
+        Q = product(D, C, rows, cols, O, I, R, CHUNK, PRODUCTS)
+    return Q
+
+
+@triton.jit
 def magnitude(P, FORM: tl.constexpr):
     if not SIGNED & FORM:
         P = tl.where(P < 0, 0.0, P)  # not maximum(): NaN has to stay NaN
@@ -51,14 +76,16 @@ def magnitude(P, FORM: tl.constexpr):
 
 @triton.jit
 def direction(Q, FORM: tl.constexpr):
-    if not UNSIGNED & FORM:
+    if not (UNSIGNED | ONE) & FORM:
         Q = tl.where(Q > 0, 1.0, -1.0)
     return Q
 
 
 @triton.jit
 def product_gradients(G, P, Q, loss_scale, steep, FORM: tl.constexpr):
-    """∂L/∂P and ∂L/∂Q; G already carries the scale s. loss_scale: pointer to one fp32, or None.
+    """∂L/∂P and ∂L/∂Q, which means nothing where no direction trains; G already carries the scale s.
+
+    loss_scale: pointer to one fp32, or None.
 
     steep: pointer to the surrogate's `steepness`; the other estimators do not read it.
     """
@@ -70,7 +97,7 @@ def product_gradients(G, P, Q, loss_scale, steep, FORM: tl.constexpr):
         else:
             dP = tl.where(P > 0, dP, 0.0)
     dQ = H
-    if not UNSIGNED & FORM:
+    if not (UNSIGNED | UNTRAINED) & FORM:
         if STE & FORM == HARDTANH:
             dQ = tl.where(tl.abs(Q) <= 1, H, 0.0)
         elif STE & FORM == SURROGATE:

@@ -14,17 +14,17 @@ from dual_lora.lab.advise import pace
 from dual_lora.lab.advise.paired import length_of, of_length, paired_study, recipe_of
 from dual_lora.lab.advise.said import Advice, advice_of
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.files.write import write_atomically
 from dual_lora.lab.progress import Bar, console
 from dual_lora.lab.read import read_json, unlinked
-from dual_lora.lab.recipe.read import build_recipe, merged
-from dual_lora.lab.run.write import write_atomically
+from dual_lora.lab.recipe.read import changed
 from dual_lora.lab.study.cell import Cell, pace_job
 from dual_lora.lab.study.compare import compare
 from dual_lora.lab.study.execute import Options, run_jobs
 from dual_lora.lab.study.folder import StudyFolder
 from dual_lora.lab.study.forecast import Forecast, Speed, forecast
 from dual_lora.lab.study.job import Job, Outcome, read_outcome
-from dual_lora.lab.study.plan import lay_out, settled_study
+from dual_lora.lab.study.plan import lay_out, settled_plan
 from dual_lora.lab.study.read import build_study
 from dual_lora.lab.study.study import Study
 
@@ -44,7 +44,6 @@ def advise(
     *,
     metric: str | None = None,
     margin: float | None = None,
-    update: bool = False,
     progress: bool = True,
 ) -> Advice:
     """Run the paired study of a recipe in `out`, and say which method to use. Called again, it goes on; with more
@@ -57,7 +56,7 @@ def advise(
     study = made.next or made.begun or made.fitted(progress)
     if progress and (said := made.beforehand(study)):
         console.print(said, markup=False)
-    results = compare(study, made.folder.path, update=update or made.next is not None, progress=progress)
+    results = compare(study, made.folder.path, longer=made.next is not None, progress=progress)
     if not results["complete"]:
         raise UserError(
             f"{len(results['failed'])} runs failed, so there is no advice yet: {results['failed'][0]} Put it right and "
@@ -93,11 +92,12 @@ class _Made:
         whole = paired_study(source, metric, margin, pace.LOOK_LEVEL)
         self.folder = StudyFolder(folder_of(source, out)).read()
         _check_same_question(whole, self.folder)
-        self.whole, _ = settled_study(whole, self.folder)
+        planned = settled_plan(whole, self.folder)
+        self.whole = planned.study
         # What the recipe says today, as long as it was begun: `compare` sees what has changed since.
         known = self.folder.known.study
         self.begun = of_length(self.whole, length_of(build_study(known))) if known else None
-        self.cells = lay_out(self.whole)
+        self.cells = lay_out(planned)
         self.runs = self.folder.runs(None)
         self.probes = [pace_job(self.whole, cell) for cell in self.cells]
 
@@ -221,8 +221,8 @@ def _with_recipe(source: str | Path, made: _Made, advice: Advice) -> Advice:
 def _best(source: str | Path, made: _Made, advice: Advice) -> str:
     """The recipe with the method that was found best, at its own number of steps."""
     cell: Cell = next(cell for cell in made.cells if cell.method == advice.use)
-    values = recipe_of(source)[1].model_dump(mode="json", exclude={"origin"}) | {"method": cell.recipe.method}
-    return build_recipe(merged(values, {"train": {"learning_rate": advice.rate}})).to_yaml()
+    recipe = recipe_of(source)[1].replaced(origin=None, method=cell.recipe.method)
+    return changed(recipe, {"train": {"learning_rate": advice.rate}}).to_yaml()
 
 
 def _signed(text: str) -> str:

@@ -15,8 +15,8 @@ from typing import NamedTuple
 from dual_lora.lab.advise.paired import EXTEND, TUNING_SEEDS, Length
 from dual_lora.lab.data.examples import load_split
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.files.folder import RunFolder
 from dual_lora.lab.model.device import crowded
-from dual_lora.lab.run.folder import RunFolder
 from dual_lora.lab.run.record import read_metrics
 from dual_lora.lab.study import metrics
 from dual_lora.lab.study import statistics as stats

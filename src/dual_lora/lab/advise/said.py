@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
-from typing import Any, cast
+from typing import Any
 
 from dual_lora.lab.advise.pace import LOOKS, TRIALS, Work, minutes_of, needed_records, needed_seeds
 from dual_lora.lab.advise.paired import DUAL, LORA, Length, length_of
@@ -97,8 +97,7 @@ def _failed(method: MethodRow, untrained: list[UntrainedRow]) -> Why | None:
 def _doubt(method: MethodRow, untrained: list[UntrainedRow]) -> str:
     """What makes the learning rate of the method that lost look wrong: then the rates were compared, too."""
     ended = [seed for seed in method["seeds"] if seed["score"] is not None]
-    alone = [cast(MethodRow, {**method, "seeds": [seed], "score": seed["score"]}) for seed in ended]
-    idle = sum(bool(notes.why_unlearned(run, untrained)) for run in alone)
+    idle = sum(bool(notes.why_unlearned_in(method, s["score"], [s["figures"]], untrained)) for s in ended)
     if method["diverged_in_search"] or method["diverged"]:
         why = f"{_diverged(method)} of {method['method']} diverged"
     elif idle:

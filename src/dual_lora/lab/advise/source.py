@@ -1,15 +1,18 @@
 """What an advice is about: a recipe, a run's folder, or a base and records, of which a recipe is written."""
 
+import contextlib
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 from dual_lora.lab.data.guess import guess
 from dual_lora.lab.data.records import read_records
+from dual_lora.lab.data.starter import read_starter, starter
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.files.write import write_atomically
+from dual_lora.lab.read import regular
 from dual_lora.lab.recipe.read import read_recipe
-from dual_lora.lab.recipe.starter import read_starter, starter
-from dual_lora.lab.run.write import write_atomically
 
 
 def source_of(recipe: str | None, base: str | None, data: str | None, test: str | None, out: Path | None) -> str:
@@ -48,9 +51,10 @@ def _print(*given: str | None) -> str:
 
 
 def _written(path: Path, text: str) -> str:
-    if path.exists():
-        if path.read_text(encoding="utf-8") == text:
-            return str(path)
+    if os.path.lexists(path):
+        with contextlib.suppress(OSError, ValueError):
+            if regular(path).read_text(encoding="utf-8") == text:
+                return str(path)
         raise UserError(f"{path} is there and differs from what these options make: give its name, or move it.")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, text)

@@ -19,13 +19,14 @@ from dual_lora.lab.analysis.ranks import rank_examples
 from dual_lora.lab.analysis.trajectory import chosen_layers, states_of
 from dual_lora.lab.analysis.walk import Options, Row, RunAnalysis, Walk
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.files.folder import RunFolder
+from dual_lora.lab.files.write import write_atomically
 from dual_lora.lab.model.device import check_device
 from dual_lora.lab.progress import Bar
 from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.results import ANALYSIS
-from dual_lora.lab.run.folder import RunFolder, recipe_of_run
 from dual_lora.lab.run.record import read_metrics, surroundings
-from dual_lora.lab.run.write import write_atomically
+from dual_lora.lab.run.resume import recipe_of_run
 
 VERSION = 1
 

@@ -17,14 +17,15 @@ from dual_lora.lab.data.classes import classes_of
 from dual_lora.lab.data.encode import IGNORED, rows_digest
 from dual_lora.lab.data.examples import load_split
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.files.folder import RunFolder, run_at
 from dual_lora.lab.model.methods import apply_method, method_config
 from dual_lora.lab.model.opened import Tuned, load_base
 from dual_lora.lab.model.weights import weights_digest
 from dual_lora.lab.read import read_object
 from dual_lora.lab.recipe.schema import EvaluateSection, Recipe
 from dual_lora.lab.run.evaluate import mean_losses
-from dual_lora.lab.run.folder import RunFolder, check_same_inputs, recipe_of_run, run_at
 from dual_lora.lab.run.prepare import in_order, show_gradients, wants_gradients
+from dual_lora.lab.run.resume import check_same_inputs, recipe_of_run
 from dual_lora.method.layer import DualLoraLayer
 
 

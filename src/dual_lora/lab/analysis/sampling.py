@@ -6,12 +6,13 @@ the error of a draw is exact, and nothing of the weight's size is made.
 
 from collections import defaultdict
 from collections.abc import Collection, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dual_lora.core.tokens import AUTO, Water, count, water
+from dual_lora.core.tokens import AUTO, Water, count, leverage, own_variance, water
 from dual_lora.lab.analysis.gradients import Batch, Call, LossOf, evaluating, watched
 from dual_lora.lab.analysis.updates import adapted_layers
 
@@ -50,10 +51,10 @@ def sampling_pass(
 
 
 def _figures(dy: Tensor, x: Tensor, sequences: int) -> dict[str, float]:
-    T, made = len(x), water(dy, x)
+    T, made = len(x), water(leverage(dy, x))
     draws = (torch.arange(DRAWS, dtype=torch.float64) + 0.5) / DRAWS
     taken = {f"{share:.0%}".strip("%"): [max(1, round(share * T))] * DRAWS for share in SHARES}
-    taken["auto"] = [count(dy, x, sequences, AUTO, draw, made) for draw in draws]
+    taken["auto"] = [count(T, AUTO, made, partial(own_variance, dy, x, sequences, made, draw)) for draw in draws]
     errors = [_error_weights(made, counts, draws, T) for counts in taken.values()]
     each = torch.eye(sequences, device=x.device).repeat_interleave(T // sequences, dim=0) - 1 / sequences
     squares = squared_sums(dy, x, torch.cat([torch.ones(T, 1, device=x.device), each, *errors], dim=1))

@@ -12,10 +12,10 @@ from dual_lora.lab.analysis.matrices import Difference
 from dual_lora.lab.analysis.opened_run import OpenedRun
 from dual_lora.lab.analysis.updates import LayerUpdate, adapted_layers, full_updates, linear_layers, snapshot
 from dual_lora.lab.errors import UserError, described
+from dual_lora.lab.files.folder import RunFolder, run_at
 from dual_lora.lab.model.bounds import check_finite_weights, check_stored_numbers
 from dual_lora.lab.patterns import Pattern
 from dual_lora.lab.read import read_object
-from dual_lora.lab.run.folder import RunFolder, run_at
 
 
 class State(NamedTuple):

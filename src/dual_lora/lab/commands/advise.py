@@ -33,10 +33,6 @@ def advise(
         float | None,
         Parameter(help="Difference too small to matter. [default: accuracy 0.01, loss 0.02, matthews 0.03, bleu 1]"),
     ] = None,
-    update: Annotated[
-        bool,
-        Parameter(help="Continue although the data or the code have changed; valid runs are kept."),
-    ] = False,
     device: Device = None,
     dry_run: DryRun = False,
     json: Json = False,
@@ -65,7 +61,7 @@ def advise(
         finish_forecast(plan(source, minutes, out, **question), json)
         return
     with resumable():
-        advice = run(source, minutes, out, update=update, **question)
+        advice = run(source, minutes, out, **question)
     finish(advice.plain(), _card(advice), json)
 
 

@@ -12,7 +12,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from dual_lora.lab.run.write import json_text
+from dual_lora.lab.files.write import json_text
 from dual_lora.lab.terminal import Console, figures
 from dual_lora.lab.terminal import duration as duration
 from dual_lora.lab.terminal import size as size
@@ -33,7 +33,7 @@ def finish(result: Mapping[str, Any], card: Any, as_json: bool) -> None:
 
 def finish_forecast(expected: Forecast, as_json: bool) -> None:
     """Print what a study would do (`--dry-run`), as one line if ``as_json``, else as a table."""
-    from dual_lora.lab.study.tables import show_forecast
+    from dual_lora.lab.report.tables import show_forecast
 
     if as_json:
         finish(dataclasses.asdict(expected) | {"study": expected.study.name}, None, True)

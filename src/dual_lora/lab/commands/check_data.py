@@ -14,8 +14,8 @@ from dual_lora.lab.data.guess import guess
 from dual_lora.lab.data.records import read_records
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.progress import stage
-from dual_lora.lab.recipe.read import build_recipe, merged, read_recipe, shipped_recipes
-from dual_lora.lab.recipe.schema import DataSection
+from dual_lora.lab.recipe.read import build_recipe, read_recipe, shipped_recipes
+from dual_lora.lab.recipe.schema import DataSection, Recipe
 
 if TYPE_CHECKING:
     from dual_lora.lab.data.check import Checked
@@ -49,7 +49,7 @@ def check_data(
     """
     overrides = flag_values(given)
     if test is not None:
-        overrides = merged({"data": {"test": test}}, overrides)
+        overrides = Recipe.merged({"data": {"test": test}}, overrides)
     data, task, model = _asked(file, overrides, head)
     tokenizer = None
     if model := base or model:
@@ -78,7 +78,7 @@ def _asked(file: str, overrides: dict[str, Any], head: Any) -> tuple[DataSection
             raise UserError(f"{file} names no training records (data.train): give --data.train FILE.")
         return recipe.data, recipe.model.head, recipe.model.path
     plain = {"model": {"path": "-"}, "data": {"train": file}}
-    data = build_recipe(merged(plain, overrides), "flags").data
+    data = build_recipe(Recipe.merged(plain, overrides), "flags").data
     records = read_records(file.split(" + ")[0].strip(), data.columns)
     if data.format == "auto" and not data.fields:
         found = guess(records)

@@ -29,9 +29,6 @@ def compare(
     keep: Annotated[
         Literal["adapters", "all", "nothing"], Parameter(help="What is kept of the final runs, besides their scores.")
     ] = "adapters",
-    update: Annotated[
-        bool, Parameter(help="Continue although the study or the code have changed; valid runs are kept.")
-    ] = False,
     report_to: ReportTo = (),
     device: Device = None,
     dry_run: DryRun = False,
@@ -73,11 +70,11 @@ def compare(
 
         finish_forecast(forecast(study, out, runs=runs, executor=executor, workers=workers, on=on), json)
         return
+    from dual_lora.lab.report.tables import show_results
     from dual_lora.lab.study.compare import compare as run
-    from dual_lora.lab.study.tables import show_results
 
     with resumable():
-        options: dict[str, Any] = {"executor": executor, "workers": workers, "update": update, "keep": keep}
+        options: dict[str, Any] = {"executor": executor, "workers": workers, "keep": keep}
         results = run(study, out, runs=runs, report_to=report_to, **options)
     if json:
         finish(results, None, True)

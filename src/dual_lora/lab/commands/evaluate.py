@@ -10,8 +10,8 @@ from pydantic import create_model
 from dual_lora.lab.commands.card import duration, figures_table, finish
 from dual_lora.lab.commands.parameters import AutoDtype, Base, Device, Json, Source, flag_values, flags
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.recipe.read import build_recipe, merged, read_recipe
-from dual_lora.lab.recipe.schema import DataSection, EvaluateSection
+from dual_lora.lab.recipe.read import build_recipe, read_recipe
+from dual_lora.lab.recipe.schema import DataSection, EvaluateSection, Recipe
 
 _PARTS: dict[str, Any] = {"data": (flags(DataSection) | None, None), "evaluate": (flags(EvaluateSection) | None, None)}
 EvaluateFlags: Any = create_model("EvaluateFlags", **_PARTS)
@@ -50,7 +50,7 @@ def evaluate(
     tuned = open_tuned(source, base, dtype, unsaid="auto")
     ground = ground or tuned.recipe
     data, spec = (ground.data, ground.evaluate) if ground else (DataSection(), EvaluateSection())
-    values = merged({"data": data.model_dump(), "evaluate": spec.model_dump()}, overrides)
+    values = Recipe.merged({"data": data.model_dump(), "evaluate": spec.model_dump()}, overrides)
     data, spec = DataSection.model_validate(values["data"]), EvaluateSection.model_validate(values["evaluate"])
     _check_split(overrides.get("data", {}), spec.split)
     result = run_evaluation(tuned, data, spec)

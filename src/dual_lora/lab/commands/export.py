@@ -16,8 +16,8 @@ from dual_lora.lab.errors import UserError
 from dual_lora.lab.recipe.schema import Precision
 
 if TYPE_CHECKING:
-    from dual_lora.lab.model.export import Exported
-    from dual_lora.lab.model.gguf import GgufResult
+    from dual_lora.lab.export.export import Exported
+    from dual_lora.lab.export.gguf import GgufResult
 
 
 def merge(
@@ -35,8 +35,8 @@ def merge(
 
     Example: `dual-lora merge runs/boolq-smollm2 merged --dtype bfloat16`
     """
+    from dual_lora.lab.export.export import merge as run_merge
     from dual_lora.lab.model.device import use_device
-    from dual_lora.lab.model.export import merge as run_merge
 
     use_device(device)
     result = run_merge(source, out, base=base, dtype=dtype)
@@ -97,8 +97,8 @@ def export(
     use_device(device)
     if to == "merged":
         return merge(source, out, json=json, **options)
-    from dual_lora.lab.model import export as adapters
-    from dual_lora.lab.model import gguf
+    from dual_lora.lab.export import export as adapters
+    from dual_lora.lab.export import gguf
 
     if to == "gguf":
         result = gguf.export_gguf(source, out, **options)

@@ -29,8 +29,8 @@ def card(
 
     Example: `dual-lora card runs/boolq-smollm2 --license apache-2.0`
     """
+    from dual_lora.lab.files.folder import run_at
     from dual_lora.lab.recipe.read import read_recipe
-    from dual_lora.lab.run.folder import run_at
     from dual_lora.lab.run.hub_card import write_card
 
     file = write_card(run_at(run), read_recipe(run), base_model=base_model, licence=license)

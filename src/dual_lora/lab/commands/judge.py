@@ -60,7 +60,7 @@ def judge(
     What PEFT's table can tell apart, by the reruns in its history: `dual-lora judge --peft peft --out peft-verdicts`
     """
     from dual_lora.lab.errors import UserError
-    from dual_lora.lab.study.tables import show_results
+    from dual_lora.lab.report.tables import show_results
 
     if source is None and peft is not None:
         from dual_lora.lab.judge.history import write_page

@@ -12,11 +12,12 @@ from dual_lora.lab.commands.card import duration, facts_card, finish
 from dual_lora.lab.commands.parameters import AutoDtype, Base, Device, Json, Source, flag_values, flags
 from dual_lora.lab.data.questions import read_questions
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.files.folder import RunFolder, result_of
 from dual_lora.lab.progress import stage
-from dual_lora.lab.recipe.read import build_recipe, merged
+from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.recipe.schema import DataSection, EvaluateSection, Recipe
-from dual_lora.lab.run.folder import RunFolder, recipe_of_run, result_of
-from dual_lora.lab.run.results_file import check_columns, check_out
+from dual_lora.lab.run.results_file import check_cells, check_columns, check_out
+from dual_lora.lab.run.resume import recipe_of_run
 
 _ASKED = ("format", "fields", "columns", "template", "choices", "max_length")
 _HOW = ("batch_size", "max_new_tokens", "beams", "length_penalty", "no_repeat_ngram", "per_token")
@@ -57,7 +58,7 @@ def predict(
     overrides = flag_values(given)
     recipe = _recipe_of(source)
     plain = {"data": recipe.data.model_dump(), "evaluate": recipe.evaluate.model_dump()} if recipe else {}
-    settings = build_recipe({"model": {"path": source}, **merged(plain, overrides)}, "flags")
+    settings = build_recipe({"model": {"path": source}, **Recipe.merged(plain, overrides)}, "flags")
     if limit is not None and limit < 1:
         raise UserError(f"--limit is {limit}, expected at least 1 record.")
     head = recipe.model.head if recipe else "causal"
@@ -66,6 +67,7 @@ def predict(
     target = out or _beside(file)
     check_out(target, overwrite)
     check_columns(records, ("predicted", "probability", "probabilities"))
+    check_cells(target, records)
     with stage(f"{source}: {len(records):,} records of {file}, into {target}"):
         from dual_lora.lab.model.device import use_device
         from dual_lora.lab.model.opened import open_tuned

@@ -10,10 +10,10 @@ from dual_lora.lab.commands.card import facts_card, figures_table, finish, size
 from dual_lora.lab.commands.parameters import Json
 from dual_lora.lab.commands.plain import PLAIN_FLAGS
 from dual_lora.lab.errors import UserError, suggest
+from dual_lora.lab.files.write import json_text, write_atomically
 from dual_lora.lab.recipe.families import family, marked_yaml, marks_of
 from dual_lora.lab.recipe.read import FAMILIES, LISTING, read_recipe, recipe_text, shipped_recipes
 from dual_lora.lab.recipe.schema import Recipe
-from dual_lora.lab.run.write import json_text, write_atomically
 
 app = App(
     name="recipes",
@@ -67,7 +67,7 @@ def show(name: str, *, full: Annotated[bool, Parameter(help="With every default.
     """
     recipe = read_recipe(name)
     if not full:
-        print(recipe_text(name)[1], end="")
+        print(recipe_text(name), end="")
     elif recipe.origin is None:
         print(recipe.to_yaml(), end="")
     else:
@@ -84,7 +84,7 @@ def copy(name: str, to: Path | None = None) -> None:
         target = target / f"{name}.yaml"
     if target.exists():
         raise UserError(f"{target} exists already: give another name.")
-    write_atomically(target, recipe_text(name)[1])
+    write_atomically(target, recipe_text(name))
     finish({"file": str(target)}, f"{target} — run it with: dual-lora train {quote(str(target))}", False)
 
 
@@ -111,8 +111,8 @@ def init(
     """
     from dual_lora.lab.data.guess import guess
     from dual_lora.lab.data.records import read_records
+    from dual_lora.lab.data.starter import read_starter, starter
     from dual_lora.lab.model.location import check_here
-    from dual_lora.lab.recipe.starter import read_starter, starter
 
     if to.suffix not in (".yaml", ".yml"):
         raise UserError(f"{to} is the recipe to write: give it a name that ends in .yaml.")

@@ -11,12 +11,12 @@ from cyclopts import Parameter
 from dual_lora.lab.commands.card import duration, facts_card, finish, size
 from dual_lora.lab.commands.parameters import Device, Json, ReportTo, flag_values, flags
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.files.folder import RunFolder
 from dual_lora.lab.interrupt import Stopped, exit_status
 from dual_lora.lab.progress import stage
-from dual_lora.lab.recipe.read import build_recipe, merged, read_recipe
+from dual_lora.lab.recipe.read import build_recipe, read_recipe
 from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.run import early
-from dual_lora.lab.run.folder import RunFolder
 
 if TYPE_CHECKING:
     from dual_lora.lab.run.train import RunResult
@@ -136,4 +136,4 @@ def _chosen(source: str | None, overrides: dict[str, Any], out: Path | None, res
         raise UserError(
             "Say what to train: a recipe (`dual-lora recipes` lists them), or --model.path and --data.train."
         )
-    return build_recipe(merged({"name": (out.resolve().name if out else "") or "run"}, overrides), "flags")
+    return build_recipe(Recipe.merged({"name": (out.resolve().name if out else "") or "run"}, overrides), "flags")

@@ -264,7 +264,7 @@ def training_step(options: StepOptions, device: str) -> Callable[[], None]:
 
 
 def _keep(entry: dict[str, Any]) -> None:
-    from dual_lora.lab.run.write import write_json
+    from dual_lora.lab.files.write import write_json
 
     file = cache_file()
     try:

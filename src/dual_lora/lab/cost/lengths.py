@@ -13,7 +13,7 @@ from dual_lora.lab.errors import UserError
 
 if TYPE_CHECKING:
     from dual_lora.lab.data.encode import Encoded
-    from dual_lora.lab.data.examples import Example
+    from dual_lora.lab.data.formats import Example
     from dual_lora.lab.recipe.schema import Recipe
 
 LONGEST, DRAWN = 128, 1000  # records that are written in tokens

@@ -11,7 +11,8 @@ from typing import Any
 
 from dual_lora.lab.data.classes import fit_head
 from dual_lora.lab.data.encode import Encoded, Prompter, class_names
-from dual_lora.lab.data.examples import Example, guess_format, item_of, read_examples, records_of
+from dual_lora.lab.data.examples import item_of, read_examples, records_of
+from dual_lora.lab.data.formats import Example, format_of
 from dual_lora.lab.data.overlap import undeclared
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.recipe.schema import DataSection
@@ -97,10 +98,11 @@ def _read(result: Checked, source: str, data: DataSection, head: str) -> None:
     result.records += len(records)
     names = dict.fromkeys(str(name) for record in records for name in record.values)
     result.columns = list(dict.fromkeys([*result.columns, *names]))
+    filled = Counter(str(name) for record in records for name, value in record.values.items() if not _is_empty(value))
     for column in names:
-        if count := sum(_is_empty(record.values.get(column)) for record in records):
+        if count := len(records) - filled[column]:
             result.empty[column] = result.empty.get(column, 0) + count
-    plain = data if data.format != "auto" else data.model_copy(update={"format": guess_format(records[0], data)})
+    plain = data if data.format != "auto" else data.model_copy(update={"format": format_of(records[0], data)})
     result.format = plain.format
     failed: list[UserError] = []
     with _collecting_warnings(result):

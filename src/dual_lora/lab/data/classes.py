@@ -1,7 +1,7 @@
 """What a model's head tells apart, by the records: needs neither the model nor a library."""
 
 from dual_lora.lab.data.encode import VALUE, class_names
-from dual_lora.lab.data.examples import Example
+from dual_lora.lab.data.formats import Example
 from dual_lora.lab.errors import UserError
 
 

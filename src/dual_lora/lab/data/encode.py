@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dual_lora._warning import warn
-from dual_lora.lab.data.examples import Example, answer_of, as_whole, text_of
+from dual_lora.lab.data.formats import Example, answer_of, text_of
+from dual_lora.lab.data.values import as_whole
 from dual_lora.lab.errors import UserError, described
 
 IGNORED = -100  # the label that losses of PyTorch leave out

@@ -11,6 +11,7 @@ from dual_lora.lab.recipe.schema import FIELDS
 Head = Literal["causal", "classification", "regression"]
 SEEN = 2000  # records that are looked at
 MOST_CLASSES = 200
+MOST_NAMES = 1000  # of columns, of which a table that people write has some dozens
 # What people call the fields of a format, the likeliest first.
 NAMES = {
     "messages": ("messages", "conversations", "conversation", "dialog", "dialogue", "chat"),
@@ -43,6 +44,11 @@ def guess(records: list[Record], given: Mapping[str, str] | None = None) -> Gues
     """
     seen = records[:SEEN]
     names = list(dict.fromkeys(str(name) for record in seen for name in record.values))
+    if len(names) > MOST_NAMES:
+        raise UserError(
+            f"The first {len(seen):,} records have {len(names):,} different fields, at most {MOST_NAMES:,} are looked "
+            f"through: is {names[-1][:40]!r} a name, or a value?"
+        )
     given = {ours: theirs for ours, theirs in (given or {}).items() if theirs}
     for ours, theirs in given.items():
         if theirs not in names:

@@ -2,7 +2,8 @@
 
 from typing import NamedTuple
 
-from dual_lora.lab.data.examples import Example, item_of, load_split
+from dual_lora.lab.data.examples import item_of, load_split
+from dual_lora.lab.data.formats import Example
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.recipe.schema import DataSection
 

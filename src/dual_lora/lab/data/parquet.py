@@ -8,8 +8,10 @@ from dual_lora.lab.errors import UserError, described
 from dual_lora.lab.read import regular
 
 LARGEST = 20_000_000_000  # bytes of a file
-MOST_BYTES = 4_000_000_000  # unpacked, of the columns that are read, with POINTER for each value
-POINTER = 8  # bytes, which Python takes at least for a value, a null in a list too
+MOST_BYTES = 4_000_000_000  # unpacked, as Python has them, of the columns that are read
+# Bytes that Python takes besides a value's own: for a record, for a struct, for any value (a null in a list 8, a number
+# 32, a text 49).
+RECORD, STRUCT, VALUE = 500, 200, 50
 MOST_ROWS = 50_000_000
 ROWS = 1024  # that are unpacked at once
 
@@ -32,10 +34,12 @@ def rows_of(path: Path) -> Iterator[dict[str, Any]]:
                 raise UserError(f"{path} has two columns {twice[0]!r}: give one of them another name.")
             if not kept:
                 raise UserError(f"{path} has no column of texts or numbers.")
-            _check(path, file.metadata.num_rows, _said(file.metadata, kept))
+            rows = file.metadata.num_rows
+            _check(path, rows, RECORD * rows + _said(file.metadata, kept))
             unpacked = count = 0
             for batch in file.iter_batches(batch_size=ROWS, columns=kept):
-                unpacked, count = unpacked + sum(map(_unpacked, batch.columns)), count + batch.num_rows
+                count += batch.num_rows
+                unpacked += RECORD * batch.num_rows + sum(map(_unpacked, batch.columns))
                 _check(path, count, unpacked)
                 yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError) as error:
@@ -46,11 +50,12 @@ def rows_of(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _said(metadata: Any, kept: list[str]) -> int:
-    """Bytes of the columns that are read, by what the file says. Before anything is unpacked: one row may hold much."""
+    """Bytes of the columns that are read, by what the file says, without what holds them. Before anything is unpacked:
+    one row may hold much."""
     groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
     columns = (group.column(j) for group in groups for j in range(group.num_columns))
     return sum(
-        column.total_uncompressed_size + POINTER * column.num_values
+        column.total_uncompressed_size + VALUE * column.num_values
         for column in columns
         if any(column.path_in_schema == name or column.path_in_schema.startswith(f"{name}.") for name in kept)
     )
@@ -61,15 +66,15 @@ def _unpacked(array: Any) -> int:
     import pyarrow
     import pyarrow.compute
 
-    types, kind, pointers = pyarrow.types, array.type, POINTER * len(array)
+    types, kind, held = pyarrow.types, array.type, VALUE * len(array)
     if types.is_dictionary(kind):
         lengths = pyarrow.compute.take(pyarrow.compute.binary_length(array.dictionary), array.indices)
-        return pointers + int(pyarrow.compute.sum(lengths.cast("int64")).as_py() or 0)
+        return held + int(pyarrow.compute.sum(lengths.cast("int64")).as_py() or 0)
     if types.is_struct(kind):
-        return pointers + sum(map(_unpacked, array.flatten()))
+        return held + STRUCT * len(array) + sum(map(_unpacked, array.flatten()))
     if types.is_nested(kind):
-        return pointers + _unpacked(array.flatten())
-    return pointers + int(array.nbytes)
+        return held + _unpacked(array.flatten())
+    return held + int(array.nbytes)
 
 
 def _is_index(name: str) -> bool:

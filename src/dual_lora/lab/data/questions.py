@@ -3,7 +3,8 @@
 from dataclasses import replace
 from typing import Any
 
-from dual_lora.lab.data.examples import Example, in_words, read_examples
+from dual_lora.lab.data.examples import in_words, read_examples
+from dual_lora.lab.data.formats import Example
 from dual_lora.lab.data.records import Record, find, read_records
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.recipe.schema import FIELDS, DataSection

@@ -1,6 +1,7 @@
 """What stands in a field of a record: as it is, as text, as a list; or why it cannot be used."""
 
 import math
+import re
 from typing import Any
 
 from dual_lora.lab.data.records import Record
@@ -46,3 +47,8 @@ def list_in(record: Record, name: str) -> list[Any]:
     if not isinstance(value, list):
         raise UserError(f"{record.where}: field {name!r} is a {type(value).__name__}, expected a list.")
     return value
+
+
+def as_whole(text: str) -> str:
+    """A whole number without the ".0" that a table with an empty cell in its column adds; any other text as it is."""
+    return text.partition(".")[0] if re.fullmatch(r"-?\d+\.0+", text) else text

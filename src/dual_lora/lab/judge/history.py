@@ -28,12 +28,12 @@ import numpy as np
 from scipy import stats
 
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.files.write import write_atomically
 from dual_lora.lab.judge.objects import objects_of
 from dual_lora.lab.read import opened, parse_json
 from dual_lora.lab.report.blocks import Axis, Block, Chart, Page, Section, Table, Text, View
 from dual_lora.lab.report.columns import Column
 from dual_lora.lab.report.page import render
-from dual_lora.lab.run.write import write_atomically
 
 RESULTS = "method_comparison/MetaMathQA/results"
 COLUMNS = ("experiment", "date", "accuracy", "settings")

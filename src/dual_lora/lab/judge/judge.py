@@ -7,7 +7,7 @@ results = judge("scores.csv", reference="lora", margin=0.01)
 import math
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.files.write import write_json
 from dual_lora.lab.judge import packed
 from dual_lora.lab.judge.copies import copied, repeated
 from dual_lora.lab.judge.lm_eval import read_lm_eval, sample_files
 from dual_lora.lab.judge.peft import read_peft, result_files
 from dual_lora.lab.judge.scores import WHOLE, Runs, Scenario, Scores, one_metric, read_table, reference_of, tables
 from dual_lora.lab.read import read_json
-from dual_lora.lab.run.write import write_json
 from dual_lora.lab.study import metrics, verdicts
 from dual_lora.lab.study import results as results_of_studies
 from dual_lora.lab.study.conclude import conclude
@@ -38,6 +38,7 @@ WHOLE_ONLY = (
     "There is one score a run, none for each test item: the verdicts hold for these test items and other seeds, not "
     "for other items."
 )
+MOST_COMPARISONS = 5000  # which are tested together; some seconds a thousand
 FEW = 11  # values, from none to ten tenths; with fewer items than that no more than one less than there are
 # Words in the name of a metric of which there should be less, and of which there should be more.
 LESS = set("loss nll entropy perplexity ppl bits mse mae rmse error wer cer brier".split())  # noqa: SIM905
@@ -72,25 +73,19 @@ def judge(
     chosen = one_metric(scores, metric)
     direction, guessed = _directions(chosen, scores, better)
     paired = tables(scores.rows)
+    if (count := sum(len(own) - 1 for own in paired.values())) > MOST_COMPARISONS:
+        raise UserError(f"{path} asks for {count:,} comparisons, at most {MOST_COMPARISONS:,} are made at once.")
     copies = list(copied(paired))
     methods = list(dict.fromkeys(row.method for row in scores.rows))
     against = reference_of(methods, reference)
-    for scenario, own in paired.items():
-        if against not in own:
-            raise UserError(
-                f"{against}, which the others are compared with, has no score on {task_name(*scenario)}: choose "
-                "another with --reference, or leave that task out."
-            )
+    _check_scored(against, paired)
     study = _study(path, paired, methods, against, level)
     rows: list[MethodRow] = []
     pairs: list[verdicts.Comparison] = []
-    for scenario, own in paired.items():
-        name = chosen[scenario]
-        rows += [
-            _method(scenario, m, runs, name, direction[scenario], scores.costs.get((scenario, m)))
-            for m, runs in own.items()
-        ]
-        pairs += _pairs(scenario, own, against, name, direction[scenario], margin, level)
+    for at, own in paired.items():
+        by = chosen[at], direction[at]
+        rows += [_method(at, method, runs, *by, scores.costs.get((at, method))) for method, runs in own.items()]
+        pairs += _pairs(at, own, against, *by, margin, level)
     said = conclude(study, pairs, rows, [])
     whole = any(runs.items == [WHOLE] for own in paired.values() for runs in own.values())
     results: Results = {
@@ -123,6 +118,15 @@ def judge(
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, results)
     return results
+
+
+def _check_scored(method: str, paired: Mapping[Scenario, Mapping[str, Runs]]) -> None:
+    for scenario, own in paired.items():
+        if method not in own:
+            raise UserError(
+                f"{method}, which the others are compared with, has no score on {task_name(*scenario)}: choose "
+                "another with --reference, or leave that task out."
+            )
 
 
 def read(path: Path) -> Scores:

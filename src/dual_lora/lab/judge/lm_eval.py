@@ -13,13 +13,14 @@ Items are documents, known by their number and hash: two runs that saw other doc
 import contextlib
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.judge.scores import Score, Scores, number
-from dual_lora.lab.read import opened, parse_json, read_object
+from dual_lora.lab.read import opened, parse_json, read_object, unlinked
 
 _SAMPLES = re.compile(r"samples_(?P<task>.+)_(?P<date>\d{4}-\d\d-\d\dT[\d\-:.]+)\.jsonl$")
 _SEED = re.compile(r"(?:seed|run)?[-_ ]?(\d+)$", re.IGNORECASE)
@@ -72,9 +73,9 @@ def read_lm_eval(folder: Path) -> Scores:
     scores.rows = [row for row in scores.rows if f"{row.metric} on {row.scenario[1]}" not in aside]
     if aside:
         scores.notes.append(f"Left out, as they are no means over items: {', '.join(aside)}.")
+    differing = Counter(task for (task, _), own in prompts.items() if len(set(own.values())) > 1)
     for task in dict.fromkeys(task for task, _ in prompts):
-        differ = sum(len(set(own.values())) > 1 for (t, _), own in prompts.items() if t == task)
-        if differ:
+        if differ := differing[task]:
             scores.notes.append(
                 f"On {task} the methods were asked {differ} of the items in different words (other examples or another "
                 "template): their difference is one of the prompts too."
@@ -93,7 +94,7 @@ def _run_of(folder: Path, file: Path) -> tuple[str, int]:
 
 def _rows(file: Path, method: str, seed: int, task: str, aside: dict[str, None]) -> Iterator[tuple[Score, str]]:
     """Scores with their prompts' hashes. aside: takes the metrics that are no mean over items."""
-    with opened(file) as lines:
+    with opened(file, linked=False) as lines:
         for count, line in enumerate(lines, 1):
             where = f"{file}, line {count}"
             try:
@@ -120,7 +121,7 @@ def _results(folder: Path, task: str, date: str) -> dict[str, Any]:
     own = folder / f"results_{date}.json"
     for file in dict.fromkeys([own, *sorted(folder.glob("results_*.json"), reverse=True)]):
         with contextlib.suppress(OSError, ValueError):
-            found = read_object(file)
+            found = read_object(unlinked(file))
             if file == own:
                 return found
             if isinstance(ways := found.get("higher_is_better"), dict) and task in ways:

@@ -14,8 +14,8 @@ from typing import Any
 
 from dual_lora.lab.data.records import Record, data_folder, read_records
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.files.write import write_json
 from dual_lora.lab.module_command import run_module
-from dual_lora.lab.run.write import write_json
 
 TRAIN, TEST = "hub:meta-math/MetaMathQA", "hub:openai/gsm8k,main:test"
 TEMPLATE = "Question: {query} Think step by step.\nAnswer:"

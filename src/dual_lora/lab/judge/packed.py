@@ -16,15 +16,17 @@ from typing import Any
 import numpy as np
 
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.files.write import write_atomically
 from dual_lora.lab.judge.scores import Score, Scores, number, seed_number
 from dual_lora.lab.module_command import run_module
-from dual_lora.lab.read import LARGEST, parse_json, read_json, unlinked
-from dual_lora.lab.run.write import write_atomically
+from dual_lora.lab.read import parse_json, read_json, unlinked
 from dual_lora.lab.study import metrics
 from dual_lora.lab.study.job import read_scores
 from dual_lora.lab.study.rows import Results
 
 PACKED = "scores.json.gz"
+LARGEST = 50_000_000  # bytes, unpacked; the largest published has a tenth of that
+MOST_SCORES = 5_000_000  # of all runs and items
 DIGITS = 9  # of an item's share; verdicts need no more
 
 
@@ -67,7 +69,9 @@ def read_packed(folder: Path) -> Scores:
     try:
         with gzip.open(unlinked(file)) as packed:
             content = packed.read(LARGEST + 1)
-        known: dict[str, Any] = parse_json(content.decode()) if len(content) <= LARGEST else {}
+        if len(content) > LARGEST:
+            raise ValueError(f"it unpacks to more than {LARGEST:,} bytes")
+        known: dict[str, Any] = parse_json(content.decode())
     except (OSError, ValueError, EOFError, zlib.error) as error:
         raise UserError(f"{file} is damaged: {error}.") from None
     try:
@@ -79,7 +83,8 @@ def read_packed(folder: Path) -> Scores:
 
 
 def _scores(results: Results, known: dict[str, Any], file: str) -> Scores:
-    rows, notes = [], []
+    rows: list[Score] = []
+    notes = []
     lost = {(m["model"], m["task"], s["seed"]) for m in results["methods"] for s in m["seeds"] if s["status"] != "done"}
     for m in results["methods"]:
         for s in m["seeds"]:
@@ -88,6 +93,8 @@ def _scores(results: Results, known: dict[str, Any], file: str) -> Scores:
             if s["key"] not in known:
                 raise UserError(f"{file} lacks the scores of {m['method']}, seed {s['seed']}: pack the study again.")
             shares = metrics.sign(m["metric"]) * metrics.score_table(m["metric"], [known[s["key"]]])[0]
+            if len(rows) + len(shares) > MOST_SCORES:  # of runs that share a key there are more than the file holds
+                raise UserError(f"{file} and the results next to it make more than {MOST_SCORES:,} scores.")
             where, seed = f"{file}, {s['key']}", seed_number(s["seed"], file)
             rows += [
                 Score((m["model"], m["task"]), m["method"], seed, str(i), m["metric"], number(x, where), where)

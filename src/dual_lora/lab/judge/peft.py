@@ -19,11 +19,12 @@ from typing import Any
 
 from dual_lora.lab.data.encode import ALPACA, LLM_ADAPTERS
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.files.folder import RunFolder
+from dual_lora.lab.files.write import write_json
 from dual_lora.lab.judge.scores import WHOLE, Scenario, Score, Scores, number, seed_number
 from dual_lora.lab.read import read_json, read_object, regular, unlinked
 from dual_lora.lab.recipe.schema import Recipe
-from dual_lora.lab.run.folder import RunFolder, recipe_of_run
-from dual_lora.lab.run.write import write_json
+from dual_lora.lab.run.resume import recipe_of_run
 from dual_lora.lab.study.job import run_folder
 
 # What a method may be trained with by itself; all else in a run's train_config should be the same for all.
@@ -45,9 +46,15 @@ def result_files(folder: Path) -> list[Path]:
 def _is_result(file: Path) -> bool:
     try:
         with regular(file).open("rb") as text:
-            return b'"run_info"' in text.read(200)
+            if b'"run_info"' not in text.read(200):
+                return False
     except (OSError, ValueError):  # a pipe, a broken link
         return False
+    try:
+        unlinked(file)
+    except ValueError as error:
+        raise UserError(f"{file}: {error}.") from None
+    return True
 
 
 def read_peft(folder: Path) -> Scores:
@@ -191,7 +198,7 @@ def _defaults(name: str) -> dict[str, Any]:
 
 def _settings(file: Path) -> dict[str, Any]:
     try:
-        return read_object(file)
+        return read_object(unlinked(file))
     except ValueError as error:
         raise UserError(f"{file} holds no settings by name: {error}.") from None
 

@@ -1,5 +1,5 @@
-"""What a method's configuration asks for, looked at before PEFT does it: its patterns, its numbers, and its ranks by
-the file that is to hold the factors.
+"""What a method's configuration asks for, looked at before PEFT does it: what it has PEFT load, its patterns, its
+numbers, and its ranks by the file that is to hold the factors.
 
 A configuration may come with somebody else's adapter. PEFT draws every factor before it compares it with the file.
 """
@@ -14,6 +14,7 @@ from dual_lora.lab.errors import UserError
 from dual_lora.verify.bounds import check_bounds
 from dual_lora.verify.numbers import all_finite, check_numbers, header
 from dual_lora.verify.patterns import check_patterns
+from dual_lora.verify.sources import check_sources
 
 MOST_OF_FILE = 100  # an adapter may become so many times as large as its file
 SMALL = 10**8  # numbers that fit into any memory
@@ -23,12 +24,13 @@ _FACTORED = ("LORA", "DUAL_LORA", "ADALORA")  # every layer has factors of its o
 
 
 def check_config(config: Any, model: Any, where: str, file: Path | None = None) -> None:
-    """Raise UserError for a configuration that would search, build or draw without an end.
+    """Raise UserError for a configuration that would load something else, or search, build or draw without an end.
 
     where: how a sentence names the configuration. file: the adapter's weights, which a rank must fit.
     """
     values = config.to_dict()
     try:
+        check_sources(config, model)
         check_patterns(values, model)
         check_bounds(config, model)
     except ValueError as error:

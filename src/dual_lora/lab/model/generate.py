@@ -27,10 +27,9 @@ from dual_lora.lab.data.batches import (
     unwrapped,
 )
 from dual_lora.lab.data.encode import Prompter
-from dual_lora.lab.errors import UserError
+from dual_lora.lab.errors import NotFinite, UserError
 from dual_lora.lab.model.opened import Tuned
 from dual_lora.lab.recipe.schema import EvaluateSection
-from dual_lora.lab.run.failures import NotFinite
 
 
 def ends_of(model: Any, tokenizer: Any) -> list[int]:
@@ -166,6 +165,21 @@ def generate(
     )  # fmt: skip
 
 
+def _readable(tuned: Tuned, messages: Sequence[dict[str, Any]]) -> torch.Tensor:
+    """The conversation's tokens [1, T], where the model writes text and reads so many."""
+    if tuned.classes:
+        raise UserError(f"{tuned.source} is a classifier, it writes no text.")
+    check_writes(tuned.model)
+    prompter = Prompter(tuned.tokenizer, tuned.recipe.data.template if tuned.recipe else "auto")
+    ids = torch.tensor([prompter.prompt_ids(tuple(messages))])
+    known = getattr(unwrapped(tuned.model).config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(known, int) and 0 < known <= ids.shape[1]:
+        raise UserError(
+            f"The conversation has {ids.shape[1]:,} tokens, and the model reads {known:,}: ask less, or begin anew."
+        )
+    return ids
+
+
 def answer_to(
     tuned: Tuned,
     messages: Sequence[dict[str, Any]],
@@ -183,16 +197,7 @@ def answer_to(
         raise UserError(f"temperature is {temperature}, expected 0 or more.")
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}, expected at least 1.")
-    if tuned.classes:
-        raise UserError(f"{tuned.source} is a classifier, it writes no text.")
-    check_writes(tuned.model)
-    prompter = Prompter(tuned.tokenizer, tuned.recipe.data.template if tuned.recipe else "auto")
-    ids = torch.tensor([prompter.prompt_ids(tuple(messages))])
-    known = getattr(unwrapped(tuned.model).config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(known, int) and 0 < known <= ids.shape[1]:
-        raise UserError(
-            f"The conversation has {ids.shape[1]:,} tokens, and the model reads {known:,}: ask less, or begin anew."
-        )
+    ids = _readable(tuned, messages)
     choice: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature:
         choice = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}  # of all tokens

@@ -13,6 +13,7 @@ from dual_lora._warning import warn
 from dual_lora.lab.errors import UserError, described, memory_full
 from dual_lora.lab.model.device import best_device, is_sharded_launch
 from dual_lora.lab.model.location import Location, check_settings, is_here, is_plain, locate, meant, nobody_answers
+from dual_lora.lab.model.named_files import check_tokenizer_arguments, check_whole_model
 from dual_lora.lab.model.quantize import quantization_config
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def load_tokenizer(path: str, location: Location | None = None) -> PreTrainedTok
 
     location = location or locate(path)
     with _clear_errors(path), _quick_reading(location):
+        check_tokenizer_arguments(location.name, location.revision)
         tokenizer = AutoTokenizer.from_pretrained(location.name, **location.arguments())
         if location.gguf_file and Version(transformers.__version__) < Version("5.20"):
             set_special_tokens(Path(location.name) / location.gguf_file, tokenizer)
@@ -71,6 +73,8 @@ def load_model(part: ModelSection, num_labels: int | None = None, device: str | 
 
     location = locate(part.path, part.revision)
     check_settings(location)
+    with _clear_errors(part.path):
+        check_whole_model(location.name, location.revision)
     tokenizer = load_tokenizer(part.path, location)
     arguments: dict[str, Any] = {"dtype": getattr(torch, dtype_of(part, device)), **location.arguments()}
     if part.attention:

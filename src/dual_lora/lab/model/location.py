@@ -15,6 +15,7 @@ from shlex import quote
 from typing import Any
 
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.model.named_files import check_plain_name
 from dual_lora.lab.read import has_second_name
 
 WEIGHTS = (".safetensors", ".bin", ".gguf")
@@ -25,13 +26,18 @@ NEXT_TO_GGUF = (
     "tokenizer.json",
     "chat_template.jinja",
 )
-# Of a config.json what is built one after the other; the largest published models have 130 layers and 512 experts.
+# Of a config.json what is built one after the other, and the sizes of weights, which transformers draws before it
+# compares them with the file. The largest published models have 130 layers, 512 experts, 16,384 features in 53,248,
+# 262,144 tokens and 10,485,760 positions.
 MOST_OF = {
     **dict.fromkeys(
         ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers"), 1000
     ),
     **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts"), 10_000),
-    "num_labels": 1_000_000,
+    **dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size", "n_embd", "n_inner"), 1_000_000),
+    **dict.fromkeys(("d_model", "d_ff", "ffn_dim", "ffn_hidden_size", "dim", "hidden_dim", "dff"), 1_000_000),
+    **dict.fromkeys(("num_labels", "vocab_size", "num_attention_heads", "n_head", "num_heads", "head_dim"), 1_000_000),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length"), 20_000_000),
 }
 # Its sections that say which layers are packed: transformers searches with each of their texts in each layer's name, by
 # Python's `re`, which nothing ends. Published ones have some 1000 names, a few patterns, and no repeat of a group.
@@ -154,6 +160,8 @@ def check_settings(location: Location) -> None:
         most = MOST_OF.get(name)
         if most is not None and isinstance(value, int) and value > most:
             raise UserError(f"The model {location.name} has {name} {value:,}, expected at most {most:,}.")
+        if name == "transformers_weights" and value is not None:
+            check_plain_name(str(value), f"The model {location.name}, {name},")
         if name in PACKED:
             _check_packed(f"The model {location.name}, {name}", list(_texts_in(value)))
 

@@ -12,6 +12,7 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_mode
 
 from dual_lora._warning import warn
 from dual_lora.lab.errors import UserError, described, memory_full
+from dual_lora.lab.files.folder import RunFolder, result_of
 from dual_lora.lab.model.bounds import check_config, check_finite_weights, check_stored_numbers
 from dual_lora.lab.model.load import UNREAD, Loaded, load_model, load_tokenizer
 from dual_lora.lab.model.location import Location, check_entries, is_here
@@ -20,7 +21,6 @@ from dual_lora.lab.model.note import NOTE, name_classes, read_note
 from dual_lora.lab.model.weights import is_another, other_settings, short_digest, warn_of_doubt, weights_digest
 from dual_lora.lab.read import read_object, regular
 from dual_lora.lab.recipe.schema import ModelSection, Recipe
-from dual_lora.lab.run.folder import RunFolder, result_of
 from dual_lora.serving.files import CONFIG_BYTES
 from dual_lora.verify.numbers import header
 
@@ -187,6 +187,9 @@ def _open_adapter(
     import dual_lora  # noqa: F401  (registers its method with PEFT)
 
     check_entries(adapter)
+    if not any((adapter / f"adapter_model.{kind}").is_file() for kind in ("safetensors", "bin")):
+        # PEFT would ask the hub for a repository with the name of this folder.
+        raise UserError(f"The adapter {adapter} holds no weights (adapter_model.safetensors): copy it whole.")
     recipe, classes = read_note(adapter)
     if recipe:
         plain_name(str(recipe.method["name"]))  # a method of the user's own is known to PEFT from here on

@@ -20,7 +20,6 @@ Later settings lie over earlier ones. `reported` next to the settings of a sourc
 import itertools
 import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -33,21 +32,16 @@ KINDS = ("paper", "predecessor", "ours")  # who a setting can come from; a sourc
 _KEYS = {"family", "about", "sources", "common", "axes", "cells", "twins"}
 
 
-@dataclass
-class Member:
-    """One recipe of a family. values: as in a recipe file, `origin` included; text: that file, every setting marked."""
+def family(path: Path) -> dict[str, dict[str, Any]]:
+    """The recipes of a family's file by name: their values as in a recipe's file, `origin` included.
 
-    values: dict[str, Any]
-    text: str
-
-
-def family(path: Path) -> dict[str, Member]:
-    """The recipes of a family's file by name. Raises UserError for a file that is not of the form above."""
+    Raises UserError for a file that is not of the form above.
+    """
     return _read(path, path.stat().st_mtime_ns)
 
 
 @lru_cache
-def _read(path: Path, _changed: int) -> dict[str, Member]:
+def _read(path: Path, _changed: int) -> dict[str, dict[str, Any]]:
     written = parse_yaml(read_yaml_text(path), str(path))
     if not isinstance(written, dict) or set(written) - _KEYS or "family" not in written:
         raise UserError(f"{path} is no family of recipes: expected a mapping with {', '.join(sorted(_KEYS))}.")
@@ -71,7 +65,9 @@ def _read(path: Path, _changed: int) -> dict[str, Member]:
     return {name: _member(written, name, blocks, chosen, str(path)) for name, (blocks, chosen) in names.items()}
 
 
-def _member(written: dict[str, Any], name: str, blocks: list[Any], chosen: dict[str, str], where: str) -> Member:
+def _member(
+    written: dict[str, Any], name: str, blocks: list[Any], chosen: dict[str, str], where: str
+) -> dict[str, Any]:
     sources = written.get("sources", {})
     laid: dict[str, Any] = {}
     source_of: dict[str, str] = {}  # dotted setting -> source
@@ -90,8 +86,7 @@ def _member(written: dict[str, Any], name: str, blocks: list[Any], chosen: dict[
         "settings": {s: [setting for setting, by in source_of.items() if by == s] for s in used},
         "reported": {s: figures for s, figures in reported.items() if figures},
     }
-    values = {"name": name, "about": about, **_ordered(laid), "origin": origin}
-    return Member(values, _text(values))
+    return {"name": name, "about": about, **_ordered(laid), "origin": origin}
 
 
 def _lay(values: dict[str, Any], over: dict[str, Any], prefix: str = "") -> Iterator[str]:
@@ -151,7 +146,8 @@ def _flow(value: Any) -> str:
     return text.removesuffix("\n").removesuffix("\n...")
 
 
-def _text(values: dict[str, Any]) -> str:
+def member_text(values: dict[str, Any]) -> str:
+    """A member as a recipe's file, every setting marked with its source."""
     shown = {key: value for key, value in values.items() if key != "origin"}
     head = "Every setting says who gave it. What is not written is the laboratory's default: `recipes show --full`."
     origin = values["origin"]

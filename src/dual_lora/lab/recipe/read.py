@@ -1,5 +1,6 @@
 """Recipes out of YAML files and plain values; what is wrong with them, in sentences; what makes two runs the same."""
 
+import copy
 from pathlib import Path
 from typing import Any, get_args
 
@@ -7,7 +8,8 @@ from pydantic import BaseModel, ValidationError
 
 from dual_lora.lab.errors import UserError, suggest
 from dual_lora.lab.read import parse_yaml, read_yaml_text
-from dual_lora.lab.recipe.schema import Recipe, method_in
+from dual_lora.lab.recipe.families import family, member_text
+from dual_lora.lab.recipe.schema import Recipe
 
 FAMILIES = "paper"  # the folder of recipes that are written as families
 
@@ -20,38 +22,52 @@ def read_recipe(source: str | Path, overrides: dict[str, Any] | None = None) -> 
 
     Raises UserError for a missing file, broken YAML, and unknown or mistyped fields (nearest name suggested).
     """
-    path, text = recipe_text(source)
-    values = parse_yaml(text, path)
+    values, where = recipe_values(source)
+    return recipe_with(values, overrides or {}, where)
+
+
+def recipe_with(values: dict[str, Any], overrides: dict[str, Any], where: str) -> Recipe:
+    """The recipe of these values with overrides laid over them, which are marked as the user's."""
+    return build_recipe(_restamped(Recipe.merged(values, overrides), overrides), where)
+
+
+def recipe_values(source: str | Path) -> tuple[dict[str, Any], str]:
+    """What a recipe's file says, and where it lies. Raises UserError as `read_recipe` does."""
+    path = _recipe_file(source)
+    if path.parent.name == FAMILIES and not Path(source).is_file():
+        return copy.deepcopy(family(path)[str(source)]), f"{path} ({source})"
+    values = parse_yaml(read_yaml_text(path), str(path))
     if not isinstance(values, dict):
         found = "is empty" if values is None else f"holds {type(values).__name__}"
         raise UserError(f"{path} {found}, expected a mapping with model, method, data, train.")
-    return build_recipe(_restamped(merged(values, overrides or {}), overrides or {}), str(path))
+    return values, str(path)
 
 
-def recipe_text(source: str | Path) -> tuple[str, str]:
-    """Where the recipe lies and its text: a file if there is one, else the shipped recipe of that name."""
+def recipe_text(source: str | Path) -> str:
+    """The recipe as a file: its own text, or of a family's member its settings with their sources."""
+    path = _recipe_file(source)
+    if path.parent.name == FAMILIES and not Path(source).is_file():
+        return member_text(family(path)[str(source)])
+    return read_yaml_text(path)
+
+
+def _recipe_file(source: str | Path) -> Path:
+    """A file if there is one, else that of the shipped recipe of this name."""
     path = Path(source)
     if path.is_dir() and (path / "recipe.yaml").is_file():
         path = path / "recipe.yaml"
-    if not path.is_file():
-        shipped = shipped_recipes()
-        if str(source) in shipped:
-            path = shipped[str(source)]
-            if path.parent.name == FAMILIES:
-                from dual_lora.lab.recipe.families import family
-
-                return f"{path} ({source})", family(path)[str(source)].text
-        elif path.suffix in {".yaml", ".yml"} or "/" in str(source):
-            raise UserError(f"There is no recipe file {source}. {LISTING}")
-        else:
-            raise UserError(f"There is no recipe {str(source)!r}.{suggest(str(source), shipped, LISTING)}")
-    return str(path), read_yaml_text(path)
+    if path.is_file():
+        return path
+    shipped = shipped_recipes()
+    if str(source) in shipped:
+        return shipped[str(source)]
+    if path.suffix in {".yaml", ".yml"} or "/" in str(source):
+        raise UserError(f"There is no recipe file {source}. {LISTING}")
+    raise UserError(f"There is no recipe {str(source)!r}.{suggest(str(source), shipped, LISTING)}")
 
 
 def shipped_recipes() -> dict[str, Path]:
     """Name → file of the recipes that the package carries; those of a family share its file."""
-    from dual_lora.lab.recipe.families import family
-
     folder = Path(__file__).parent / "shipped"
     alone = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
     return alone | {name: path for path in sorted((folder / FAMILIES).glob("*.yaml")) for name in family(path)}
@@ -65,44 +81,17 @@ def build_recipe(values: dict[str, Any], where: str = "the recipe") -> Recipe:
         raise UserError(f"{where}: {problems(error)}") from None
 
 
+def changed(recipe: Recipe, changes: dict[str, Any], where: str = "the recipe") -> Recipe:
+    """The recipe with changes laid over it; what is wrong in them is a UserError."""
+    try:
+        return recipe.over(changes)
+    except ValidationError as error:
+        raise UserError(f"{where}: {problems(error)}") from None
+
+
 def problems(error: ValidationError) -> str:
     """What is wrong in a recipe, field by field, in sentences."""
     return " ".join(_problem(item) for item in error.errors())
-
-
-# What is dropped where something else is given in its place, and what goes with a value that is given anew.
-_IN_PLACE = {"data": (("test", "tests"), ("tests", "test"), ("holdout", "validation")), "train": (("epochs", "steps"),)}
-_BELONGS = {"model": (("path", "revision"),)}
-
-
-def merged(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """``overrides`` laid over ``values``, mapping by mapping.
-
-    A new method name drops the old method's fields, another model.path the revision, data.test the recipe's data.tests
-    (and the other way round), data.holdout its validation records. train.epochs drops its steps, train.lr_warmup the
-    same among train.arguments. Patterns of train.rates that are given come before the recipe's, as the first that fits
-    counts.
-    """
-    result = dict(values)
-    for key, value in overrides.items():
-        old = result.get(key)
-        if isinstance(value, dict) and isinstance(old, dict):
-            renamed = key == "method" and method_in({**old, **value}) != method_in(old)
-            result[key] = value if renamed else value | old | value if key == "rates" else merged(old, value)
-            anew = [pair for pair in _BELONGS.get(key, ()) if value.get(pair[0]) != old.get(pair[0])]
-            for given, other in (*_IN_PLACE.get(key, ()), *anew):
-                if value.get(given) and other not in value:
-                    result[key].pop(other, None)
-            if key == "train" and "lr_warmup" in value and isinstance(result[key].get("arguments"), dict):
-                kept = value.get("arguments") or {}
-                result[key]["arguments"] = {
-                    name: setting
-                    for name, setting in result[key]["arguments"].items()
-                    if name not in ("warmup_steps", "warmup_ratio") or name in kept
-                }
-        else:
-            result[key] = value
-    return result
 
 
 def _restamped(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:

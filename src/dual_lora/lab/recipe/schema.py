@@ -8,14 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from dual_lora.lab import yaml_text
 from dual_lora.lab.patterns import compiled
 from dual_lora.lab.recipe.objective import ObjectiveSection
-from dual_lora.lab.recipe.section import MOST
+from dual_lora.lab.recipe.section import MOST, laid_over
 from dual_lora.lab.recipe.section import Origin as Origin
 from dual_lora.lab.recipe.section import Section as Section
+from dual_lora.lab.recipe.training import TrainSection as TrainSection
 
 NAME = r"^\.?[\w\-][\w.\-]*$"  # of a default folder: "." and ".." are other folders, not names
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -52,8 +53,18 @@ class ModelSection(Section):
         description="Attention implementation of transformers, for example sdpa or eager.",
     )
 
+    @classmethod
+    def merged(cls, values: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+        """As of any section; another path drops the revision, which was the old one's."""
+        result = super().merged(values, over)
+        if over.get("path") and over["path"] != values.get("path") and "revision" not in over:
+            result.pop("revision", None)
+        return result
+
 
 class DataSection(Section):
+    in_place = (("test", "tests"), ("tests", "test"), ("holdout", "validation"))
+
     train: str | None = Field(
         None,
         description="Training records: .json, .jsonl, .tsv, .csv, .parquet or .txt, or hub:NAME[,SUBSET][:SPLIT]. "
@@ -83,9 +94,9 @@ class DataSection(Section):
     )
     format: Literal["auto", "chat", "instruction", "prompt", "facts", "text", "document", "preference"] = Field(
         "auto",
-        description="chat: messages; instruction: instruction, input, output[, answer]; prompt: prompt, answer; "
-        "facts: facts||sentence lines; text: text[, text_pair], label; document: text alone; preference: "
-        "prompt, chosen, rejected.",
+        description="chat: messages (or conversations); instruction: instruction, input, output[, answer]; prompt: "
+        "prompt, answer (or completion); facts: facts||sentence lines; text: text[, text_pair], label; document: text "
+        "alone; preference: prompt, chosen, rejected.",
     )
     columns: list[str] | None = Field(
         None, description="Names of the columns of a .tsv or .csv file without a header line, in their order."
@@ -151,9 +162,8 @@ class DataSection(Section):
 
 
 FIELDS = (
-    "messages", "tools", "instruction", "input", "output", "prompt", "answer", "chosen", "rejected", "text",
-    "text_pair", "label", "choices",
-    "line",
+    "messages", "conversations", "tools", "instruction", "input", "output", "prompt", "answer", "completion", "chosen",
+    "rejected", "text", "text_pair", "label", "choices", "line",
 )  # fmt: skip
 """What records are read for; `data.fields` gives them the names that a file has."""
 
@@ -167,78 +177,6 @@ def method_in(method: Mapping[str, Any]) -> Any:
     """The method's name, `spelled`; what is no name is left as it is."""
     name = method.get("name", "dual_lora")
     return spelled(name) if isinstance(name, str) else name
-
-
-class TrainSection(Section):
-    steps: int | None = Field(None, ge=1, description="Optimizer steps; left out: computed from epochs.")
-    epochs: float = Field(1.0, gt=0, description="Passes over the training records, unless steps is given.")
-    batch_size: int = Field(8, ge=1, le=MOST, description="Examples per device and forward pass.")
-    accumulate: int = Field(1, ge=1, le=MOST, description="Forward passes per optimizer step.")
-    learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate.")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
-    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
-        "linear", description="How the learning rate falls over the run."
-    )
-    lr_warmup: float = Field(
-        0.05,
-        ge=0,
-        le=1,
-        description="Share of the steps over which the learning rate rises. Without effect under schedule: constant; "
-        "constant_with_warmup has it.",
-    )
-    max_grad_norm: float = Field(1.0, ge=0, description="Gradient norm is cut to this; 0 for never.")
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="Share of the target spread over the vocabulary.")
-    autocast: Literal["auto", "none", "bf16", "fp16"] = Field(
-        "none",
-        description="Mixed precision of the training loop. auto: bf16 where this device is faster with it, none "
-        "elsewhere.",
-    )
-    seed: int = Field(0, ge=0, lt=2**32, description="Seed of the factors, the data order and dropout.")
-    optimizer: str = Field(
-        "adamw_torch",
-        description="An optim name of transformers (adamw_torch, galore_adamw, ...), loraplus, or MODULE:FACTORY of "
-        "your own, which is called with groups of parameters and lr, as torch's are, and needs --allow-module.",
-    )
-    loraplus_ratio: float = Field(
-        16.0, gt=0, description="optimizer loraplus: learning rate of B (and D) divided by that of A (and C)."
-    )
-    rates: dict[str, float] = Field(
-        default_factory=dict,
-        description="Regular expression of parameter names: multiple of the learning rate; the first that fits counts.",
-    )
-    gradient_checkpointing: bool = Field(False, description="Recompute activations in backward to save memory.")
-    log_every: int = Field(5, ge=1, description="Steps between two lines of metrics.jsonl.")
-    checkpoint_every: int = Field(100, ge=1, description="Steps between two checkpoints.")
-    keep_checkpoints: int = Field(1, ge=1, description="Newest complete checkpoints that are kept.")
-    validate_every: int | None = Field(None, ge=1, description="Steps between two validation losses.")
-    patience: int | None = Field(
-        None,
-        ge=1,
-        description="End the run after so many validations in a row without a lower loss. Needs validate_every.",
-    )
-    keep_best: bool = Field(
-        False, description="Save the weights of the lowest validation loss, not the last ones. Needs validate_every."
-    )
-    arguments: dict[str, Any] = Field(
-        default_factory=dict,
-        description="Further fields of transformers.TrainingArguments. A wrong name's error lists them.",
-    )
-
-    @model_validator(mode="after")
-    def _the_best_needs_validations(self) -> TrainSection:
-        if (self.patience is not None or self.keep_best) and self.validate_every is None:
-            name = "keep_best" if self.keep_best else "patience"
-            raise ValueError(f"{name} uses validation losses: set validate_every, the steps between two of them")
-        return self
-
-    @field_validator("rates")
-    @classmethod
-    def _patterns_and_factors(cls, value: dict[str, float]) -> dict[str, float]:
-        for pattern, factor in value.items():
-            compiled(pattern)
-            if not factor > 0:
-                raise ValueError(f"{pattern}: {factor} is no multiple of a learning rate, expected a number above 0")
-        return value
 
 
 class EvaluateSection(Section):
@@ -293,6 +231,8 @@ class EvaluateSection(Section):
 class Recipe(Section):
     """A complete fine-tuning run."""
 
+    model_config = ConfigDict(validate_assignment=True)
+
     name: str = Field("run", pattern=NAME, description="Name of the recipe and of its default output folder.")
     about: str = Field("", description="One sentence on what the recipe shows.")
     model: ModelSection = Field(description="The model to start from.")
@@ -330,6 +270,41 @@ class Recipe(Section):
             )
         return self
 
+    @classmethod
+    def merged(cls, values: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+        """Settings laid over others, each part by its own rules. A new method name drops the old method's fields."""
+        result = values | over
+        for part in values.keys() & over.keys():
+            old, given = values[part], over[part]
+            if not isinstance(old, dict) or not isinstance(given, dict):
+                continue
+            if part == "method":
+                renamed = method_in({**old, **given}) != method_in(old)
+                result[part] = given if renamed else laid_over(old, given)
+            else:
+                result[part] = SECTIONS.get(part, Section).merged(old, given)
+        return result
+
+    def over(self, changes: dict[str, Any]) -> Recipe:
+        """This recipe with changes laid over it. Only the parts that they name are written out and checked again.
+
+        Raises pydantic's ValidationError (see `read.changed`).
+        """
+        return self.replaced(**self.merged(self.model_dump(mode="json", include=set(changes)), changes))
+
+    def replaced(self, **parts: Any) -> Recipe:
+        """This recipe with other parts in place of its own, which are checked."""
+        made = self.model_copy()
+        for part, value in parts.items():
+            setattr(made, part, value)
+        return made
+
     def to_yaml(self) -> str:
         """The recipe with every default written out."""
         return yaml_text.dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+
+
+SECTIONS: dict[str, type[Section]] = {
+    "model": ModelSection, "data": DataSection, "train": TrainSection, "objective": ObjectiveSection,
+    "evaluate": EvaluateSection,
+}  # fmt: skip

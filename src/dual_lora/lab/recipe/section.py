@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 from pydantic import BaseModel, ConfigDict, Field
 
 MOST = 10_000_000  # tokens of a text, rows of a batch: more is a slip or a trap
@@ -11,6 +13,23 @@ class Section(BaseModel):
     """A part of a recipe: unknown fields are errors, so that a typing mistake never runs silently."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+    in_place: ClassVar[tuple[tuple[str, str], ...]] = ()  # (given, other): a setting in whose place another is given
+
+    @classmethod
+    def merged(cls, values: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+        """Settings laid over others, mapping by mapping, both as they are written in a file."""
+        result = laid_over(values, over)
+        for given, other in cls.in_place:
+            if over.get(given) and other not in over:
+                result.pop(other, None)
+        return result
+
+
+def laid_over(values: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """One mapping over another, mapping by mapping."""
+    both = {key: (values[key], value) for key, value in over.items() if key in values}
+    mappings = {k: laid_over(a, b) for k, (a, b) in both.items() if isinstance(a, dict) and isinstance(b, dict)}
+    return values | over | mappings
 
 
 class Origin(Section):

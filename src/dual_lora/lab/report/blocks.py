@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from dual_lora.lab.report.columns import Column, Row, number
 
+MOST_CELLS = 2_000_000  # of a table; the largest of a real study has some 20,000
 Mood = Literal["good", "bad", "same", "open"]
 MOODS: dict[str, Mood] = {
     "significantly better": "good",
@@ -60,8 +61,16 @@ class Table:
     kind = "table"
 
     def __post_init__(self) -> None:
+        check_cells(len(self.rows), len(self.columns))
         self.columns = [c for c in self.columns if not self.rows or any(c.text(row) for row in self.rows)]
         self.cells = [[_cell(c, row) for c in self.columns] for row in self.rows]
+
+
+def check_cells(rows: int, columns: int) -> None:
+    """Raise ValueError for a table that is too large to be shown: few values can ask for it, each in a row and a column
+    of its own."""
+    if rows * columns > MOST_CELLS:
+        raise ValueError(f"a table of {rows:,} rows and {columns:,} columns, at most {MOST_CELLS:,} cells are shown")
 
 
 def _cell(column: Column, row: Row) -> Cell:

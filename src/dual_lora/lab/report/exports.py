@@ -6,9 +6,9 @@ The page has the same lines with it and saves those of the rows that a reader ha
 import re
 from pathlib import Path
 
+from dual_lora.lab.files.write import write_atomically
 from dual_lora.lab.report.blocks import Page, Table
 from dual_lora.lab.run.results_file import FORMULA
-from dual_lora.lab.run.write import write_atomically
 
 FORMS = {"csv": "CSV", "md": "Markdown", "tex": "LaTeX"}
 # What a line begins with, what stands between its cells, and what it ends with.

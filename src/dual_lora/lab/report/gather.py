@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from dual_lora.lab.errors import UserError, described
+from dual_lora.lab.files.write import finite
 from dual_lora.lab.read import read_json, read_json_lines, unlinked
 from dual_lora.lab.report.blocks import Source
 from dual_lora.lab.report.read_run import RECORD, read_run
 from dual_lora.lab.results import ANALYSIS, with_sizes
-from dual_lora.lab.run.write import finite
 from dual_lora.lab.study.folder import progress
 
 NAMES = ("results.json", "analysis.json", "ledger.jsonl", "study.json")
@@ -93,10 +93,10 @@ def _inside(folder: Path, problems: list[str]) -> Iterator[Path]:
 
 def gather(paths: list[str | Path]) -> Material:
     """Read everything under the paths; what cannot be read is said in `problems`, and the rest is shown."""
-    material = Material()
+    material, named = Material(), {*map(Path, paths)}
     for file in find(paths, material.problems):
         try:
-            if file not in map(Path, paths):  # what a folder brought
+            if file not in named:  # what a folder brought
                 unlinked(file)
             if file.name == "study.json":
                 if under_way := finite(progress(file)):
@@ -106,7 +106,7 @@ def gather(paths: list[str | Path]) -> Material:
             elif file.suffix == ".jsonl":
                 _add_ledger(material, file)
             else:
-                _add_json(material, file, file in map(Path, paths))
+                _add_json(material, file, file in named)
         except Exception as error:  # whatever a stranger's file makes its readers raise
             said = described(error, Exception)[:200]
             material.problems.append(f"{short_path(file)} could not be read: {said}.")

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from dual_lora.lab.report.blocks import Axis, Block, Chart, Section, Source, Table, Text, View
+from dual_lora.lab.report.blocks import Axis, Block, Chart, Section, Source, Table, Text, View, check_cells
 from dual_lora.lab.report.columns import Column, Row, columns, grouped
 from dual_lora.lab.report.gather import short_path
 
@@ -95,8 +95,9 @@ def _curves(title: str, rows: list[Row]) -> list[Block]:
 
 def _plain(title: str, rows: list[Row]) -> list[Block]:
     """All rows: which fields tell one measurement from another is not known, and a length would be one."""
+    keys = [k for k in dict.fromkeys(k for row in rows for k in row) if k not in ("kind", "versions", "python")]
+    check_cells(len(rows), len(keys))
     shown = [{k: _text(v) if isinstance(v, dict | list) else v for k, v in row.items()} for row in rows]
-    keys = [k for k in dict.fromkeys(k for row in shown for k in row) if k not in ("kind", "versions", "python")]
     return [Table(title, [_column(key, shown) for key in keys], shown, folded=len(shown) > 12)]
 
 

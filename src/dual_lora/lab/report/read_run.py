@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from dual_lora.lab.files.folder import ENTRIES, check_plain
 from dual_lora.lab.read import read_json_lines, read_object
-from dual_lora.lab.run.folder import ENTRIES, check_plain
+from dual_lora.lab.results import read_evaluation
 from dual_lora.lab.run.record import read_metrics
 
 RECORD, METRICS = "record.json", "metrics.jsonl"
@@ -17,5 +18,5 @@ def read_run(record: Path) -> dict[str, Any]:
     evaluations = []
     for file in sorted((folder / "evaluation").glob("*/result.json")):
         items = file.with_name("items.jsonl")
-        evaluations.append((read_object(file), read_json_lines(items) if items.is_file() else []))
+        evaluations.append((read_evaluation(file), read_json_lines(items) if items.is_file() else []))
     return {"record": read_object(record), "metrics": read_metrics(folder / METRICS), "evaluations": evaluations}

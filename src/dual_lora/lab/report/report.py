@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dual_lora.lab.errors import UserError, described
+from dual_lora.lab.files.write import write_atomically
 from dual_lora.lab.report.blocks import Chart, Page, Section, Table, slug, unused
 from dual_lora.lab.report.charts import drawings
 from dual_lora.lab.report.columns import columns
@@ -19,14 +20,17 @@ from dual_lora.lab.report.exports import export
 from dual_lora.lab.report.gather import Material, find, gather, short_path
 from dual_lora.lab.report.insights import analysis_name, analysis_sections
 from dual_lora.lab.report.ledger import ledger_sections
+from dual_lora.lab.report.overall import overall_sections
 from dual_lora.lab.report.overview import Studies, overview_sections
 from dual_lora.lab.report.page import SIGN, render
 from dual_lora.lab.report.read_run import METRICS, RECORD
 from dual_lora.lab.report.runs import run_name, run_sections
 from dual_lora.lab.report.studies import progress_sections, study_name, study_sections
-from dual_lora.lab.run.write import write_atomically
+from dual_lora.verify.time_limit import Late, ended_after
 
 LIVE_SECONDS = 5
+SECONDS = 60.0  # for one source, where it can be ended
+MOST_BLOCKS = 2000  # tables and charts of one source
 ORDER = ("Overview", "Verdicts", "Under way", "Runs", "Figures", "Analyses", "Benchmarks")
 SOURCE = "file command commit device finished versions"
 
@@ -106,18 +110,25 @@ def build_page(material: Material, title: str) -> Page:
         names: set[str] = set()
         for file, content in found:
             try:
-                name = unused(name_of(file, content), names)
-                made = sections_of(file, content, name)
-                if found is material.studies:  # tried here; made below, of all of them
-                    overview_sections([(name, content), (f"{name}_", content)])
-                drawings([block for section in made for block in section.blocks if isinstance(block, Chart)])
+                with ended_after(SECONDS):
+                    name = unused(name_of(file, content), names)
+                    made = sections_of(file, content, name)
+                    if found is material.studies:  # tried here; made below, of all of them
+                        overview_sections([(name, content), (f"{name}_", content)])
+                        overall_sections([(name, content)])
+                    drawings([block for section in made for block in section.blocks if isinstance(block, Chart)])
+                if (count := sum(len(section.blocks) for section in made)) > MOST_BLOCKS:
+                    raise ValueError(f"it makes {count:,} tables and charts, at most {MOST_BLOCKS:,} are shown")
+            except Late:
+                material.problems.append(f"{short_path(file)} could not be shown within {SECONDS:g} seconds.")
             except Exception as error:
                 material.problems.append(f"{short_path(file)} could not be shown: {described(error)[:200]}.")
             else:
                 names.add(slug(name))
                 sections += made
                 whole += [(name, content)] if found is material.studies else []
-    sections += overview_sections(whole) if len(whole) > 1 else []
+    of_one = next((section.source for section in sections if section.group == "Verdicts"), None) if alone else None
+    sections += [*(overview_sections(whole) if len(whole) > 1 else []), *overall_sections(whole, of_one)]
     sections.sort(key=lambda section: ORDER.index(section.group))
     made_at = time.strftime("Made on %Y-%m-%d at %H:%M:%S")
     sources = dict.fromkeys(section.source for section in sections if section.source)

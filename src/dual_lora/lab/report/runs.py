@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dual_lora.lab.report.blocks import Axis, Block, Chart, Section, Table, Text, View
-from dual_lora.lab.report.columns import Column, Row, number
+from dual_lora.lab.report.columns import Column, Row, grouped, number
 from dual_lora.lab.report.gather import source_of
 from dual_lora.lab.terminal import duration, size
 
@@ -115,9 +115,9 @@ def _confusion(result: Row, items: list[Row]) -> list[Block]:
 def _wrong(result: Row, items: list[Row]) -> list[Block]:
     """The answers that are not the expected ones, the surest first."""
     blocks: list[Block] = []
-    of_model = _tuned(result, items)
-    for task in dict.fromkeys(str(item.get("task")) for item in of_model):
-        own = [item for item in of_model if item.get("task") == task and "correct" in item]
+    by_task = grouped(_tuned(result, items), lambda item: str(item.get("task")))
+    for task, of_task in by_task.items():
+        own = [item for item in of_task if "correct" in item]
         wrong = sorted((item for item in own if not item["correct"]), key=lambda item: -float(item.get("nats") or 0))
         if not wrong:
             continue

@@ -7,11 +7,11 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from dual_lora.lab.data.encode import Prompter
-from dual_lora.lab.data.examples import Example
+from dual_lora.lab.data.formats import Example
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.files.folder import RunFolder
 from dual_lora.lab.model.opened import BESIDE_THE_BASE
 from dual_lora.lab.recipe.schema import Recipe
-from dual_lora.lab.run.folder import RunFolder
 from dual_lora.lab.run.loop import arguments_of, as_the_recipe_says, optimizer_of
 from dual_lora.lab.run.rewards import rewards_of
 from dual_lora.lab.run.watch import Watch

@@ -16,11 +16,11 @@ import torch
 from transformers import TrainerCallback
 
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.files.folder import RunFolder
+from dual_lora.lab.files.write import write_json
 from dual_lora.lab.model.device import is_sharded_launch
 from dual_lora.lab.read import read_object
 from dual_lora.lab.recipe.schema import TrainSection
-from dual_lora.lab.run.folder import RunFolder
-from dual_lora.lab.run.write import write_json
 
 NUMBERS, WEIGHTS = "best.json", "best.safetensors"  # in a checkpoint
 

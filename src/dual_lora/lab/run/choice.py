@@ -16,7 +16,7 @@ from dual_lora.lab.data.batches import (
     longest_first,
     to_device,
 )
-from dual_lora.lab.data.examples import Example
+from dual_lora.lab.data.formats import Example
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.run.scoring import Asked, Rows
 

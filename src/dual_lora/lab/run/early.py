@@ -17,11 +17,11 @@ from dual_lora.lab.data.classes import classes_of
 from dual_lora.lab.data.examples import load_split
 from dual_lora.lab.data.records import find
 from dual_lora.lab.errors import UserError, suggest
+from dual_lora.lab.files.folder import RunFolder
 from dual_lora.lab.model.location import check_here, locate
 from dual_lora.lab.model.names import ALIASES, FUSED, OURS
 from dual_lora.lab.model.quantize import check_quantize
 from dual_lora.lab.recipe.schema import Recipe
-from dual_lora.lab.run.folder import RunFolder
 
 SMALL = 20_000_000  # bytes of records that are read twice, which takes less than a second
 

@@ -11,9 +11,12 @@ from typing import Any
 
 from dual_lora._warning import warn
 from dual_lora.lab.data.encode import IGNORED, VALUE, Encoded, Prompter
-from dual_lora.lab.data.examples import Example, load_split
+from dual_lora.lab.data.examples import load_split
+from dual_lora.lab.data.formats import Example
 from dual_lora.lab.data.records import read_records
-from dual_lora.lab.errors import UserError
+from dual_lora.lab.errors import NotFinite, UserError
+from dual_lora.lab.files.folder import RunFolder
+from dual_lora.lab.files.write import json_text, write_atomically, write_json
 from dual_lora.lab.model.load import quiet
 from dual_lora.lab.model.opened import Tuned, open_tuned
 from dual_lora.lab.model.weights import folder_digest
@@ -21,11 +24,8 @@ from dual_lora.lab.progress import Bar
 from dual_lora.lab.recipe.schema import DataSection, EvaluateSection, Recipe, Task
 from dual_lora.lab.run import scoring
 from dual_lora.lab.run.choice import score_choice
-from dual_lora.lab.run.failures import NotFinite
 from dual_lora.lab.run.figures import figures
-from dual_lora.lab.run.folder import RunFolder
 from dual_lora.lab.run.scoring import Asked, Rows, loss_rows
-from dual_lora.lab.run.write import json_text, write_atomically, write_json
 
 FORGETTING = "forgetting"
 LONGEST = 768  # tokens of a text for forgetting, as in PEFT's comparison
@@ -56,6 +56,22 @@ class EvalResult:
     reported: dict[str, dict[str, float | str]] = field(default_factory=dict)  # by the recipe's sources, see Origin
     other: dict[str, Any] = field(default_factory=dict)  # settings that are not those of the run's recipe
     weights: dict[str, str] = field(default_factory=dict)  # a print of what the run held, so that a card knows it again
+
+    @contextmanager
+    def timed(self, variant: str) -> Iterator[None]:
+        """What happens inside takes the variant's seconds."""
+        start = time.perf_counter()
+        yield
+        self.seconds[variant] += round(time.perf_counter() - start, 3)
+
+    def add(self, variant: str, task: Task, rows: list[dict[str, Any]], examples: list[Example]) -> None:
+        """What a variant gave for a task. A figure whose name is taken has the task before it."""
+        known = self.metrics[variant]
+        for name, value in figures(task, rows, examples).items():
+            known[f"{task}_{name}" if name in known else name] = value
+        where = ["" if task in ("bleu", "nlg") else example.where for example in examples]
+        about = {"variant": variant, "task": task}
+        self.items += [{**about, "item": i, "where": where[i], **row} for i, row in enumerate(rows)]
 
     def summary(self) -> dict[str, Any]:
         """Plain values, for ``--json``."""
@@ -102,34 +118,24 @@ def evaluate(
     prompter = Prompter(tuned.tokenizer, data.template)
     if tuned.recipe is not None and examples[0].messages:
         _check_template(prompter, Prompter(tuned.tokenizer, tuned.recipe.data.template))
-    metrics: dict[str, dict[str, float]] = {v: {} for v in chosen}
-    seconds: dict[str, float] = dict.fromkeys(chosen, 0.0)
-    items: list[dict[str, Any]] = []
+    long = _long(examples, prompter, data, tuned)
+    result = EvalResult(
+        tuned.source, spec.split, len(examples), long, {v: {} for v in chosen}, dict.fromkeys(chosen, 0.0), []
+    )
     for variant in chosen:
         with tuned.as_variant(variant) as model, quiet():
             for task in tasks:
-                start = time.perf_counter()
-                with Bar(f"{task} · {variant}", len(examples), progress) as bar, _no_score(tuned, variant):
+                with result.timed(variant), Bar(f"{task} · {variant}", len(examples), progress) as bar:
                     asked = Asked(model, examples, prompter, spec, tuned.classes, data.max_length, bar.advance)
-                    rows = _TASKS[task](asked)
-                    _check_numbers(rows)
-                seconds[variant] += round(time.perf_counter() - start, 3)
-                for name, value in figures(task, rows, examples).items():  # with the task before a name that is taken
-                    metrics[variant][f"{task}_{name}" if name in metrics[variant] else name] = value
-                where = [example.where if task not in ("bleu", "nlg") else "" for example in examples]
-                items += [
-                    {"variant": variant, "task": task, "item": i, "where": where[i], **row}
-                    for i, row in enumerate(rows)
-                ]
+                    with _no_score(tuned, variant):
+                        rows = _TASKS[task](asked)
+                        _check_numbers(rows)
+                result.add(variant, task, rows, examples)
     if spec.forgetting is not None and "tuned" in chosen:
-        start = time.perf_counter()
-        rows = forgetting_rows(tuned, spec)
-        seconds["tuned"] += round(time.perf_counter() - start, 3)
-        metrics["tuned"] |= forgetting_figures(rows)
-        items += [{"variant": "tuned", "task": FORGETTING, "item": i, **row} for i, row in enumerate(rows)]
-    result = EvalResult(
-        tuned.source, spec.split, len(examples), _long(examples, prompter, data, tuned), metrics, seconds, items
-    )
+        with result.timed("tuned"):
+            rows = forgetting_rows(tuned, spec)
+        result.metrics["tuned"] |= forgetting_figures(rows)
+        result.items += [{"variant": "tuned", "task": FORGETTING, "item": i, **row} for i, row in enumerate(rows)]
     other = (otherwise(tuned.recipe, data, spec) if tuned.recipe else {}) | _asked_otherwise(tuned) | given
     if tuned.recipe is not None and tuned.recipe.origin is not None and not other:
         result.reported = tuned.recipe.origin.reported

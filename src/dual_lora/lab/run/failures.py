@@ -7,22 +7,18 @@ from typing import Any
 
 import torch
 
-from dual_lora.lab.errors import UserError, is_disk_full, memory_full
+from dual_lora.lab.errors import NotFinite, UserError, is_disk_full, memory_full
+from dual_lora.lab.files.folder import RunFolder
+from dual_lora.lab.files.write import write_json
 from dual_lora.lab.interrupt import Stopped
 from dual_lora.lab.read import read_object
 from dual_lora.lab.recipe.schema import Recipe
-from dual_lora.lab.run.folder import RunFolder
 from dual_lora.lab.run.record import memory_there, peak_memory
-from dual_lora.lab.run.write import write_json
 from dual_lora.lab.terminal import size
 
 
 class Diverged(UserError):
     """Training stopped because the loss or a weight was no number any more."""
-
-
-class NotFinite(Exception):
-    """What was seen; ``clear_failures`` makes a Diverged of it."""
 
 
 def check_finite(model: Any, step: int) -> None:

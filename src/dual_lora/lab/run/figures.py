@@ -19,7 +19,7 @@ from itertools import zip_longest
 from typing import Any
 
 from dual_lora._warning import warn
-from dual_lora.lab.data.examples import Example
+from dual_lora.lab.data.formats import Example
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.run.scoring import Rows
 

@@ -12,17 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from jinja2 import Environment, StrictUndefined, UndefinedError
 
 from dual_lora._warning import warn
+from dual_lora.lab import yaml_text
 from dual_lora.lab.data.encode import VALUE
 from dual_lora.lab.errors import UserError, damaged
+from dual_lora.lab.files.folder import RunFolder, result_of
+from dual_lora.lab.files.write import write_atomically
 from dual_lora.lab.model.note import named
 from dual_lora.lab.model.weights import folder_digest, have_changed
-from dual_lora.lab.read import read_object
+from dual_lora.lab.read import parse_yaml, read_object, read_yaml_text
 from dual_lora.lab.recipe.schema import Recipe
-from dual_lora.lab.run.folder import RunFolder, result_of
-from dual_lora.lab.run.write import write_atomically
+from dual_lora.lab.results import read_evaluation
 from dual_lora.lab.terminal import duration, size
 
 BEGIN, END = "<!-- dual-lora card: `dual-lora card` writes what stands between these marks -->", "<!-- end of card -->"
@@ -144,7 +147,7 @@ def _results(folder: RunFolder) -> list[dict[str, Any]]:
     now = folder_digest(folder.result) if folder.result else {}
     found = []
     for file in sorted((folder.path / "evaluation").glob("*/result.json")):
-        result = read_object(file)
+        result = read_evaluation(file)
         if result.get("other"):
             continue
         if not have_changed(result.get("weights"), now):
@@ -179,7 +182,7 @@ def read_card(file: Path, fresh: bool = False) -> ModelCard | None:
     if not file.is_file():
         return None
     try:
-        card: ModelCard = ModelCard.load(file, ignore_metadata_errors=True)
+        card = ModelCard(_plain_metadata(file), ignore_metadata_errors=True)
     except Exception as error:
         raise UserError(f"{file}, the card, could not be read ({error}): remove it, and it is written anew.") from None
     if not fresh and BEGIN not in card.text and "[More Information Needed]" not in card.text:
@@ -187,6 +190,17 @@ def read_card(file: Path, fresh: bool = False) -> ModelCard | None:
     if (card.text.count(BEGIN), card.text.count(END)) not in ((0, 0), (1, 1)):
         raise UserError(f"{file} has one of the marks {BEGIN} and {END} without the other, or twice: mend it.")
     return card
+
+
+def _plain_metadata(file: Path) -> str:
+    """The card's text, its metadata written anew: the hub's library reads them by PyYAML, in which one number can take
+    an hour. Raises UserError for metadata that are not read."""
+    text = read_yaml_text(file)
+    block = REGEX_YAML_BLOCK.search(text)
+    if block is None:
+        return text
+    values = parse_yaml(block[2], "its metadata")
+    return f"---\n{yaml_text.dump(values or {}, sort_keys=False, allow_unicode=True)}---\n{text[block.end() :]}"
 
 
 def _tags(before: Iterable[str], recipe: Recipe, base: str | None, adapter: bool) -> list[str]:

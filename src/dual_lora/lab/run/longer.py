@@ -12,9 +12,9 @@ from typing import Any
 from transformers import TrainerCallback
 
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.files.folder import RunFolder
 from dual_lora.lab.progress import console
 from dual_lora.lab.recipe.schema import Recipe
-from dual_lora.lab.run.folder import RunFolder
 
 FIELDS = ("steps", "epochs", "patience")  # of train: what says how long
 

@@ -17,12 +17,12 @@ from dual_lora._warning import warn
 from dual_lora.lab.data.batches import Ordered, mean_loss
 from dual_lora.lab.data.encode import IGNORED, Encoded
 from dual_lora.lab.errors import UserError, described, suggest
+from dual_lora.lab.files.folder import RunFolder
 from dual_lora.lab.model.device import best_device, process_count
 from dual_lora.lab.model.methods import is_kind
 from dual_lora.lab.patterns import Pattern
 from dual_lora.lab.permission import import_allowed
 from dual_lora.lab.recipe.schema import Recipe, TrainSection
-from dual_lora.lab.run.folder import RunFolder
 from dual_lora.lab.run.watch import Watch
 
 if TYPE_CHECKING:

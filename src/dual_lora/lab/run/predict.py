@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from dual_lora.lab.data.encode import VALUE, Prompter
-from dual_lora.lab.data.examples import Example
+from dual_lora.lab.data.formats import Example
 from dual_lora.lab.data.records import Record
-from dual_lora.lab.errors import UserError
+from dual_lora.lab.errors import NotFinite, UserError
+from dual_lora.lab.files.folder import RunFolder
+from dual_lora.lab.files.write import json_text
 from dual_lora.lab.model.generate import check_writes, generate_all, search_of
 from dual_lora.lab.model.load import quiet
 from dual_lora.lab.model.opened import Tuned
@@ -25,11 +27,8 @@ from dual_lora.lab.progress import Bar
 from dual_lora.lab.read import has_second_name, lines_of, parse_json, regular
 from dual_lora.lab.recipe.schema import DataSection, EvaluateSection
 from dual_lora.lab.run.choice import score_choice
-from dual_lora.lab.run.failures import NotFinite
-from dual_lora.lab.run.folder import RunFolder
 from dual_lora.lab.run.results_file import check_columns, check_out, unfinished_of, write_rows
 from dual_lora.lab.run.scoring import Asked, class_rows
-from dual_lora.lab.run.write import json_text
 
 _TEXT, _LABEL = {"predicted"}, {"predicted", "probability", "probabilities"}  # fields of a result
 BATCHES = 8  # at a time: their rows are sorted by length, computed, and then written
@@ -98,8 +97,7 @@ def predict(
             done += rows
     write_rows(out, records, done)
     unfinished.unlink(missing_ok=True)
-    own = [e.label or e.answer for e in examples]
-    agree = [_same(row, given) for row, given in zip(done, own, strict=True) if given]
+    agree = [_same(row, own) for row, e in zip(done, examples, strict=True) if (own := e.label or e.answer)]
     labels = [str(row["predicted"]) for row in done if "probability" in row]
     names = [*tuned.classes, *sorted({*labels} - {*tuned.classes})]
     return Predicted(

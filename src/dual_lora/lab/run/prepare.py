@@ -9,6 +9,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from dual_lora._warning import warn
 from dual_lora.lab.data.batches import Collator, collator, mean_loss, to_device, training_order
 from dual_lora.lab.data.classes import classes_of, fit_head
 from dual_lora.lab.data.encode import Encoded, Prompter, encode_all, encode_texts
-from dual_lora.lab.data.examples import Example, load_split
+from dual_lora.lab.data.examples import load_split
+from dual_lora.lab.data.formats import Example
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.bounds import check_config
 from dual_lora.lab.model.device import process_count
@@ -54,7 +56,7 @@ class Prepared(InOrder):
     examples: list[Example]  # of the rows, as they were read
     held: list[Example]  # of the validation rows
 
-    @property
+    @cached_property
     def tokens(self) -> list[int]:
         """Tokens seen after each number of steps, padding left out."""
         lengths = [len(self.rows[i].input_ids) for i in self.order]

@@ -12,9 +12,9 @@ from typing import Any
 
 import dual_lora
 from dual_lora.lab.errors import UserError, damaged, described
+from dual_lora.lab.files.folder import result_of, run_at
 from dual_lora.lab.read import read_object
 from dual_lora.lab.recipe.read import read_recipe
-from dual_lora.lab.run.folder import result_of, run_at
 from dual_lora.lab.run.hub_card import REMOVED, card_text, known_base, public, read_card, source_name
 
 # What PEFT, transformers, their tokenizers and the laboratory write next to weights.

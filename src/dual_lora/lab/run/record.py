@@ -6,6 +6,7 @@ import hashlib
 import os
 import platform
 import sys
+from dataclasses import dataclass, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,39 @@ from dual_lora.lab.read import lines_of, parse_json, regular
 
 PACKAGE = Path(__file__).parents[2]
 PACKAGES = ("dual-lora", "torch", "peft", "transformers", "accelerate", "trl", "datasets", "safetensors", "numpy")
+
+
+@dataclass
+class Record:
+    """What record.json says of a run."""
+
+    method: Any  # PEFT's configuration in plain values, None for full fine-tuning
+    seed: int
+    classes: list[str]
+    processes: int
+    rows_at_once: int
+    made_of: dict[str, Any]  # "rows" and "weights": digests of the training rows and of the base
+    extended: list[int]  # the steps at which it was to end before it was made longer
+    origin: dict[str, Any] | None  # who said each setting
+    precision: dict[str, Any]
+    total_steps: int
+    trainable_parameters: int
+    all_parameters: int
+    examples: int
+    left_out: int
+    surroundings: dict[str, Any]
+    state: str = "running"
+    result: dict[str, Any] | None = None
+    problems: list[str] | None = None
+
+    def written(self) -> dict[str, Any]:
+        """As the file has it, without what there is nothing to say of."""
+        values = {"state": self.state} | {field.name: getattr(self, field.name) for field in fields(self)}
+        left_out = {name for name in ("origin", "result", "problems") if values[name] is None}
+        left_out |= set() if self.extended else {"extended"}
+        around = values.pop("surroundings")
+        last = {name: values.pop(name) for name in ("result", "problems")}
+        return {name: value for name, value in (values | around | last).items() if name not in left_out}
 
 
 def surroundings() -> dict[str, Any]:
@@ -142,7 +176,7 @@ def _commit() -> str | None:
 _DECIDING = (
     "core/",
     "method/",
-    *(f"lab/{part}" for part in ("data/", "model/", "recipe/", "run/")),
+    *(f"lab/{part}" for part in ("data/", "files/", "model/", "recipe/", "run/")),
     *(f"lab/study/{name}.py" for name in ("perform", "interventions", "metrics")),
 )
 

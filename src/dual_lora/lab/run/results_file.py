@@ -9,8 +9,9 @@ from typing import Any
 
 from dual_lora.lab.data.records import Record
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.run.write import json_text, write_atomically
+from dual_lora.lab.files.write import json_text, write_atomically
 
+MOST_CELLS = 10_000_000  # of a table of results, the empty ones among them
 FORMULA = re.compile(r"[ \n]*[=+\-@\t\r＝＋－＠]")  # a spreadsheet takes what begins so for one
 
 
@@ -40,6 +41,17 @@ def check_columns(records: Sequence[Record], ours: Iterable[str]) -> None:
                 f"{record.where}: the record has a field {taken[0]!r}, which is the name of a result: give that field "
                 "another name."
             )
+
+
+def check_cells(out: Path, records: Sequence[Record]) -> None:
+    """Raise UserError for a table that would be nearly empty and very large, of records that share few fields."""
+    names = {str(name) for record in records for name in record.values}
+    cells, filled = len(records) * len(names), sum(len(record.values) for record in records)
+    if out.suffix == ".csv" and cells > max(MOST_CELLS, 100 * filled):
+        raise UserError(
+            f"A table of {len(records):,} records with {len(names):,} different fields would be nearly empty, and very "
+            "large: give a .jsonl file as --out."
+        )
 
 
 def write_rows(out: Path, records: Sequence[Record], rows: Sequence[dict[str, Any]]) -> None:

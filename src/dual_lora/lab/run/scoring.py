@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from dual_lora._warning import warn
 from dual_lora.lab.data.batches import Collator, aligned, collator, longest_first, to_device
 from dual_lora.lab.data.encode import IGNORED, VALUE, Encoded, Prompter, encode_texts
-from dual_lora.lab.data.examples import Example
+from dual_lora.lab.data.formats import Example
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.generate import generate_all, search_of, specials_of
 from dual_lora.lab.patterns import Pattern

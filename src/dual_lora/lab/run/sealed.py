@@ -14,8 +14,8 @@ from pathlib import Path
 from dual_lora._warning import warn
 from dual_lora.lab.cache import cached
 from dual_lora.lab.errors import UserError, described, is_disk_full
+from dual_lora.lab.files.write import WHOLE, hold, write_atomically, write_json
 from dual_lora.lab.read import read_object, regular
-from dual_lora.lab.run.write import WHOLE, hold, write_atomically, write_json
 
 SEAL = "seal.json"
 

@@ -1,14 +1,60 @@
-"""What a session of a run finds of the sessions before it, and writes when it begins."""
+"""A session of a run: what it was asked, what it begins with and what came of its training.
+
+It finds what the sessions before it have left, and writes recipe and record when it begins.
+"""
 
 from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from transformers import Trainer
+
+from dual_lora.lab.files.folder import RunFolder
+from dual_lora.lab.files.write import json_text, write_atomically, write_json
 from dual_lora.lab.read import read_object
 from dual_lora.lab.recipe.schema import Recipe
-from dual_lora.lab.run.folder import RunFolder
-from dual_lora.lab.run.record import read_metrics
-from dual_lora.lab.run.watch import SECONDS
-from dual_lora.lab.run.write import json_text, write_atomically, write_json
+from dual_lora.lab.run.best import Best
+from dual_lora.lab.run.prepare import Prepared
+from dual_lora.lab.run.record import Record, read_metrics
+from dual_lora.lab.run.watch import SECONDS, Watch
+from dual_lora.verify.callback import VerifyAdapter
+
+
+@dataclass(frozen=True)
+class Session:
+    """What was asked for. main: this process is the one that writes."""
+
+    recipe: Recipe
+    asked: Recipe  # with `auto` where it says so
+    folder: RunFolder
+    main: bool
+    progress: bool
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A run that can be trained. config: PEFT's, None for full fine-tuning; ends: where it was to end before it was
+    made longer; earlier: seconds of training in the sessions before."""
+
+    ready: Prepared
+    config: Any
+    model: Any
+    record: Record
+    start: int
+    checkpoint: Path | None
+    ends: list[int]
+    earlier: float
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What training has left."""
+
+    trainer: Trainer
+    watch: Watch
+    best: Best | None
+    checks: list[VerifyAdapter]
 
 
 def begin(recipe: Recipe, folder: RunFolder, record: dict[str, Any], start: int) -> None:

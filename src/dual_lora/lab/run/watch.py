@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from dual_lora.lab.errors import UserError
+from dual_lora.lab.errors import NotFinite, UserError
+from dual_lora.lab.files.folder import RunFolder
+from dual_lora.lab.files.write import json_text, mark_whole, write_json
 from dual_lora.lab.interrupt import Stopped, on_signals
 from dual_lora.lab.model.device import best_device, process_count
 from dual_lora.lab.progress import Bar, console
 from dual_lora.lab.read import read_object
-from dual_lora.lab.run.failures import NotFinite, check_finite
-from dual_lora.lab.run.folder import RunFolder
+from dual_lora.lab.run.failures import check_finite
 from dual_lora.lab.run.sealed import seal
-from dual_lora.lab.run.write import json_text, mark_whole, write_json
 
 LOOK_AFTER = 30.0  # seconds of steps, before the processor time that the threads got is looked at
 SECONDS = "seconds.json"  # in a checkpoint: the training time until then, and the loss since the last line

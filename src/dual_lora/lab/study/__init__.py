@@ -7,5 +7,5 @@ perform      does one run (interventions, use_cost); execute does many, here, in
 folder       what the study's folder knows: the plan and its amendments; compare runs the whole study in it
 results      from outcomes to results.json (rows: its types): metrics, statistics, verdicts (the rule), conclude (what
              may be said), notes
-rejudge      judges a results.json again; tables prints it
+rejudge      judges a results.json again
 """

@@ -45,14 +45,15 @@ class Ranks(NamedTuple):
 def improvement(scores: Scores, method: str, reference: str, confidence: float = 0.95, seed: int = 0) -> Interval:
     """P(a run of the method beats one of the reference), the mean over tasks; ties count half."""
     tasks = [_two(task, own, method, reference) for task, own in scores.items()]
-
-    def chance(pairs: Sequence[tuple[NDArray[np.float64], NDArray[np.float64]]]) -> NDArray[np.float64]:
-        each = [0.5 + 0.5 * np.sign(a[..., :, None] - b[..., None, :]).mean((-2, -1)) for a, b in pairs]
-        return np.asarray(np.mean(each, axis=0))
-
+    better = [0.5 + 0.5 * np.sign(a[:, None] - b) for a, b in tasks]  # of each pair of runs
     random = np.random.default_rng(seed)
-    again = chance([(_drawn(a, random), _drawn(b, random)) for a, b in tasks])
-    return Interval(float(chance(tasks)), *_ends(again, confidence))
+    # How often each run is drawn: of its pairs no draw has to be made.
+    each = [
+        ((_shares(len(a), random) @ won) * _shares(len(b), random)).sum(1)
+        for (a, b), won in zip(tasks, better, strict=True)
+    ]
+    value = float(np.mean([won.mean() for won in better]))
+    return Interval(value, *_ends(np.asarray(np.mean(each, axis=0)), confidence))
 
 
 def profile(
@@ -106,6 +107,11 @@ def _two(
 
 def _drawn(runs: NDArray[np.float64], random: np.random.Generator) -> NDArray[np.float64]:
     return runs[random.integers(0, len(runs), (DRAWS, len(runs)))]
+
+
+def _shares(runs: int, random: np.random.Generator) -> NDArray[np.float64]:
+    """Of each draw of so many runs the share of every run, [DRAWS, runs]."""
+    return random.multinomial(runs, np.full(runs, 1 / runs), DRAWS) / runs
 
 
 def _ends(draws: NDArray[np.float64], confidence: float) -> tuple[float, float]:

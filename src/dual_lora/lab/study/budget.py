@@ -14,7 +14,6 @@ from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.empty import adapted, count_of, empty_base, load_config, new_modules
 from dual_lora.lab.patterns import Pattern
 from dual_lora.lab.progress import in_words
-from dual_lora.lab.recipe.read import build_recipe, merged
 from dual_lora.lab.recipe.schema import DataSection, ModelSection, Recipe
 from dual_lora.lab.study.cell import Cell, Size, fields_at, probe_job, rank_field
 from dual_lora.lab.study.job import Job, Outcome, Training, data_digest
@@ -236,10 +235,8 @@ def check_match(study: Study, cell: Cell, budget: str, nearest: str) -> None:
 
 def set_rank(cell: Cell, rank: int | None, scale: Scale | None = None) -> Size:
     """Give the cell its method at this rank, and return its size."""
-    values = cell.recipe.model_dump(mode="json")
-    values["method"] = {"name": cell.entry.name, **fields_at(cell.entry, rank)}
-    over = {"train": cell.entry.train, "name": "run", "about": ""}
-    cell.recipe, cell.rank = build_recipe(merged(values, over), "the study's recipe"), rank
+    method = {"name": cell.entry.name, **fields_at(cell.entry, rank)}
+    cell.recipe, cell.rank = cell.recipe.replaced(method=method), rank
     cell.size = counted(scale or Scale(), cell, cell.recipe)
     return cell.size
 

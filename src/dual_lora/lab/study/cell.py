@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from dual_lora.lab.recipe.read import build_recipe, merged
+from dual_lora.lab.recipe.read import changed
 from dual_lora.lab.recipe.schema import Recipe, spelled
 from dual_lora.lab.study import metrics
 from dual_lora.lab.study.job import Job, Kind, Outcome, Settings, Split, cell_name, data_digest
@@ -183,15 +183,14 @@ def _job(
     settings: Settings | None = None,
     cost: bool = False,
 ) -> Job:
-    values = merged(cell.recipe.model_dump(mode="json"), over)
-    values["train"]["seed"] = seed
-    values["evaluate"] |= {
+    evaluate: dict[str, Any] = {
         "tasks": [metrics.evaluation(metric, cell.recipe.model.head)],
         "split": split if split != "none" else "test",
         "base": False,
     }
     if kind != "final":
-        values["evaluate"]["forgetting"] = None
-    entry, recipe = cell.entry, build_recipe(values, f"{cell.method} on {cell.task}")
-    held = dict(entry.freeze), entry.round
+        evaluate["forgetting"] = None
+    run = {"train": {"seed": seed}, "evaluate": evaluate}
+    recipe = changed(cell.recipe, Recipe.merged(over, run), f"{cell.method} on {cell.task}")
+    held = dict(cell.entry.freeze), cell.entry.round
     return Job(kind, recipe, *cell.at, seed, metric, split, settings or {}, data_digest(recipe), *held, cost)

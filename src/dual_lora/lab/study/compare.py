@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from dual_lora.lab.errors import UserError, is_disk_full
+from dual_lora.lab.files.write import write_json
 from dual_lora.lab.model.precision import AUTO
 from dual_lora.lab.model.weights import weights_digest
 from dual_lora.lab.progress import Bar, console, in_words
 from dual_lora.lab.run.record import code_version, surroundings
 from dual_lora.lab.run.reporting import check_reports
-from dual_lora.lab.run.write import write_json
-from dual_lora.lab.study import notes, plan
+from dual_lora.lab.study import notes
 from dual_lora.lab.study.budget import match_by_probes
 from dual_lora.lab.study.cell import Cell, Ended, Finished, base_jobs, final_jobs, trial_jobs
 from dual_lora.lab.study.execute import Options, check_executor, run_jobs, runs_side_by_side
@@ -34,6 +34,7 @@ from dual_lora.lab.study.job import (
     task_name,
 )
 from dual_lora.lab.study.perform import KEPT, DiskFull, retire
+from dual_lora.lab.study.plan import Plan, lay_out, settled_plan
 from dual_lora.lab.study.read import read_study
 from dual_lora.lab.study.results import build_results
 from dual_lora.lab.study.rows import Results
@@ -50,19 +51,18 @@ def compare(
     runs: str | Path | None = None,
     executor: str = "serial",
     workers: int | None = None,
-    update: bool = False,
     keep: str = "adapters",
     progress: bool = True,
     report_to: Sequence[str] = (),
+    longer: bool = False,
 ) -> Results:
     """Run a study, that of a YAML file or the shipped one of that name in the folder `out`, and return its results.
 
     runs: where the single runs lie, `out`/runs unless told. Studies that name the same folder share what they have in
     common: a run is known by its contents, and done once.
-    executor: serial, process or ray; workers: runs at a time. update: go on although the study, or the code that does
-    its runs, has changed since it was started; finished runs that it still contains are kept, and the results say what
-    was changed. keep: adapters of the final runs, all (full models too), or nothing but scores. Started again after
-    any kind of stop, it repeats no finished run. report_to: where final runs send what they log (see `reporting`).
+    executor: serial, process or ray; workers: runs at a time. keep: adapters of the final runs, all (full models too),
+    or nothing but scores. Started again after any kind of stop, it repeats no finished run. report_to: where final runs
+    send what they log (see `reporting`). longer: the next look of an advice (see `StudyFolder.begin`).
 
     Raises UserError for everything that a person can put right. Runs that fail with an error are recorded, the others
     go on; the results then say what is missing ("complete": false, "failed").
@@ -70,19 +70,20 @@ def compare(
     study = read_study(source)
     if keep not in KEPT:
         raise UserError(f"keep is {keep!r}, expected one of {', '.join(KEPT)}.")
-    folder = StudyFolder(Path(out) if out is not None else Path("studies") / study.name).read(update)
+    folder = StudyFolder(Path(out) if out is not None else Path("studies") / study.name).read()
     to = check_reports(report_to)
-    options = Options(executor, runs_side_by_side(executor, workers), keep, progress, update, report_to=to)
+    options = Options(executor, runs_side_by_side(executor, workers), keep, progress, report_to=to)
     check_executor(executor)
-    study, chosen = plan.settled_study(study, folder)
+    plan = settled_plan(study, folder)
+    chosen = plan.precision
     if progress and not folder.known.study and chosen.get("asked") == AUTO:
         console.print(f"auto: {chosen['precision']} for the whole study ({chosen['why']})", markup=False)
-    cells = plan.lay_out(study)  # before the folder is made: what is wrong from the start leaves nothing behind
+    cells = lay_out(plan)  # before the folder is made: what is wrong from the start leaves nothing behind
     runs_folder = folder.runs(runs)
     try:
         with folder:
-            folder.read(update).begin(study.model_dump(mode="json"), _recipes(study), chosen, runs_folder, update)
-            return Runner(study, folder, runs_folder, options, cells).run()
+            folder.read().begin(plan.study.model_dump(mode="json"), _recipes(plan), chosen, runs_folder, longer)
+            return Runner(plan.study, folder, runs_folder, options, cells).run()
     except (DiskFull, OSError) as error:
         if not (isinstance(error, DiskFull) or is_disk_full(error)):
             raise
@@ -92,11 +93,11 @@ def compare(
         ) from error
 
 
-def _recipes(study: Study) -> dict[str, Any]:
+def _recipes(plan: Plan) -> dict[str, Any]:
     """What every task is, without its method; recipes are files of their own, and so are their data."""
     return {
         f"{task_name(model, task)} {part}": value
-        for model, task, recipe in plan.scenarios(study)
+        for (model, task), recipe in plan.recipes.items()
         for part, value in {
             **recipe.model_dump(mode="json", include={"model", "data", "train", "evaluate"}),
             "records": data_digest(recipe),
@@ -143,12 +144,10 @@ class Runner:
         self._one_base([*bases, *finals])
         self.folder.begin_finals(sum(self._outcome(job) is not None for job in finals))
         self._do("runs", [*bases, *finals])
-        self.folder.known.turned = []
-        self.folder.write()
         if self._made_on_other_weights([*bases, *finals, *_in_turns(self.trials.values())]):
             raise UserError(
-                "The weights of a base have changed while the study went on, so its runs are of several. Start the "
-                "study again: the runs on others than those that are there now are done again."
+                "The weights of a base have changed while the study went on, so its runs are of several. Put the "
+                "first ones back and start the study again, or give another --out."
             )
         return self._results()
 
@@ -181,41 +180,30 @@ class Runner:
                     self._results()
 
     def _made_on_other_weights(self, jobs: Sequence[Job]) -> list[str]:
-        """Keys of runs that were made on other weights of their base, as far as they or the study's own note tell."""
-        other, keys = on_other_weights(self.runs), []
-        for job in jobs:
-            found = other(job)
-            if found is None:  # an earlier version did not note it of every run
-                found = task_name(*job.scenario) in self.folder.known.turned
-            keys += [job.key] * found
-        return keys
+        """Keys of runs that were made on other weights of their base, as far as they tell."""
+        other = on_other_weights(self.runs)
+        return [job.key for job in jobs if other(job)]
 
     def _one_base(self, jobs: Iterable[Job]) -> None:
-        """Do the runs on other weights of their base again."""
+        """Refuse the study's own runs on other weights of their base; do those of another study, which shares the
+        folder, and unfinished ones again."""
         there = [job for job in jobs if (self.runs / job.key).exists() or self._outcome(job) is not None]
         if old := self._made_on_other_weights(there):
             finished = [key for key in old if key in self.folder.before and read_outcome(self.runs, key)]
-            if finished and not self.options.update:
+            if finished:
                 raise UserError(
                     f"{len(finished)} finished runs were made on other weights of the base than are there now: "
                     "compared with new runs, a difference might be the base's. Put those weights back, or give "
-                    "--update to do these runs again."
+                    "another --out."
                 )
-            self._put_aside(old, f"{len(old)} runs on other weights of the base")
-
-    def _put_aside(self, keys: Sequence[str], which: str) -> None:
-        """Put runs aside, and note it where they were this study's."""
-        self._print(f"{which} are done again; the old ones are kept.")
-        if (self.folder.before | self.folder.known.jobs.keys()) & set(keys):
-            self.folder.amend(f"{which} were done again.", self.runs)
-            self.folder.write()
-        for key in keys:
-            outcome = read_outcome(self.runs, key)
-            retire(self.runs, key, outcome.code if outcome else "unfinished")
-            self.done.pop(key, None)
+            self._print(f"{len(old)} runs on other weights of the base are done again; the old ones are kept.")
+            for key in old:
+                outcome = read_outcome(self.runs, key)
+                retire(self.runs, key, outcome.code if outcome else "unfinished")
+                self.done.pop(key, None)
 
     def _one_version(self, jobs: Sequence[Job]) -> None:
-        """Refuse to compare runs of two versions of the code; told to go on, do those of another version again."""
+        """Refuse to compare runs of two versions of the code."""
         now, old = code_version(), list[Outcome]()
         paired = [job for job in jobs if job.kind != "base"]
         for scenario in dict.fromkeys(job.scenario for job in paired):
@@ -226,13 +214,11 @@ class Runner:
         if not old:
             return
         others = "; ".join(sorted({str(outcome.code) for outcome in old}))
-        if not self.options.update:
-            raise UserError(
-                f"{len(old)} finished runs were done by another version of the code ({others}) than this one ({now}): "
-                "compared with new runs, a difference might be the code's. Go on with that version, or give --update "
-                "to do these runs again."
-            )
-        self._put_aside([outcome.key for outcome in old], f"{len(old)} runs of another version of the code")
+        raise UserError(
+            f"{len(old)} finished runs were done by another version of the code ({others}) than this one ({now}): "
+            "compared with new runs, a difference might be the code's. Go on with that version, or give another --out "
+            "(and no --runs of that version)."
+        )
 
     def _print(self, message: str) -> None:
         if self.options.progress:

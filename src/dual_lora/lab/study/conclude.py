@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from dual_lora.lab.study import metrics, notes, verdicts
 from dual_lora.lab.study.job import cell_name, settings_in_words, task_name
@@ -40,10 +40,15 @@ def conclude(
     failing = {key: why for key, m in at.items() if (why := notes.failed_in_tuning(m, untrained, tuned))}
     judged = verdicts.judge([_without_unearned_p(pair, at) for pair in pairs], study.level, missing)
     late = "Amended after final runs had ended." if any(a.get("ended", 0) > 0 for a in amendments) else ""
-    comparisons = [_as_failing(_with_doubt(_as_tuned(_learned(c, unlearned), at), ends), failing) for c in judged]
     false_alarm = verdicts.false_alarm(judged, study.level, missing)
+
+    def said(c: verdicts.Comparison) -> ComparisonRow:
+        verdict, learned = _learned(c, unlearned)
+        doubts = [_searched_to_an_end(c, ends), *_failing(c, failing)]
+        return _plain(_noted(c, _settings(c, at), learned, *doubts, late, verdict=verdict))
+
     return Said(
-        [_plain(_noted(c, c.note, late)) for c in comparisons],
+        [said(c) for c in judged],
         false_alarm,
         [
             *notes.level(false_alarm, study.level),
@@ -104,56 +109,80 @@ def _without_unearned_p(c: verdicts.Comparison, at: Methods) -> verdicts.Compari
 
 
 def _plain(c: verdicts.Comparison) -> ComparisonRow:
+    """As results.json has it, without the figures that there are none of."""
     sign = metrics.direction(c.better)
-    scores = {"candidate_score": sign * c.candidate_score, "reference_score": sign * c.reference_score}
     model, task = c.scenario
-    values = dataclasses.asdict(c) | scores | {"sentence": c.sentence, "model": model, "task": task}
-    del values["scenario"]
-    if c.verdict is verdicts.Verdict.DIVERGED:  # figures of a method that has none
-        absent = ("candidate_score", "reference_score", "difference", "low", "high", "same_low", "same_high")
-        figures = dict.fromkeys(("difference", "error", "seed_error"))
-        values |= dict.fromkeys(absent) | {"spread": values["spread"] | figures}
-    elif c.seeds == c.items == 1:  # one figure each: nothing says how far another one would lie
-        values |= dict.fromkeys(("low", "high", "same_low", "same_high"))
-    return cast(ComparisonRow, values)
+    spread = dataclasses.asdict(c.spread)
+    diverged = c.verdict is verdicts.Verdict.DIVERGED  # figures of a method that has none
+    alone = diverged or c.seeds == c.items == 1  # one figure each: nothing says how far another one would lie
+    if diverged:
+        spread |= dict.fromkeys(("difference", "error", "seed_error"))
+    return {
+        "candidate": c.candidate,
+        "reference": c.reference,
+        "task": task,
+        "metric": c.metric,
+        "candidate_score": None if diverged else sign * c.candidate_score,
+        "reference_score": None if diverged else sign * c.reference_score,
+        "difference": None if diverged else c.difference,
+        "low": None if alone else c.low,
+        "high": None if alone else c.high,
+        "confidence": c.confidence,
+        "p": c.p,
+        "p_holm": c.p_holm,
+        "p_same": c.p_same,
+        "p_same_holm": c.p_same_holm,
+        "same_low": None if alone else c.same_low,
+        "same_high": None if alone else c.same_high,
+        "visible": c.visible,
+        "power": c.power,
+        "margin": c.margin,
+        "spread": spread,
+        "verdict": c.verdict,
+        "note": c.note,
+        "better": c.better,
+        "sentence": c.sentence,
+        "model": model,
+    }
 
 
-def _learned(c: verdicts.Comparison, unlearned: dict[tuple[str, str, str], str]) -> verdicts.Comparison:
-    """A method that did not learn the task is like another in nothing that anybody asked about."""
+def _learned(c: verdicts.Comparison, unlearned: dict[tuple[str, str, str], str]) -> tuple[verdicts.Verdict, str]:
+    """The verdict, and its note. A method that did not learn the task is like another in nothing that anybody asked
+    about."""
     why = {name: unlearned[key] for name in (c.candidate, c.reference) if (key := (*c.scenario, name)) in unlearned}
     if not why:
-        return c
+        return c.verdict, c.note
     alike = c.verdict is verdicts.Verdict.EQUIVALENT
     if len(why) == 1:
         ((name, reason),) = why.items()
         note = f"{name} has not learned the task: {reason}."
-        if not alike:
-            return _noted(c, c.note, note)
-        return _noted(c, note, "Equivalence is not claimed.", verdict=verdicts.Verdict.INCONCLUSIVE)
+        if alike:
+            return verdicts.Verdict.INCONCLUSIVE, f"{note} Equivalence is not claimed."
+        return c.verdict, f"{c.note} {note}".lstrip()
     first, second = why.values()
     reason = f"Of both, {first}." if first == second else f"Of {c.candidate}, {first}; of {c.reference}, {second}."
     if alike:
-        return _noted(c, reason, verdict=verdicts.Verdict.UNLEARNED)
-    return _noted(c, c.note, "Neither learned the task.", reason)
+        return verdicts.Verdict.UNLEARNED, reason
+    return c.verdict, f"{c.note} Neither learned the task. {reason}".lstrip()
 
 
-def _as_tuned(c: verdicts.Comparison, at: Methods) -> verdicts.Comparison:
+def _settings(c: verdicts.Comparison, at: Methods) -> str:
     """A verdict holds for the settings that one search chose, so it names them: another might choose others."""
     mine, other = (settings_in_words(at[(*c.scenario, name)]["settings"]) for name in (c.candidate, c.reference))
     if not (mine or other):
-        return c
-    apart = f"At {mine or 'its settings'} against {other or 'its settings'}."
-    return _noted(c, f"Both at {mine}." if mine == other else apart, c.note)
+        return ""
+    return f"Both at {mine}." if mine == other else f"At {mine or 'its settings'} against {other or 'its settings'}."
 
 
-def _with_doubt(c: verdicts.Comparison, ends: dict[tuple[str, str, str], str]) -> verdicts.Comparison:
+def _searched_to_an_end(c: verdicts.Comparison, ends: dict[tuple[str, str, str], str]) -> str:
     """A verdict on a method that was not searched to its best says so."""
     loser = {verdicts.Verdict.WORSE: c.candidate, verdicts.Verdict.BETTER: c.reference}.get(c.verdict)
     end = ends.get((*c.scenario, loser)) if loser else None
-    return _noted(c, c.note, f"{loser} did best with {end}.") if end else c
+    return f"{loser} did best with {end}." if end else ""
 
 
-def _as_failing(c: verdicts.Comparison, failing: dict[tuple[str, str, str], str]) -> verdicts.Comparison:
+def _failing(c: verdicts.Comparison, failing: dict[tuple[str, str, str], str]) -> list[str]:
     """A verdict on a method of which tuning runs failed says so: the seeds of a study need not show its failures."""
-    why = [failing[key] for name in (c.candidate, c.reference) if (key := (*c.scenario, name)) in failing]
-    return _noted(c, c.note, *why) if why and c.verdict is not verdicts.Verdict.DIVERGED else c
+    if c.verdict is verdicts.Verdict.DIVERGED:
+        return []
+    return [failing[key] for name in (c.candidate, c.reference) if (key := (*c.scenario, name)) in failing]

@@ -37,7 +37,6 @@ class Options:
     workers: int = 1
     keep: str = "adapters"
     progress: bool = True
-    update: bool = False
     fresh: bool = False
     report_to: tuple[str, ...] = ()  # where final runs send what they log
 

@@ -6,8 +6,9 @@ study.lock    held by the one process that works on the study
 runs/         the runs (see `job`): what is done is known from there alone
 results.json  what the study says so far
 
-The plan is hashed and written before the first run. A change of it is an amendment: results.json keeps what changed,
-when, and how many of the final runs had ended by then.
+The plan is hashed and written before the first run. A changed one is refused: it is another study, with a name of its
+own, and may share the runs. Only the next look of an advice makes a study longer. That is an amendment: results.json
+keeps what changed, when, and how many of the final runs had ended by then.
 """
 
 from __future__ import annotations
@@ -18,20 +19,23 @@ import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from shlex import quote
 from typing import Any, Literal
 
 from pydantic import BaseModel
 
 from dual_lora.lab import yaml_text
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.files.write import hold, remove_remains, write_atomically, write_json
 from dual_lora.lab.model.weights import is_another, other_settings, short_digest, tensor_digests, warn_of_doubt
 from dual_lora.lab.read import read_json, unlinked
-from dual_lora.lab.run.write import hold, write_atomically, write_json
 from dual_lora.lab.study.job import Job, Kind, Settings, read_outcome, run_file
 from dual_lora.lab.study.read import values_in
 
 Plain = dict[str, Any]
 WEIGHTS = " weights"  # ends the name of a base's print among the recipes
+OLD = 3600.0  # seconds: nobody writes a file of runs for so long
+LONGER = {"seeds", "overrides", "methods"}  # what makes a study longer: seeds, steps, and ramps that follow from them
 
 
 Changes = dict[str, tuple[Any, Any]]  # of a study after it was begun, field: (old, new)
@@ -75,14 +79,6 @@ def _still_known(before: Plain, now: Plain) -> Plain:
     return {name: before[name] | now[name] for name in lost if base(before, name) == base(now, name)}
 
 
-def ended_in(results: Path) -> list[bool]:
-    """Whether each final run had ended, by the results of an earlier version."""
-    try:
-        return [seed["status"] != "missing" for method in read_json(results)["methods"] for seed in method["seeds"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
-
-
 class Plan(BaseModel):
     """The study as it is to be run. before: final runs that had ended before this plan had any of them done."""
 
@@ -113,7 +109,6 @@ class Known(BaseModel):
     plan: Plan = Plan()
     amendments: list[Amendment] = []
     jobs: dict[str, Planned] = {}
-    turned: list[str] = []  # tasks whose base has other weights by now, until a call has come to its end with them
 
 
 class StudyFolder:
@@ -129,24 +124,25 @@ class StudyFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         busy = f"Another process is working on the study in {self.path}. Wait for it, or give another --out."
         self._lock = hold(self.path / "study.lock", busy)
+        remove_remains(self.path)
+        if not (self.path / "runs").is_symlink():
+            remove_remains(self.path / "runs", after=OLD)  # which another study may share
         return self
 
     def __exit__(self, *_: object) -> None:
         self._lock.release()
 
-    def read(self, update: bool = False) -> StudyFolder:
-        """Take up what the folder says. Raises UserError for a damaged study.json, unless it is to be written anew."""
+    def read(self) -> StudyFolder:
+        """Take up what the folder says. Raises UserError for a damaged study.json."""
         self.known = Known()
         if os.path.lexists(self.file):
             try:
                 self.known = Known.model_validate_json(unlinked(self.file).read_bytes())
             except (OSError, ValueError):
-                if not update:
-                    raise UserError(
-                        f"{self.file} is damaged or another program's. Its runs are not touched; give --update to "
-                        "write it anew, or another --out."
-                    ) from None
-                self.amend("study.json was damaged, so what was changed before is not known.", self.path / "runs")
+                raise UserError(
+                    f"{self.file} is damaged or another program's. Move it away: study.yaml and the runs are enough to "
+                    "go on with. Or give another --out."
+                ) from None
         elif (text := self.path / "study.yaml").is_file():
             if not any((self.path / name).exists() for name in ("state.sqlite", "runs", "results.json")):
                 raise UserError(f"{text} is not a study that was begun here, and would be lost: give another --out.")
@@ -164,8 +160,9 @@ class StudyFolder:
             raise UserError(f"The runs of this study lie in {where}, outside of {self.path}: name it with --runs.")
         return inside
 
-    def begin(self, study: Plain, recipes: Plain, precision: Plain, runs: Path, update: bool) -> None:
-        """Write the plan, or notice that it is another one. Raises UserError for a change, unless told to go on."""
+    def begin(self, study: Plain, recipes: Plain, precision: Plain, runs: Path, longer: bool = False) -> None:
+        """Write the plan. Raises UserError for another one than the study was begun with. longer: the next look of an
+        advice, which may have more seeds and steps."""
         known, self.before = self.known, set(self.known.jobs)
         if isinstance(before := known.study.get("search"), dict):
             before.setdefault("extend", 0)  # what an earlier version did
@@ -173,22 +170,19 @@ class StudyFolder:
         subject = "study has" if changed else "study's recipes or data have"
         recipes = recipes | _still_known(known.recipes, recipes)
         changed |= changes(known.recipes, recipes, recipes)
-        if changed and not update:
+        if changed.keys() - (LONGER if longer else set()):
             raise UserError(
-                f"The {subject} changed since it was started in {self.path}: {', '.join(changed)}. Give --update to go "
-                "on with what is now (finished runs that it still contains are kept, and the results say what was "
-                "changed), or another --out to start anew."
+                f"The {subject} changed since it was started in {self.path}: {', '.join(changed)}. A study keeps the "
+                "plan that it was begun with. Put it back, or give what is now a name of its own (or another --out); "
+                f"with --runs {quote(str(runs))} it takes over the finished runs that are part of both."
             )
-        prints = [name for name in changed if name.endswith(WEIGHTS)]
-        turned = [n.removesuffix(WEIGHTS) for n in prints if is_another(known.recipes[n], recipes[n])]
-        known.turned = sorted({*known.turned, *turned})
         if changed:
             self.amend(f"Changed: {', '.join(changed)}.", runs, changed)
         if changed or not known.plan.hash:
             print_of = hashlib.sha256(json.dumps([study, recipes], sort_keys=True).encode()).hexdigest()[:16]
             known.plan = Plan(hash=print_of, written=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
             known.jobs = {}  # of the plan before; those that belong to this one too come again
-        if precision and (update or not known.precision):
+        if precision and not known.precision:
             known.precision = precision
         where = os.path.relpath(runs, self.path)  # relative: a folder of studies may be moved as a whole
         known.study, known.recipes, known.runs = study, recipes, None if where == "runs" else where
@@ -200,8 +194,6 @@ class StudyFolder:
         """Note that the study is no longer as it was begun, and after how many final runs."""
         finals = [key for key, job in self.known.jobs.items() if job.kind == "final"]
         ended = [read_outcome(runs, key) is not None for key in finals]
-        if not self.known.jobs:
-            ended = ended_in(self.path / "results.json")
         today = time.strftime("%Y-%m-%d")
         self.known.amendments.append(
             Amendment(date=today, what=what, ended=sum(ended), of=len(ended), fields=fields or {})

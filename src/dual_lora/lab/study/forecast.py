@@ -30,7 +30,7 @@ from dual_lora.lab.study.cell import PROBE_STEPS, UNTRAINED, Cell, base_jobs, fi
 from dual_lora.lab.study.execute import runs_side_by_side
 from dual_lora.lab.study.folder import StudyFolder
 from dual_lora.lab.study.job import Job, Outcome, outcomes_here
-from dual_lora.lab.study.plan import lay_out, settled_study
+from dual_lora.lab.study.plan import lay_out, settled_plan
 from dual_lora.lab.study.read import read_study
 from dual_lora.lab.study.search import choose
 from dual_lora.lab.study.study import Study
@@ -205,9 +205,10 @@ def forecast(
     """
     study = read_study(source)
     folder = StudyFolder(Path(out) if out is not None else Path("studies") / study.name).read()
-    study, _ = settled_study(study, folder, "bf16" if on else None)
+    plan = settled_plan(study, folder, "bf16" if on else None)
+    study = plan.study
     side_by_side = runs_side_by_side(executor, workers)
-    cells = lay_out(study)
+    cells = lay_out(plan)
     runs_folder = folder.runs(runs)
     _match_as_far_as_probed(study, cells, runs_folder)
     speed = Speed(card(on) if on else None)
@@ -231,21 +232,7 @@ def forecast(
         else:
             left.append(job)
     rows = [
-        {
-            "model": cell.model,
-            "task": cell.task,
-            "method": cell.method,
-            "rank": cell.rank,
-            "trainable_parameters": cell.size.trainable,
-            "mismatch": cell.mismatch,
-            "notes": cell.notes,
-            "steps": planned_steps(cell.recipe),
-            "trials": len(tried),
-            "seeds": len(study.seeds),
-            "metric": cell.metric,
-            "peak_memory": _peak(cell) if speed.card else None,
-            "seconds": sum(times.expect(job) or 0.0 for job in [*tried, *last]),
-        }
+        _row(cell, len(tried), len(last), speed, sum(times.expect(job) or 0.0 for job in [*tried, *last]))
         for cell, tried, last in zip(cells, trials, finals, strict=True)
     ]
     return Forecast(
@@ -259,6 +246,24 @@ def forecast(
         "finished runs of this study" if done and speed.card is None else speed.basis,
         speed.card.memory if speed.card else None,
     )
+
+
+def _row(cell: Cell, trials: int, seeds: int, speed: Speed, seconds: float) -> dict[str, Any]:
+    return {
+        "model": cell.model,
+        "task": cell.task,
+        "method": cell.method,
+        "rank": cell.rank,
+        "trainable_parameters": cell.size.trainable,
+        "mismatch": cell.mismatch,
+        "notes": cell.notes,
+        "steps": planned_steps(cell.recipe),
+        "trials": trials,
+        "seeds": seeds,
+        "metric": cell.metric,
+        "peak_memory": _peak(cell) if speed.card else None,
+        "seconds": seconds,
+    }
 
 
 def _peak(cell: Cell) -> float:

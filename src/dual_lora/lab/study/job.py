@@ -24,12 +24,12 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.files.folder import RunFolder
+from dual_lora.lab.files.write import write_json
 from dual_lora.lab.model.weights import is_another, weights_digest
 from dual_lora.lab.read import read_json, unlinked
 from dual_lora.lab.recipe.read import identity
 from dual_lora.lab.recipe.schema import Recipe
-from dual_lora.lab.run.folder import RunFolder
-from dual_lora.lab.run.write import write_json
 from dual_lora.lab.study import metrics
 
 _KEY = re.compile(r"[0-9A-Za-z]+")

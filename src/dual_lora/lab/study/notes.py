@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -104,7 +104,18 @@ def level_searches(methods: Sequence[MethodRow]) -> Iterator[str]:
 
 def why_unlearned(method: MethodRow, untrained: Sequence[UntrainedRow]) -> str:
     """By what a method has not learned its task; "" if it has, or if there is nothing to measure it by."""
-    score, figures = method["score"], [s["figures"] or {} for s in method["seeds"] if s["status"] == "done"]
+    done = [seed["figures"] for seed in method["seeds"] if seed["status"] == "done"]
+    return why_unlearned_in(method, method["score"], done, untrained)
+
+
+def why_unlearned_in(
+    method: MethodRow,
+    score: float | None,
+    runs: Sequence[Mapping[str, float | None] | None],
+    untrained: Sequence[UntrainedRow],
+) -> str:
+    """The same of some of its runs, by their score and the figures of each."""
+    figures = [run or {} for run in runs]
     if figures and all(f.get("matthews") == 0 for f in figures):
         return "every run is right as often as one that gives every item the same answer (Matthews 0)"
     if figures and all((correlation := f.get("pearson")) is not None and correlation <= 0 for f in figures):
@@ -134,8 +145,8 @@ def failed_in_tuning(method: MethodRow, untrained: Sequence[UntrainedRow], metri
     failed = 0
     for t in here:
         score = t["score"] if metric in (None, method["metric"]) else None
-        alone: dict[str, Any] = {**method, "score": score, "seeds": [{"figures": t.get("figures"), "status": "done"}]}
-        failed += t["status"] == "diverged" or bool(why_unlearned(cast(MethodRow, alone), untrained))
+        unlearned = why_unlearned_in(method, score, [t.get("figures")], untrained)
+        failed += t["status"] == "diverged" or bool(unlearned)
     if not failed:
         return ""
     where = "" if rate is None else " at this learning rate or a lower one"

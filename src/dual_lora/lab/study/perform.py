@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 
 from dual_lora._warning import DualLoraWarning
-from dual_lora.lab.errors import UserError, described, is_disk_full
+from dual_lora.lab.errors import NotFinite, UserError, described, is_disk_full
+from dual_lora.lab.files.write import hold, write_json
 from dual_lora.lab.interrupt import Stopped
 from dual_lora.lab.model.load import load_model
 from dual_lora.lab.model.weights import weights_digest
-from dual_lora.lab.run.failures import Diverged, NotFinite
+from dual_lora.lab.run.failures import Diverged
 from dual_lora.lab.run.record import code_version, device_name
-from dual_lora.lab.run.write import hold, write_json
 from dual_lora.lab.study import metrics
 from dual_lora.lab.study.job import Job, Outcome, read_outcome, run_file, write_outcome
 

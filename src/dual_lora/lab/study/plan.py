@@ -6,7 +6,7 @@ Times, scores and job keys depend on it, so a study never mixes runs of two choi
 
 import importlib.util
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from dual_lora.lab.errors import UserError, suggest
@@ -21,8 +21,8 @@ from dual_lora.lab.model.precision import (
     settled,
     settled_here,
 )
-from dual_lora.lab.recipe.read import merged, read_recipe
-from dual_lora.lab.recipe.schema import Recipe
+from dual_lora.lab.recipe.read import changed, recipe_values, recipe_with
+from dual_lora.lab.recipe.schema import Recipe, TrainSection
 from dual_lora.lab.study import metrics
 from dual_lora.lab.study.budget import UNKNOWN, Scale, classes_of, counted, fit_parameters, set_rank, written_rank
 from dual_lora.lab.study.cell import Cell, trial_jobs
@@ -30,45 +30,60 @@ from dual_lora.lab.study.folder import StudyFolder
 from dual_lora.lab.study.job import Settings
 from dual_lora.lab.study.study import PRESETS, MethodEntry, Study
 
+Scenario = tuple[str, str]  # the names of a model and a task
 
-def lay_out(study: Study, scale: Scale | None = None) -> list[Cell]:
+
+@dataclass(frozen=True)
+class Plan:
+    """A study with its recipes, which are read once."""
+
+    study: Study
+    recipes: dict[Scenario, Recipe]  # of no method yet, in the study's precision
+    precision: dict[str, Any] = field(default_factory=dict)  # what `auto` stands for, and what the choice followed from
+
+    @classmethod
+    def read(cls, study: Study) -> "Plan":
+        """The plan of a study in its own precision, or in the one that this device is fast in."""
+        short = None if study.precision == AUTO else study.precision
+        recipes = _written(study)
+        return cls(study, {at: settled(r, short) if short else settled_here(r) for at, r in recipes.items()})
+
+
+def lay_out(plan: Plan, scale: Scale | None = None) -> list[Cell]:
     """The study's cells, budgets in parameters matched. Raises UserError for everything that can be known now.
 
     scale: what has been counted for other studies, which is not counted again.
     """
-    scale = scale or Scale()
+    study, scale = plan.study, scale or Scale()
     cells = []
     entries = {name: _resolved(name, entry) for name, entry in study.variants().items()}
-    for model, task, base in scenarios(study):
+    for (model, task), base in plan.recipes.items():
         metric = _metric(study, task, base)
         overlap = _keep_test_apart(study, task, base, metric)
         classes = classes_of(base)
         target = _target(study, scale, base, classes)
         for name, entry in entries.items():
-            cell = Cell(model, task, name, entry, base, metric, UNKNOWN, classes, overlap=overlap)
+            cell = Cell(model, task, name, entry, _trained_by(entry, base), metric, UNKNOWN, classes, overlap=overlap)
             fit_parameters(study, scale, cell, target)
             _check_training(study, scale, cell)
             cells.append(cell)
     return cells
 
 
-def scenarios(study: Study) -> Iterator[tuple[str, str, Recipe]]:
-    """Every model with every task, as a recipe that has no method yet, in the study's precision."""
-    for model, task, recipe in written_scenarios(study):
-        yield model, task, settled_here(recipe) if study.precision == AUTO else settled(recipe, study.precision)
-
-
-def written_scenarios(study: Study) -> Iterator[tuple[str, str, Recipe]]:
-    """The same as they are written, with `auto` where a recipe says so."""
+def _written(study: Study) -> dict[Scenario, Recipe]:
+    """The recipe of every model with every task, with `auto` where it says so."""
+    recipes = {}
     for model, over_model in (study.models or {"": {}}).items():
         for task, entry in study.tasks.items():
             over_task = {k: v for k, v in entry.model_dump(exclude={"recipe", "metric"}).items() if v}
-            over = merged(merged(study.overrides, over_task), over_model)
+            over = Recipe.merged(Recipe.merged(study.overrides, over_task), over_model)
+            values, where = recipe_values(entry.recipe)
             if study.search and study.search.holdout:
-                data = read_recipe(entry.recipe, over).data
-                if not data.validation and not data.holdout:
-                    over = merged(over, {"data": {"holdout": study.search.holdout}})
-            yield model, task, read_recipe(entry.recipe, over)
+                data = Recipe.merged(values, over).get("data") or {}
+                if not (isinstance(data, dict) and (data.get("validation") or data.get("holdout"))):
+                    over = Recipe.merged(over, {"data": {"holdout": study.search.holdout}})
+            recipes[model, task] = recipe_with(values, over, where)
+    return recipes
 
 
 def _resolved(name: str, entry: MethodEntry) -> MethodEntry:
@@ -88,7 +103,7 @@ def _resolved(name: str, entry: MethodEntry) -> MethodEntry:
         )
     values = entry.model_dump()
     values |= {"name": preset["name"], "unmatched": entry.unmatched or preset.get("unmatched", False)}
-    values["train"] = merged(preset.get("train", {}), entry.train)
+    values["train"] = TrainSection.merged(preset.get("train", {}), entry.train)
     for key in entry.fields:
         fields = method_fields(preset["name"])
         if key not in fields:
@@ -96,6 +111,11 @@ def _resolved(name: str, entry: MethodEntry) -> MethodEntry:
             hint = suggest(key, [*fields, *own])
             raise UserError(f"methods.{name}: method {preset['name']} has no field {key!r}.{hint}")
     return MethodEntry.model_validate(values)
+
+
+def _trained_by(entry: MethodEntry, base: Recipe) -> Recipe:
+    """The recipe with the method's settings of the training loop; its fields follow with its rank."""
+    return changed(base, {"train": entry.train, "name": "run", "about": ""}, "the study's recipe")
 
 
 def _metric(study: Study, task: str, recipe: Recipe) -> str:
@@ -174,7 +194,8 @@ def _target(study: Study, scale: Scale, base: Recipe, classes: int | None) -> fl
         return budget.value
     assert budget.like is not None
     entry = _resolved(budget.like, study.methods[budget.like])
-    return set_rank(Cell("", "", budget.like, entry, base, "", UNKNOWN, classes), written_rank(entry), scale).trainable
+    cell = Cell("", "", budget.like, entry, _trained_by(entry, base), "", UNKNOWN, classes)
+    return set_rank(cell, written_rank(entry), scale).trainable
 
 
 _LENGTH = ("train.steps", "train.epochs", "train.batch_size", "train.accumulate")  # what a run's time follows from
@@ -220,8 +241,8 @@ def _check_training(study: Study, scale: Scale, cell: Cell) -> None:
             )
 
 
-def settled_study(study: Study, folder: StudyFolder, elsewhere: Short | None = None) -> tuple[Study, dict[str, Any]]:
-    """The study with bf16 or fp32 instead of every `auto`, and what the choice followed from.
+def settled_plan(study: Study, folder: StudyFolder, elsewhere: Short | None = None) -> Plan:
+    """The plan of the study with bf16 or fp32 instead of every `auto`.
 
     A study that was begun in `folder` keeps its choice, by `precision` in its study.yaml. Nothing is chosen where the
     study leaves nothing open. elsewhere: what another machine would choose, on which the study would begin.
@@ -229,10 +250,11 @@ def settled_study(study: Study, folder: StudyFolder, elsewhere: Short | None = N
     for name, values in _varied(study):
         if name.removeprefix("train.") == "autocast" and AUTO in values:
             raise UserError(f"{name}: auto is one choice for the whole study; write bf16 and none to compare the two.")
+    recipes = _written(study)
     if study.precision != AUTO:
-        return _filled_in(study, study.precision), {"asked": study.precision, "precision": study.precision}
-    if not any(leaves_open(recipe) for _, _, recipe in written_scenarios(study)) and _filled_in(study, "bf16") == study:
-        return study, {}
+        return _filled_in(study, recipes, study.precision, {"asked": study.precision, "precision": study.precision})
+    if not any(map(leaves_open, recipes.values())) and not any(_auto_in(_laid_over(study.model_dump(mode="json")))):
+        return Plan(study, recipes)
     before: Any = folder.known.study.get("precision") if folder.known.study else AUTO
     if before not in (AUTO, *DTYPES):
         raise UserError(
@@ -243,7 +265,7 @@ def settled_study(study: Study, folder: StudyFolder, elsewhere: Short | None = N
         found = Fast(before, "as the study was begun")
     else:
         found = Fast(elsewhere, "as on the card") if elsewhere else fast_precision()
-    return _filled_in(study, found.precision), {"asked": AUTO, **asdict(found)}
+    return _filled_in(study, recipes, found.precision, {"asked": AUTO, **asdict(found)})
 
 
 def _varied(study: Study) -> Iterator[tuple[str, list[Any]]]:
@@ -254,15 +276,21 @@ def _varied(study: Study) -> Iterator[tuple[str, list[Any]]]:
         yield from ((name, values) for name, values in space.items() if isinstance(values, list))
 
 
-def _filled_in(study: Study, precision: Short) -> Study:
-    """The study with `precision` instead of every `auto` that it lays over its recipes."""
+def _filled_in(study: Study, recipes: dict[Scenario, Recipe], short: Short, said: dict[str, Any]) -> Plan:
+    """The plan with the precision `short` instead of every `auto` of the study and of its recipes."""
     values = study.model_dump(mode="json")
-    over = [values["overrides"], *values["models"].values(), *values["tasks"].values(), *values["methods"].values()]
-    for laid in over:
-        for (part, name), words in FIELDS.items():
-            if (laid.get(part) or {}).get(name) == AUTO:
-                laid[part][name] = words[precision]
-                values["precision"] = precision
-    if any(leaves_open(recipe) for _, _, recipe in written_scenarios(study)):
-        values["precision"] = precision
-    return Study.model_validate(values)
+    for part, name, laid in _auto_in(_laid_over(values)):
+        laid[part][name] = FIELDS[part, name][short]
+    chosen = {at: settled(recipe, short) for at, recipe in recipes.items()}
+    return Plan(Study.model_validate(values | {"precision": short}), chosen, said)
+
+
+def _laid_over(values: dict[str, Any]) -> list[dict[str, Any]]:
+    """Everything that a written study lays over its recipes."""
+    return [values["overrides"], *values["models"].values(), *values["tasks"].values(), *values["methods"].values()]
+
+
+def _auto_in(laid_over: list[dict[str, Any]]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Each `auto` there: the part of a recipe, its field, and what holds them."""
+    for laid in laid_over:
+        yield from ((part, name, laid) for part, name in FIELDS if (laid.get(part) or {}).get(name) == AUTO)

@@ -24,9 +24,9 @@ import numpy as np
 from scipy import stats as scipy_stats
 
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.files.write import write_json
 from dual_lora.lab.module_command import run_module
 from dual_lora.lab.read import parse_yaml, read_json
-from dual_lora.lab.run.write import write_json
 from dual_lora.lab.study import metrics
 from dual_lora.lab.study import statistics as stats
 from dual_lora.lab.study.rows import ComparisonRow, MethodRow, Results

@@ -14,9 +14,9 @@ from typing import cast
 import numpy as np
 
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.files.write import write_json
 from dual_lora.lab.module_command import run_module
 from dual_lora.lab.read import read_json
-from dual_lora.lab.run.write import write_json
 from dual_lora.lab.study import metrics, notes, verdicts
 from dual_lora.lab.study import statistics as stats
 from dual_lora.lab.study.conclude import Methods, about_pairs, conclude

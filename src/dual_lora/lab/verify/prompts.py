@@ -9,7 +9,8 @@ from torch import Tensor
 
 from dual_lora.lab.data.batches import learns_prompts, left_padded, row_by_row, to_device
 from dual_lora.lab.data.encode import IGNORED, Prompter
-from dual_lora.lab.data.examples import Example, load_split, read_examples
+from dual_lora.lab.data.examples import load_split, read_examples
+from dual_lora.lab.data.formats import Example
 from dual_lora.lab.data.records import read_records
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.generate import ends_of, plain_search

@@ -9,12 +9,12 @@ from typing import Any, get_args
 import torch
 
 from dual_lora.lab.errors import UserError, described
+from dual_lora.lab.files.folder import RunFolder
 from dual_lora.lab.model.load import load_model, load_tokenizer, quiet
 from dual_lora.lab.model.location import locate
 from dual_lora.lab.model.opened import Tuned, open_tuned
 from dual_lora.lab.read import read_object
 from dual_lora.lab.recipe.schema import ModelSection, Precision
-from dual_lora.lab.run.folder import RunFolder
 from dual_lora.lab.verify import fingerprint as fingerprints
 from dual_lora.lab.verify.diagnose import Finding, Guesses, Known, judge
 from dual_lora.lab.verify.endpoint import Endpoint

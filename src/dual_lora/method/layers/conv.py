@@ -7,14 +7,18 @@ composed weight.
 import math
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ...core.compose_op import recomposing
 from ...core.dispatch import in_dtype_of
+from ...core.sampled import Geometry, with_sampled_gradient
+from ...core.tokens import EXACT
 from ..layer import MapLayer
 
 
 class _Conv(MapLayer):
+    samples_tokens = True
     forwards = nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward
 
     def _matrix_shape(self) -> tuple[int, int]:
@@ -32,8 +36,21 @@ class _Conv(MapLayer):
         x = in_dtype_of(base.weight, x)
         weight, bias = (base.weight, base.bias) if with_base else (None, None)
         composed = self._composed(weight, self._adapters(names), x)
+        W, share = self._from_matrix(composed.result), self._share(names)
         with recomposing(composed):
-            return base._conv_forward(x, self._from_matrix(composed.result), bias)
+            if share == EXACT or not torch.is_grad_enabled():
+                return base._conv_forward(x, W, bias)
+            seen, geometry = _seen(base, x)
+            return with_sampled_gradient(lambda W: base._conv_forward(x, W, bias), seen, W, share, geometry=geometry)
+
+
+def _seen(base: Any, x: Tensor) -> tuple[Tensor, Geometry]:
+    """What the kernel moves over, and how; a padding other than with zeros on both sides is there already."""
+    if base.padding_mode == "zeros" and not isinstance(base.padding, str):
+        return x, Geometry(base.stride, base.padding, base.dilation)
+    mode = "constant" if base.padding_mode == "zeros" else base.padding_mode
+    x = nn.functional.pad(x.detach(), base._reversed_padding_repeated_twice, mode=mode)
+    return x, Geometry(base.stride, [0] * len(base.stride), base.dilation)
 
 
 class Conv1d(_Conv):

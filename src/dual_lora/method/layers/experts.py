@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ...core.compose_op import Composed, also_recompose, dual_lora_weight, of_expert, recomposing
 from ...core.reference import Adapter
+from ...core.sampled import SampledProducts
 from ..config import DualLoraConfig
 from ..layer import DualLoraLayer, is_exporting, is_traced
 from ..parallel import sharded
@@ -28,6 +29,8 @@ ROUTING_ARGUMENTS = ("top_k_index", "router_indices", "selected_experts", "routi
 
 class ParamWrapper(DualLoraLayer):
     """Dual LoRA on one parameter of a module. (PEFT looks for wrappers by this class name.)"""
+
+    samples_tokens = True
 
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, parameter_name: str, config: DualLoraConfig, **kwargs: Any
@@ -124,15 +127,18 @@ class ParamWrapper(DualLoraLayer):
         scale = self._loss_scale(names, parameter)
         routing = self._routing(base, args, kwargs)
         self._note_part(names, routing)
+        products = SampledProducts(self._share(names))
         if routing is not None and _loops_over_experts(base):
-            experts = _Experts(weight, adapters, scale, self.fan_in_fan_out)
-            with recomposing(), replaced(base, {name: experts}):
+            experts = _Experts(weight, adapters, scale, self.fan_in_fan_out, products)
+            with recomposing(), replaced(base, {name: experts}), products.entered():
                 return self.base_layer(*args, **kwargs)
         routed = None if routing is None else torch.unique(routing)
         if routed is not None:
             routed = routed[(routed >= 0) & (routed < self.num_experts)]
         W = dual_lora_weight(weight, adapters, scale, routed=routed)
-        with recomposing(Composed(W, weight, adapters, routed)), replaced(base, {name: self._from_matrix(W)}):
+        products.add(W)
+        composed = Composed(W, weight, adapters, routed)
+        with recomposing(composed), replaced(base, {name: self._from_matrix(W)}), products.entered():
             return self.base_layer(*args, **kwargs)
 
     # The paper's warm-up, of each expert for itself.
@@ -175,8 +181,16 @@ def _loops_over_experts(base: nn.Module) -> bool:
 class _Experts:
     """Stands in for an expert tensor: indexing composes that expert's weight."""
 
-    def __init__(self, weight: Tensor, adapters: list[Adapter], scale: Tensor | None, transposed: bool):
+    def __init__(
+        self,
+        weight: Tensor,
+        adapters: list[Adapter],
+        scale: Tensor | None,
+        transposed: bool,
+        products: SampledProducts,
+    ):
         self.weight, self.adapters, self.scale, self.transposed = weight, adapters, scale, transposed
+        self.products = products
         self.shape = weight.transpose(-1, -2).shape if transposed else weight.shape
         self.dtype, self.device = weight.dtype, weight.device
 
@@ -184,4 +198,5 @@ class _Experts:
         e = int(expert)
         adapters, weight = of_expert(self.adapters, e), self.weight[e]
         W = also_recompose(Composed(dual_lora_weight(weight, adapters, self.scale), weight, adapters))
+        self.products.add(W)
         return W.t() if self.transposed else W

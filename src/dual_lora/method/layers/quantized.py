@@ -134,6 +134,11 @@ class QuantizedLinear(Linear):
 
     # Merge.
 
+    def _merge_parameters(self) -> dict[str, Any]:
+        """As for every layer, where the library keeps its codes in a weight: HQQ has none."""
+        weight = getattr(self.get_base_layer(), "weight", None)
+        return {} if weight is None else {"weight": weight}
+
     def _write_merged(self, names: list[str], safe_merge: bool) -> None:
         backend: Any = self.quantization_backend
         if self._kept is None and find_backend(self.get_base_layer(), _UNKNOWN) is None:  # `model.dequantize()`

@@ -2,13 +2,9 @@
 
 An adapter below them would be the base, without a warning, until it is merged. PyTorch's encoder layers do so in
 inference alone: that is switched off while an adapter is below them. The others are given the composed weight to read:
-PyTorch's attention and fused loss, and every module whose code says `self.NAME.weight` of a child (Mamba's `dt_proj`,
-LFM2's and Qwen3-Next's convolutions, WavLM's projections).
+PyTorch's attention and fused loss, and every module whose code reads the weight of a module below it (`read_weights`).
 """
 
-import functools
-import inspect
-import re
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,6 +13,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from ...core.compose_op import also_recompose
 from ..layer import DualLoraLayer, Linear
 from ..layers.conv import Conv1d, Conv2d, Conv3d
+from .read_weights import fits, weights_read_by
 
 # What each module looks at before it takes its fast path, and nowhere else.
 _SWITCHES = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}
@@ -34,42 +31,35 @@ def set_fast_paths(model: nn.Module) -> None:
                 setattr(module, switch, False if adapted else kept["_dual_lora_switch"])
 
 
-# Methods that read weights to make or to tie them, not to compute with.
-_SETTING_UP = {"__init__", "_init_weights", "init_weights", "reset_parameters", "_reset_parameters", "tie_weights"}
-_READ = re.compile(
-    r"(?<!isinstance\()\bself\.(\w+)\.weight\b(?!\s*(=[^=]|\.(dtype|device|shape|size|ndim|numel|data|is_meta|requires_grad)))"
-)
-
-
-def is_read(parent: nn.Module, name: str, layer: nn.Module) -> bool:
-    """Whether this child is one whose weight its parent reads, in place of calling it or besides."""
-    if isinstance(parent, _READERS):
-        return type(layer) in (nn.Linear, NonDynamicallyQuantizableLinear)
-    return type(layer) in READ_LAYERS and name in _read_by(type(parent))  # type: ignore[arg-type]
-
-
-@functools.cache
-def _read_by(kind: type[nn.Module]) -> frozenset[str]:
-    """The children whose `weight` the code of a module's class reads to compute with it."""
-    if kind.__module__.startswith("torch.nn"):
-        return frozenset()
-    names: set[str] = set()
-    for method in (m for base in kind.__mro__ if base.__module__[:5] != "torch" for m in vars(base).values()):
-        if inspect.isfunction(method) and method.__name__ not in _SETTING_UP:
-            try:
-                source = re.sub(r"#.*", "", inspect.getsource(inspect.unwrap(method)))
-                names.update(match[1] for match in _READ.finditer(source))
-            except (OSError, TypeError):  # no source: made at run time, or compiled
-                continue
-    return frozenset(names)
+def is_read(model: nn.Module, key: str, layer: nn.Module) -> bool:
+    """Whether a module above the one named `key` reads its weight, in place of calling it or besides."""
+    if type(layer) not in READ_LAYERS:
+        return False
+    above, parts = model, key.split(".")
+    for k, part in enumerate(parts):
+        path = tuple(parts[k:])
+        if isinstance(above, _READERS):
+            if len(path) == 1:
+                return type(layer) in (nn.Linear, NonDynamicallyQuantizableLinear)
+        elif any(fits(path, read) for read in weights_read_by(type(above))):  # type: ignore[arg-type]
+            return True
+        above = getattr(above, part)
+    return False
 
 
 class ReadLayer(DualLoraLayer):
     """Dual LoRA on a layer whose weight is read: what is read is W + ΣΔW."""
 
+    takes_no_reads = False  # in a batch of several adapters, of which one weight would be none
+
     @property
     def weight(self) -> Tensor:
-        """W + ΣΔW over the active adapters."""
+        """W + ΣΔW over the active adapters. Raises TypeError in a batch in which each sample has its own adapter."""
+        if self.takes_no_reads:
+            raise TypeError(
+                "A layer whose weight is read and not called (an attention's out_proj, a fused loss's linear layer) "
+                "does not support mixed adapter batches: run the samples of each adapter as a batch of their own."
+            )
         names = self._adapters_to_add()  # first: it may take a merged update out of the weight
         weight: Any = self.get_base_layer().weight
         if not names:

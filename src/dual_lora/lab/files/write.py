@@ -12,6 +12,7 @@ import os
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -187,11 +188,18 @@ def held(target: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
-def remove_remains(folder: Path, name: str | None = None) -> None:
-    """Remove the folders that killed writers have left, which may have a model's size. name: of one target alone."""
+def remove_remains(folder: Path, name: str | None = None, after: float = 0) -> None:
+    """Remove what killed writers have left, folders of which may have a model's size. name: of one target alone.
+    after: seconds that they must be old, where another command may be writing."""
     for left in folder.glob(f".{glob.escape(name) if name else '*'}.{'[0-9a-f]' * 16}.part"):
-        if left.is_dir() and not left.is_symlink():
-            shutil.rmtree(left, ignore_errors=True)
+        with suppress(OSError):
+            state = left.lstat()
+            if time.time() - state.st_mtime < after:
+                continue
+            if stat.S_ISDIR(state.st_mode):
+                shutil.rmtree(left, ignore_errors=True)
+            elif stat.S_ISREG(state.st_mode):
+                left.unlink()
 
 
 def hold(file: Path, busy: str, seconds: float = 0) -> Any:

@@ -13,15 +13,16 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dual_lora.lab.data.examples import Example, load_split
+from dual_lora.lab.data.examples import load_split
+from dual_lora.lab.data.formats import Example
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.files.write import free_folder, json_text, space_next_to, write_folder_atomically
 from dual_lora.lab.model.load import quiet
 from dual_lora.lab.model.note import write_note
 from dual_lora.lab.model.opened import Tuned, open_tuned
 from dual_lora.lab.progress import Bar
 from dual_lora.lab.recipe.schema import DataSection, EvaluateSection
 from dual_lora.lab.run.evaluate import mean_losses
-from dual_lora.lab.run.write import free_folder, json_text, space_next_to, write_folder_atomically
 from dual_lora.verify.numbers import header
 
 REPORT = "conversion.json"

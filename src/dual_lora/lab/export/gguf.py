@@ -13,10 +13,10 @@ from typing import Any
 
 from dual_lora.lab.data.encode import fixed_date
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.model.export import Exported, export_lora, merge
+from dual_lora.lab.export.export import Exported, export_lora, merge
+from dual_lora.lab.files.write import free_file, write_atomically
 from dual_lora.lab.model.location import own_code
 from dual_lora.lab.model.opened import open_tuned
-from dual_lora.lab.run.write import free_file, write_atomically
 
 SCRIPT, LORA_SCRIPT = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"
 ON_PATH = (SCRIPT, "convert-hf-to-gguf", "llama-convert-hf-to-gguf")

@@ -1,0 +1,109 @@
+"""What a model's settings may name: files of its own folder.
+
+Loaders open whatever is named, wherever it lies: a text in `vocab` of tokenizer_config.json is a file whose lines
+become the vocabulary, which is saved with each run and merged model, and uploaded. An index names files of weights, and
+an adapter_config.json next to a config.json an adapter, which transformers puts onto the model unseen.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.read import read_object, regular
+
+ARGUMENTS = ("tokenizer_config.json", "special_tokens_map.json")  # of the tokenizer's class, both of them
+# Arguments that no tokenizer opens. Where a file of the first two kinds lay is noted by every older transformers.
+_NO_FILES = re.compile(
+    r"(tokenizer_file|special_tokens_map_file|name_or_path|auto_map|chat_template|content|.*_(tokens?|side|class|type))"
+)
+_LONGEST = 4096  # characters of a path
+
+
+def check_tokenizer_arguments(model: str, revision: str | None = None) -> None:
+    """Raise UserError for a tokenizer whose settings name a file outside of its folder. model: folder or hub name."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    for name in ARGUMENTS:
+        for key, text in _texts_in(_settings(model, name, revision)):
+            if _is_outside(text, [model] + [HF_HUB_CACHE] * key.endswith("_file")):
+                raise UserError(
+                    f"{name} of {model} names a file as {key}, {text[:200]}, which lies outside of its folder: "
+                    "what that holds would become a part of the tokenizer and of whatever is saved with it. Nothing "
+                    f"was read: take {key} out."
+                )
+
+
+def check_whole_model(model: str, revision: str | None = None) -> None:
+    """Raise UserError for a model with an adapter in its folder, and for weights in other folders than the model's."""
+    if _file_of(model, "adapter_config.json", revision):
+        raise UserError(
+            f"{model} has an adapter_config.json. If it is an adapter, name its base; if it is a model, move "
+            "that file away, or transformers would put the adapter onto the model without a look at its patterns and "
+            "numbers."
+        )
+    for index in sorted(Path(model).glob("*.index.json")) if Path(model).is_dir() else ():
+        weights = _read(index).get("weight_map")
+        for shard in set(map(str, weights.values())) if isinstance(weights, dict) else ():
+            check_plain_name(shard, str(index))
+
+
+def check_plain_name(name: str, where: str) -> None:
+    """Raise UserError for a file of weights that lies in another folder. where: what names it."""
+    if len(PurePosixPath(name).parts) != 1 or len(PureWindowsPath(name).parts) != 1 or name == "..":
+        raise UserError(f"{where} names {name[:200]!r}, expected files of weights that lie next to it.")
+
+
+def _is_outside(text: str, roots: list[str]) -> bool:
+    try:
+        path = Path(text)
+        there = len(text) <= _LONGEST and path.exists() and not path.is_dir()
+        return there and not any(path.resolve().is_relative_to(Path(root).resolve()) for root in roots)
+    except (OSError, ValueError):  # no name that a file has
+        return False
+
+
+def _texts_in(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Texts that a tokenizer might open, each with the name that it stands under."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, dict):
+        for name, each in value.items():
+            if not _NO_FILES.fullmatch(name):
+                yield from _texts_in(each, name)
+    elif isinstance(value, list):
+        for each in value:
+            yield from _texts_in(each, key)
+
+
+def _settings(model: str, name: str, revision: str | None) -> dict[str, Any]:
+    file = _file_of(model, name, revision)
+    return _read(Path(file)) if file else {}
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """What a JSON file holds; a damaged one is left to whoever reads it. Raises UserError for one that is not read
+    here, and might be there."""
+    try:
+        regular(file)
+    except ValueError as error:
+        raise UserError(f"{file} was not read: {error}.") from None
+    try:
+        return read_object(file)
+    except (OSError, ValueError):
+        return {}
+
+
+def _file_of(model: str, name: str, revision: str | None) -> str | None:
+    """Where a file of a model lies, of one on the hub in the cache; None where there is none."""
+    folder = Path(model)
+    if folder.is_dir():
+        return str(folder / name) if (folder / name).is_file() else None
+    from transformers.utils import cached_file
+
+    kinds = ("missing_entries", "connection_errors", "gated_repo")
+    quietly: Any = {f"_raise_exceptions_for_{kind}": False for kind in kinds}
+    return cached_file(model, name, revision=revision, **quietly)

@@ -1,0 +1,147 @@
+"""Whose weights the code of a module's class reads, in place of calling them: Mamba's `dt_proj`, LFM2's convolutions.
+
+It is read off the source: `self.proj.weight` and `self.block.proj.weight`, by another name (`proj = self.proj`, a loop
+over `self.layers`, an item, `getattr`), in methods and properties, and of a module that a property returns. Code that
+is given the module itself (`product(self.proj, x)`) is not followed.
+"""
+
+import ast
+import functools
+import inspect
+import textwrap
+from types import CodeType
+from typing import Any
+
+from torch import nn
+
+Path = tuple[str, ...]  # names of modules from `self` on; ANY is one of a list
+ANY = "*"
+
+# Methods that read weights to make or to tie them, not to compute with.
+_SETTING_UP = {"__init__", "tie_weights"} | {
+    *("_init_weights", "init_weights", "initialize_weights", "reset_parameters", "_reset_parameters")
+}
+_LOOKS = {"dtype", "device", "shape", "size", "ndim", "dim", "numel", "data", "is_meta", "requires_grad", "SCB"}
+
+
+def fits(path: Path, read: Path) -> bool:
+    """Whether a module at `path` is one of those that are read at `read`."""
+    return len(path) == len(read) and all(r in (ANY, p) for p, r in zip(path, read, strict=True))
+
+
+@functools.cache
+def weights_read_by(kind: type[nn.Module]) -> frozenset[Path]:
+    """The modules below one of this class whose `weight` its code reads to compute with it."""
+    if kind.__module__.startswith("torch.nn"):
+        return frozenset()
+    paths: set[Path] = set()
+    returned: dict[str, Path] = {}
+    for base in (base for base in kind.__mro__ if base.__module__.split(".")[0] != "torch"):
+        read, by_properties = _in_class(base)
+        paths |= read
+        returned = by_properties | returned
+    return frozenset(returned[path[0]] + path[1:] if path[0] in returned else path for path in paths)
+
+
+@functools.cache
+def _in_class(base: type) -> tuple[frozenset[Path], dict[str, Path]]:
+    """What a class's own methods read, and the modules that its properties return."""
+    paths: set[Path] = set()
+    returned: dict[str, Path] = {}
+    for name, found in vars(base).items():
+        function = inspect.unwrap(getattr(found, "fget", None) or getattr(found, "func", found))
+        if not inspect.isfunction(function) or name in _SETTING_UP:
+            continue
+        if _says_weight(function.__code__) and (tree := _tree(function)) is not None:
+            paths |= _reads(tree)
+        elif not inspect.isfunction(found) and (tree := _tree(function)) is not None:
+            for node in (node for node in ast.walk(tree) if isinstance(node, ast.Return)):
+                if path := _Names(tree).path(node.value):
+                    returned[name] = path
+    return frozenset(paths), returned
+
+
+def _says_weight(code: CodeType) -> bool:
+    inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
+    return "weight" in code.co_names or "weight" in code.co_consts or any(map(_says_weight, inner))
+
+
+def _tree(function: Any) -> ast.FunctionDef | None:
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+    except (OSError, TypeError, SyntaxError):  # no source: made at run time, or compiled
+        return None
+    return tree if isinstance(tree, ast.FunctionDef) and tree.args.args else None
+
+
+def _reads(tree: ast.FunctionDef) -> set[Path]:
+    names, looked_at = _Names(tree), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and (node.attr in _LOOKS or node.attr[-1] == "_"):  # which writes in place
+            looked_at.add(id(node.value))
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("isinstance", "hasattr", "id"):
+            looked_at |= {id(argument) for argument in node.args}
+        elif isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.Is | ast.IsNot):
+            looked_at |= {id(node.left), *map(id, node.comparators)}
+    paths = {names.path(n) for n in ast.walk(tree) if id(n) not in looked_at and not _is_written(n)}
+    return {path[:-1] for path in paths if path and len(path) > 1 and path[-1] == "weight"}
+
+
+def _is_written(node: ast.AST) -> bool:
+    return isinstance(getattr(node, "ctx", None), ast.Store | ast.Del)
+
+
+class _Names:
+    """What the local names of a function stand for, as far as it is a module below `self`."""
+
+    def __init__(self, tree: ast.FunctionDef):
+        self.known: dict[str, Path] = {tree.args.args[0].arg: ()}
+        for _ in range(2):  # a name may be given after it is used, in a loop
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Assign) and len(node.targets) == 1:
+                    self._give(node.targets[0], node.value)
+                elif isinstance(node, ast.NamedExpr | ast.AnnAssign):
+                    self._give(node.target, node.value)
+                elif isinstance(node, ast.For | ast.comprehension):
+                    self._give_items(node.target, node.iter)
+
+    def _give(self, target: ast.expr, value: ast.expr | None) -> None:
+        if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple) and len(target.elts) == len(value.elts):
+            for one, its in zip(target.elts, value.elts, strict=True):
+                self._give(one, its)
+        elif isinstance(target, ast.Name) and (path := self.path(value)):
+            self.known[target.id] = path
+
+    def _give_items(self, target: ast.expr, items: ast.expr) -> None:
+        if isinstance(items, ast.Call) and isinstance(items.func, ast.Name):
+            if items.func.id == "zip" and isinstance(target, ast.Tuple):
+                for one, its in zip(target.elts, items.args, strict=False):
+                    self._give_items(one, its)
+            elif items.func.id == "enumerate" and isinstance(target, ast.Tuple):
+                self._give_items(target.elts[-1], items.args[0])
+            elif items.func.id in ("reversed", "list"):
+                self._give_items(target, items.args[0])
+        elif isinstance(items, ast.Call) and isinstance(items.func, ast.Attribute):
+            if items.func.attr in ("values", "items", "children"):
+                last = target.elts[-1] if isinstance(target, ast.Tuple) else target
+                self._give_items(last, items.func.value)
+        elif isinstance(target, ast.Name) and (path := self.path(items)):
+            self.known[target.id] = (*path, ANY)
+
+    def path(self, node: ast.AST | None) -> Path | None:
+        """The path that an expression stands for."""
+        if isinstance(node, ast.Name):
+            return self.known.get(node.id)
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "getattr":
+            return self._below(node.args[0], _name_in(node.args[1]))
+        if isinstance(node, ast.Attribute):
+            return self._below(node.value, node.attr)
+        return self._below(node.value, _name_in(node.slice)) if isinstance(node, ast.Subscript) else None
+
+    def _below(self, node: ast.AST, name: str) -> Path | None:
+        path = self.path(node)
+        return None if path is None else (*path, name)
+
+
+def _name_in(name: ast.expr) -> str:
+    return str(name.value) if isinstance(name, ast.Constant) else ANY

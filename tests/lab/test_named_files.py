@@ -1,0 +1,197 @@
+"""What a stranger's model, tokenizer or adapter names outside of its folder is neither read nor run."""
+
+import json
+import os
+import shutil
+import sys
+
+import pytest
+import torch
+from peft import PeftConfig
+from safetensors.torch import save_file
+
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.model.load import load_model, load_tokenizer
+from dual_lora.lab.model.opened import open_tuned
+from dual_lora.lab.recipe.read import build_recipe
+from dual_lora.lab.recipe.schema import ModelSection
+from dual_lora.lab.run.train import run
+
+pytestmark = pytest.mark.timeout(120)  # what hangs is the failure
+
+
+@pytest.fixture
+def base(tiny_lm, tmp_path):
+    return shutil.copytree(tiny_lm, tmp_path / "base")
+
+
+@pytest.fixture
+def secret(tmp_path):
+    (tmp_path / "mine").write_text("[UNK]\n[PAD]\n[CLS]\n[SEP]\n[MASK]\nmy-password\n")
+    return str(tmp_path / "mine")
+
+
+def settings(file, **values):
+    before = json.loads(file.read_text()) if file.is_file() else {}
+    file.write_text(json.dumps(before | values))
+
+
+def only_settings(folder, **values):
+    """A tokenizer of a class that takes its words from where its settings say."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    settings(folder / "tokenizer_config.json", tokenizer_class="BertTokenizer", **values)
+
+
+@pytest.mark.parametrize("name", ["vocab", "vocab_file", "init_inputs", "new_dictionary"])
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_tokenizer_s_settings_name_no_file_of_the_user(name, relative, base, secret, monkeypatch):
+    monkeypatch.chdir(os.path.dirname(secret))
+    text = "mine" if relative else secret
+    only_settings(base, **{name: [text] if name == "init_inputs" else text})
+    with pytest.raises(UserError, match=rf"names a file as {name}, .*mine, which lies outside"):
+        load_tokenizer(str(base))
+    with pytest.raises(UserError, match="lies outside"):
+        load_model(ModelSection(path=str(base)))
+
+
+def test_nor_do_its_special_tokens(base, secret):
+    only_settings(base)
+    settings(base / "special_tokens_map.json", vocab=secret)
+    with pytest.raises(UserError, match=r"special_tokens_map.json of .* names a file as vocab"):
+        load_tokenizer(str(base))
+
+
+def test_nor_settings_that_are_too_long_to_be_looked_at(base, secret):
+    only_settings(base, vocab=secret)
+    os.truncate(base / "tokenizer_config.json", 200_000_001)
+    with pytest.raises(UserError, match="bytes, and at most"):
+        load_tokenizer(str(base))
+
+
+def test_a_tokenizer_saved_by_an_older_transformers_is_read(base, secret, monkeypatch):
+    """It noted where its files lay, on whoever's machine; texts of other kinds may be a file's name by chance."""
+    monkeypatch.chdir(os.path.dirname(secret))
+    settings(
+        base / "tokenizer_config.json", tokenizer_file=secret, special_tokens_map_file=secret, name_or_path=secret,
+        padding_side="right", x_token="mine", vocab_file=str(base / "tokenizer.json"),
+    )  # fmt: skip
+    assert load_tokenizer(str(base))("fire").input_ids
+
+
+def test_an_adapter_s_tokenizer_is_the_base_s_where_it_names_a_file(lm_values, secret, tmp_path):
+    run(build_recipe(lm_values), tmp_path / "run", progress=False)
+    only_settings(tmp_path / "run/adapter", vocab=secret)
+    with pytest.warns(UserWarning, match=r"is not used, but its base's: .*names a file as vocab"):
+        tuned = open_tuned(tmp_path / "run")
+    assert "my-password" not in tuned.tokenizer.get_vocab()
+
+
+def test_a_base_carries_no_adapter(base):
+    values = {"peft_type": "LORA", "target_modules": "(.|.)*x", "base_model_name_or_path": str(base)}
+    (base / "adapter_config.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r"has an adapter_config.json\. If it is an adapter, name its base"):
+        load_model(ModelSection(path=str(base)))
+
+
+@pytest.mark.parametrize("name", ["deep/er/w.safetensors", "../w.safetensors", "/dev/stdin", "deep\\w.safetensors"])
+def test_weights_lie_next_to_their_index(name, base):
+    (base / "deep/er").mkdir(parents=True)
+    os.mkfifo(base / "deep/er/w.safetensors")
+    (base / "model.safetensors").unlink()
+    settings(base / "model.safetensors.index.json", metadata={}, weight_map={"lm_head.weight": name})
+    with pytest.raises(UserError, match=r"names .*, expected files of weights that lie next to it"):
+        load_model(ModelSection(path=str(base)))
+    (base / "model.safetensors.index.json").unlink()
+    settings(base / "config.json", transformers_weights=name)
+    with pytest.raises(UserError, match="transformers_weights, names"):
+        load_model(ModelSection(path=str(base)))
+
+
+def test_weights_in_parts_are_read(base):
+    model = load_model(ModelSection(path=str(base))).model
+    model.save_pretrained(base, max_shard_size="20kB")
+    assert len([*base.glob("model-*.safetensors")]) > 1
+    again = load_model(ModelSection(path=str(base))).model
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+TRAP = "from transformers import PretrainedConfig, PreTrainedModel\nopen({mark!r}, 'w').close()\n"
+
+
+def adapter(folder, base, **values):
+    folder.mkdir(exist_ok=True)
+    save_file({}, folder / "adapter_model.safetensors")
+    values = {"task_type": "CAUSAL_LM", "base_model_name_or_path": str(base)} | values
+    (folder / "adapter_config.json").write_text(json.dumps(values))
+    return folder
+
+
+def test_an_adapter_has_no_other_model_loaded(base, tmp_path, monkeypatch):
+    """A shadow model with code of its own: transformers would take a line of standard input for the user's yes."""
+    evil, mark = tmp_path / "evil", tmp_path / "was-run"
+    evil.mkdir()
+    settings(evil / "config.json", model_type="evil", auto_map={"AutoConfig": "code.C", "AutoModel": "code.M"})
+    (evil / "code.py").write_text(TRAP.format(mark=str(mark)))
+    (tmp_path / "yes").write_text("y\n" * 9)
+    with (tmp_path / "yes").open() as piped:
+        monkeypatch.setattr(sys, "stdin", piped)
+        with pytest.raises(UserError, match=r"shadow_model names .*evil.*, which PEFT would load"):
+            open_tuned(adapter(tmp_path / "adapter", base, peft_type="SHADOW", shadow_model=str(evil)))
+    assert not mark.exists()
+
+
+def test_nor_weights_of_a_repository_with_the_folder_s_name(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("peft.utils.save_and_load.file_exists", lambda *_, **__: pytest.fail("the hub was asked"))
+    (tmp_path / "me").mkdir()
+    folder = adapter(tmp_path / "me/adapter", base, peft_type="LORA", target_modules=["q_proj"])
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match="holds no weights"):
+        open_tuned("me/adapter")
+
+
+def test_nor_another_adapter(base, tmp_path):
+    inner = adapter(tmp_path / "inner", base, peft_type="LORA", target_modules="(.|.)*x")
+    settings(base / "config.json", use_cache=False)
+    with pytest.raises(UserError, match="adapters names"):
+        open_tuned(adapter(tmp_path / "a", base, peft_type="XLORA", hidden_size=32, adapters={"0": str(inner)}))
+
+
+def test_nor_is_a_pipe_waited_for(base, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    values = {
+        "peft_type": "MULTITASK_PROMPT_TUNING", "prompt_tuning_init": "ONLY_SOURCE_SHARED", "num_virtual_tokens": 2,
+        "prompt_tuning_init_state_dict_path": str(tmp_path / "pipe"),
+    }  # fmt: skip
+    with pytest.raises(UserError, match=r"prompt_tuning_init_state_dict_path .* no file"):
+        open_tuned(adapter(tmp_path / "a", base, **values))
+
+
+@pytest.mark.parametrize("key", ["q_proj|alpha", "q_proj|seed", "(q_proj|step)"])
+def test_a_rank_is_bounded_whatever_its_pattern(key, base, tmp_path):
+    values = {"peft_type": "LOHA", "r": 2, "target_modules": ["q_proj"], "rank_pattern": {key: 10**8}}
+    with pytest.raises(UserError, match="rank_pattern holds 100,000,000, and no weight"):
+        open_tuned(adapter(tmp_path / "a", base, **values))
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"tokenizer_name_or_path": "elsewhere"}, "tokenizer_name_or_path is 'elsewhere', expected the base's own"),
+        ({"tokenizer_kwargs": {"cache_dir": "elsewhere"}}, "tokenizer_kwargs may say where files are written"),
+    ],
+)
+def test_a_prompt_of_words_is_cut_by_the_base_s_tokenizer(more, said, lm_values, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base = lm_values["model"]["path"]
+    prompt = {"name": "prompt_tuning", "num_virtual_tokens": 2, "prompt_tuning_init": "TEXT"}
+    prompt |= {"prompt_tuning_init_text": "fire is warm", "tokenizer_name_or_path": base}
+    lm_values["method"] = prompt | more
+    with pytest.raises(UserError, match=said):
+        run(build_recipe(lm_values), tmp_path / "run", progress=False)
+    assert not (tmp_path / "elsewhere").exists()
+    lm_values["method"] = prompt
+    run(build_recipe(lm_values), tmp_path / "good", progress=False)
+    assert PeftConfig.from_pretrained(str(tmp_path / "good/adapter")).num_virtual_tokens == 2
