@@ -82,7 +82,6 @@ def test_ranks(given, ranks):
         (dict(rank_pattern={"q": [4]}), ["rank_pattern['q']", "pair [r1, r2]"]),
         (dict(rank_pattern={"q": [4, 0]}), ["rank_pattern['q']", "at least 1"]),
         (dict(rank_pattern={"q": "8"}), ["rank_pattern['q']", "whole number"]),
-        (dict(alpha_pattern={"q": 8}), ["alpha_pattern={'q': 8} alone", "LoRA's `lora_alpha`", "2 times as large"]),
         (dict(alpha=4, alpha_pattern={"q": 0}), ["alpha_pattern['q']", "positive number"]),
         (dict(target_modules=".*q", layers_to_transform=[0]), ["layers_to_transform", "`target_modules` is a str"]),
         (dict(target_modules=".*q", layers_pattern="h"), ["layers_pattern", "`target_modules` is a str"]),
@@ -102,7 +101,11 @@ def test_names_of_lora_are_understood():
     assert (config.alpha, config.dropout) == (32, 0.1)
     assert DualLoraConfig(alpha=32, lora_alpha=16).alpha == 32
     assert DualLoraConfig(lora_alpha=16, alpha_pattern={"q": 4}).alpha_pattern == {"q": 8}
-    assert DualLoraConfig(alpha=16, alpha_pattern={"q": 4}).alpha_pattern == {"q": 4}
+    assert DualLoraConfig(alpha_pattern={"q": 4}).alpha_pattern == {"q": 8}
+    config = DualLoraConfig(alpha=16, alpha_pattern={"q": 4})
+    assert config.alpha_pattern == dataclasses.replace(config, dropout=0.1).alpha_pattern == {"q": 4}
+    config = DualLoraConfig(alpha_pattern={"q": 4})
+    assert config.alpha_pattern == dataclasses.replace(config, dropout=0.1).alpha_pattern == {"q": 8}
 
 
 def test_a_start_that_is_written_later_brings_its_sigma_and_its_warm_up():

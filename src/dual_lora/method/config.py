@@ -157,8 +157,8 @@ class DualLoraConfig(PeftConfig):
     alpha_pattern: dict[str, float] = field(
         default_factory=dict,
         metadata={
-            "help": "α of single layers by name or regular expression. Next to `lora_alpha` LoRA's number; one of "
-            "`alpha` and `lora_alpha` has to be given with it."
+            "help": "`lora_alpha` of single layers by name or regular expression, as in LoraConfig; next to `alpha` "
+            "their α."
         },
     )
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(

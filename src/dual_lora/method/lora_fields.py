@@ -46,21 +46,15 @@ def translated(options: dict[str, Any], own: set[str], alpha_for_each: float) ->
     """
     result = {name: value for name, value in options.items() if name in own or name not in _DEFAULTS}
     lora_alpha, pattern = options.get("lora_alpha"), options.get("alpha_pattern")
-    of_a_file = {"peft_type", "format_version"} & set(options)
-    if pattern and lora_alpha is None and options.get("alpha") is None and not of_a_file:
-        raise ValueError(
-            f"alpha_pattern={pattern!r} alone does not say whose numbers these are: LoRA's `lora_alpha`, or this "
-            f"method's `alpha`, which is {alpha_for_each:g} times as large at equal strength. Write one of the two "
-            "next to it; the pattern is read as that one is."
-        )
+    saved = {"peft_type", "format_version"} & set(options)  # by this class, whose pattern is in units of α
+
+    def ours(alpha: Any) -> Any:  # what is no number is refused later, as it stands
+        return alpha_for_each * alpha if type(alpha) in (int, float) else alpha
+
     if lora_alpha is not None:
-
-        def ours(alpha: Any) -> Any:  # what is no number is refused later, as it stands
-            return alpha_for_each * alpha if type(alpha) in (int, float) else alpha
-
         _set(result, "alpha", ours(lora_alpha), "lora_alpha", lora_alpha)
-        if isinstance(pattern, dict):  # LoRA's too, as that number is
-            result["alpha_pattern"] = {name: ours(alpha) for name, alpha in pattern.items()}
+    if isinstance(pattern, dict) and (lora_alpha is not None or (options.get("alpha") is None and not saved)):
+        result["alpha_pattern"] = {name: ours(alpha) for name, alpha in pattern.items()}
     if options.get("lora_dropout") is not None:
         _set(result, "dropout", options["lora_dropout"], "lora_dropout", options["lora_dropout"])
     if (start := options.get("init_lora_weights")) is not None:
