@@ -1,5 +1,7 @@
 """LoRA's rate is a good rate: a step of the default start gains what one of LoRA's gains."""
 
+import functools
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -47,14 +49,14 @@ def gradient(shape, rank, seed):
     return (left / torch.arange(1, rank + 1) @ right).view(shape) * 1e-3
 
 
-def gain(config, kind, O, I, seed, rank=None):
-    """-⟨G, ΔW⟩ after 20 steps of Adam on a fixed random gradient G of the weight."""
+def gain(config, kind, O, I, seed, rank=None, optimizer=torch.optim.Adam):
+    """-⟨G, ΔW⟩ after 20 steps on a fixed random gradient G of the weight."""
     layer = base(kind, O, I)
     original = next(layer.parameters()).detach().clone()
     G = gradient(original.shape, rank, seed)
     torch.manual_seed(seed)
     model = get_peft_model(nn.Sequential(layer), config)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=RATE)
+    optimizer = optimizer([p for p in model.parameters() if p.requires_grad], lr=RATE)
     for _ in range(STEPS):
         optimizer.zero_grad()
         weight_gradient(model, kind, G, O, I)
@@ -110,6 +112,15 @@ def test_random_signs_gain_less_from_a_gradient_of_low_rank():
         for start in (True, "aligned")
     }
     assert found[True] < 0.67 * lora < found["aligned"]
+
+
+@pytest.mark.parametrize("momentum", [0, 0.9], ids=str)
+def test_sgd_takes_less_than_loras_rate(momentum):
+    """As docs/explanation/method.md says: its step grows with the square of the scale."""
+    options = dict(r=8, lora_alpha=16, target_modules=["0"])
+    sgd = functools.partial(torch.optim.SGD, momentum=momentum)
+    ours, lora = (gain(c(**options), "linear", 256, 256, 1, optimizer=sgd) for c in (DualLoraConfig, LoraConfig))
+    assert 2.8 < ours / lora < 4.2  # 4 in the first step
 
 
 def test_the_default_alpha_is_loras_two_r():
