@@ -12,6 +12,7 @@ pytest.importorskip("peft")
 
 from tiny_study import ended, job, laid_out, write_records, write_study
 
+from dual_lora.lab.data.examples import load_split
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.recipe.read import build_recipe, identity
 from dual_lora.lab.recipe.schema import Recipe
@@ -496,3 +497,25 @@ def test_what_cannot_be_extended(extends, said, tmp_path):
     (tmp_path / "two.yaml").write_text("extends: one.yaml\nname: two\n")
     with pytest.raises(UserError, match=said):
         read_study(tmp_path / "one.yaml")
+
+
+def test_each_seed_draws_its_own_training_records(tiny):
+    limit = {"overrides": {"data": {"train_limit": 20}}}
+    study, cells = laid_out(tiny, subsets="own", seeds=[7, 8], **limit)
+    jobs = {name: final_jobs(study, cell, {}) for name, cell in cells.items()}
+    assert all([job.recipe.data.seed for job in of] == [7, 8] for of in jobs.values())
+    tuned = [job.recipe.data.seed for job in trial_jobs(study, cells["lora"])]
+    assert set(tuned) == {0}
+    prompts = [[e.prompt for e in load_split(job.recipe.data, "train")] for job in jobs["lora"]]
+    assert len(prompts[0]) == len(prompts[1]) == 20 and prompts[0] != prompts[1]
+    study, cells = laid_out(tiny, seeds=[7, 8], **limit)
+    assert [job.recipe.data.seed for job in final_jobs(study, cells["lora"], {})] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [({}, "own needs data.train_limit"), ({"train_limit": 20, "test_limit": 9}, "draws the test records by it too")],
+)
+def test_own_subsets_need_one_test_set(tiny, data, words):
+    with pytest.raises(UserError, match=words):
+        laid_out(tiny, subsets="own", overrides={"data": data})

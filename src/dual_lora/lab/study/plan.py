@@ -60,6 +60,7 @@ def lay_out(plan: Plan, scale: Scale | None = None) -> list[Cell]:
     for (model, task), base in plan.recipes.items():
         metric = _metric(study, task, base)
         overlap = _keep_test_apart(study, task, base, metric)
+        _check_subsets(study, task, base)
         classes = classes_of(base)
         target = _target(study, scale, base, classes)
         for name, entry in entries.items():
@@ -183,6 +184,21 @@ def _keep_test_apart(study: Study, task: str, recipe: Recipe, metric: str) -> st
     if why := undeclared(data, found):
         raise UserError(f"tasks.{task}: {why}")
     return f"Of {task}, {' and '.join(each.words for each in found)}; the recipe declares it." if found else ""
+
+
+def _check_subsets(study: Study, task: str, recipe: Recipe) -> None:
+    """Raise UserError where seeds cannot draw training records of their own and share the test records."""
+    data = recipe.data
+    if study.subsets == "own" and data.train_limit is None:
+        raise UserError(
+            f"tasks.{task}: subsets: own needs data.train_limit, the number of training records that each seed draws."
+        )
+    if study.subsets == "own" and (data.test_limit or data.test_prompts):
+        name = "test_limit" if data.test_limit else "test_prompts"
+        raise UserError(
+            f"tasks.{task}: subsets: own draws by data.seed, and data.{name} draws the test records by it too, so that "
+            f"seeds would be tested on different ones. Leave data.{name} out, or name a test file of that size."
+        )
 
 
 def _target(study: Study, scale: Scale, base: Recipe, classes: int | None) -> float | None:

@@ -159,6 +159,11 @@ class Study(Section):
     pairs: Literal["reference", "all"] = Field("reference", description="Comparisons that are made and corrected for.")
     budget: Budget = Field(default_factory=lambda: Budget.model_validate({}), description="What is held equal.")
     seeds: list[int] = Field(default=[1, 2, 3, 4, 5], description="Seeds of the final runs: a list, or how many.")
+    subsets: Literal["one", "own"] = Field(
+        "one",
+        description="one: all final runs train on the same data.train_limit records. own: each seed draws its own "
+        "(data.seed is the seed), so that the intervals hold for other training sets too.",
+    )
     search: Search | None = Field(None, description="Tuning before the final runs, or `thorough`; left out: none.")
     margin: dict[str, float] = Field(
         default_factory=dict,
