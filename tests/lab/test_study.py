@@ -507,7 +507,8 @@ def test_each_seed_draws_its_own_training_records(tiny):
     tuned = [job.recipe.data.seed for job in trial_jobs(study, cells["lora"])]
     assert set(tuned) == {0}
     prompts = [[e.prompt for e in load_split(job.recipe.data, "train")] for job in jobs["lora"]]
-    assert len(prompts[0]) == len(prompts[1]) == 20 and prompts[0] != prompts[1]
+    assert len(prompts[0]) == len(prompts[1]) == 20
+    assert prompts[0] != prompts[1]
     study, cells = laid_out(tiny, seeds=[7, 8], **limit)
     assert [job.recipe.data.seed for job in final_jobs(study, cells["lora"], {})] == [0, 0]
 
