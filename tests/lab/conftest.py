@@ -63,6 +63,16 @@ def _no_fingerprint(request, monkeypatch):
         monkeypatch.setattr(module, "leave", lambda *_: None)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _fast_in_fp32():
+    """`auto` is bf16 on processors with units for it, and then runs have other figures than on the rest."""
+    from dual_lora.lab.model import precision
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(precision, "measured", lambda: {"fp32": 1.0, "bf16": 1.0})
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_lm(tmp_path_factory):
     """Folder of a language model with two layers."""

@@ -106,12 +106,17 @@ def _two(
 
 
 def _drawn(runs: NDArray[np.float64], random: np.random.Generator) -> NDArray[np.float64]:
-    return runs[random.integers(0, len(runs), (DRAWS, len(runs)))]
+    return runs[_picked(len(runs), random)]
 
 
 def _shares(runs: int, random: np.random.Generator) -> NDArray[np.float64]:
     """Of each draw of so many runs the share of every run, [DRAWS, runs]."""
-    return random.multinomial(runs, np.full(runs, 1 / runs), DRAWS) / runs
+    return (_picked(runs, random)[..., None] == np.arange(runs)).mean(1)
+
+
+def _picked(runs: int, random: np.random.Generator) -> NDArray[np.int64]:
+    """Runs by their numbers, [DRAWS, runs]; whole numbers are drawn alike on every machine."""
+    return random.integers(0, runs, (DRAWS, runs))
 
 
 def _ends(draws: NDArray[np.float64], confidence: float) -> tuple[float, float]:
