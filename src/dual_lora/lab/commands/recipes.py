@@ -92,7 +92,7 @@ def copy(name: str, to: Path | None = None) -> None:
 def init(
     to: Annotated[Path, Parameter(help="The recipe to write; its name is the run's.")],
     *,
-    data: Annotated[str, Parameter(help="Training records: a .csv, .tsv, .json, .jsonl or .txt file, or hub:NAME.")],
+    data: Annotated[str, Parameter(help="Training records: .csv, .tsv, .json, .jsonl, .parquet or .txt, or hub:NAME.")],
     base: Annotated[str, Parameter(help="Model by folder, name, GGUF file or package:NAME.")],
     test: Annotated[str | None, Parameter(help="Test records.")] = None,
     text: Annotated[str | None, Parameter(help="Column of the text that has a class. [default: by name]")] = None,
@@ -111,7 +111,7 @@ def init(
     """
     from dual_lora.lab.data.guess import guess
     from dual_lora.lab.data.records import read_records
-    from dual_lora.lab.data.starter import read_starter, starter
+    from dual_lora.lab.data.starter import read_starter, run_name, starter
     from dual_lora.lab.model.location import check_here
 
     if to.suffix not in (".yaml", ".yml"):
@@ -124,7 +124,7 @@ def init(
     check_here(base)
     lengths = sorted(sum(len(str(value)) for value in record.values.values()) for record in records)
     longest = lengths[round(0.98 * (len(lengths) - 1))]
-    written = starter(to.stem, base, data, test, found, len(records), longest, columns)
+    written = starter(to, run_name(to.stem), base, data, test, found, len(records), longest, columns)
     recipe = read_starter(written, to)
     write_atomically(to, written)
     used = ", ".join(f"{theirs} is the {ours}" for ours, theirs in found.fields.items())

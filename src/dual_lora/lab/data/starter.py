@@ -1,6 +1,8 @@
 """A first recipe for somebody's own records, with a comment where a choice was made."""
 
+import re
 from pathlib import Path
+from shlex import quote
 
 from dual_lora.lab import yaml_text
 from dual_lora.lab.data.guess import Guess
@@ -24,11 +26,25 @@ ABOUT = {
 }
 
 
+def run_name(text: str) -> str:
+    """A name for a run, and so for its folder, out of a file's."""
+    return re.sub(r"[^\w.-]+", "-", text).strip(".-") or "mine"
+
+
 def starter(
-    name: str, base: str, data: str, test: str | None, found: Guess, count: int, longest: int, columns: list[str] | None
+    file: Path,
+    name: str,
+    base: str,
+    data: str,
+    test: str | None,
+    found: Guess,
+    count: int,
+    longest: int,
+    columns: list[str] | None,
 ) -> str:
-    """The text of a recipe. count: records. longest: characters of nearly the longest one. columns: of a file without
-    a header line."""
+    """The text of a recipe for `file`. name: the run's. count: records. longest: characters of nearly the longest one.
+    columns: of a file without a header line."""
+    shown = quote(str(file)) if str(file).isprintable() else "RECIPE"
     short = [c for c in found.classes if len(c) <= 20 and c.isprintable()][:6]  # a comment has one line
     named = f": {', '.join(short)}{', …' if len(found.classes) > len(short) else ''}" if short else ""
     seen = f"{len(found.classes)} classes{named}" if found.classes else ABOUT[found.head]
@@ -38,9 +54,9 @@ def starter(
     preferred = found.format == "preference"
     lines = [
         f"# A first recipe for {_value(data)}: {count:,} records, {seen}. Every choice below is yours to change.",
-        f"# Look at the data:  dual-lora check-data {name}.yaml",
-        f"# Memory and time:   dual-lora estimate {name}.yaml",
-        f"# Train:             dual-lora train {name}.yaml",
+        f"# Look at the data:  dual-lora check-data {shown}",
+        f"# Memory and time:   dual-lora estimate {shown}",
+        f"# Train:             dual-lora train {shown}",
         "# Every field:       docs/reference/recipe.md, or dual-lora train --help-all",
         f"name: {_value(name)}",
         "model:",

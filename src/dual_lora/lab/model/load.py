@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from dual_lora._warning import warn
 from dual_lora.lab.errors import UserError, described, memory_full
 from dual_lora.lab.model.device import best_device, is_sharded_launch
-from dual_lora.lab.model.location import Location, check_settings, is_here, is_plain, locate, meant, nobody_answers
+from dual_lora.lab.model.location import (
+    Location,
+    check_answers,
+    check_settings,
+    is_here,
+    is_plain,
+    locate,
+    meant,
+    nobody_answers,
+)
 from dual_lora.lab.model.named_files import check_tokenizer_arguments, check_whole_model
 from dual_lora.lab.model.quantize import quantization_config
 
@@ -104,7 +113,11 @@ def load_model(part: ModelSection, num_labels: int | None = None, device: str | 
         model.config.get_text_config().pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
     fresh = sorted({key.rsplit(".", 1)[0] for key in info["missing_keys"]})
     if part.head == "causal" and fresh:
-        raise UserError(f"{part.path} is no causal language model: it holds no weights for {', '.join(fresh)}.")
+        check_answers(part.path)
+        raise UserError(
+            f"{part.path} is no causal language model: it holds no weights for {', '.join(fresh)}. To train it to tell "
+            "classes or numbers, set model.head to classification or regression."
+        )
     inside = f"{model.base_model_prefix}."
     if drawn := sorted(key for key in info["missing_keys"] if key.startswith(inside) and "pooler" not in key):
         raise UserError(

@@ -19,6 +19,13 @@ from dual_lora.lab.recipe.section import Section as Section
 from dual_lora.lab.recipe.training import TrainSection as TrainSection
 
 NAME = r"^\.?[\w\-][\w.\-]*$"  # of a default folder: "." and ".." are other folders, not names
+ATTENTION = r"^[\w|]+$"  # a "/" names code on the hub
+IN_WORDS = {
+    NAME: "letters, digits, '_', '-' and '.' alone, because it names a folder",
+    ATTENTION: "letters, digits and '_' alone, such as sdpa or eager",
+}
+"""What a field's pattern asks for."""
+
 Precision = Literal["float32", "bfloat16", "float16"]
 Quantize = Literal["none", "nf4", "fp4", "int8", "torchao-int8"]
 
@@ -49,7 +56,7 @@ class ModelSection(Section):
     )
     attention: str | None = Field(
         None,
-        pattern=r"^[\w|]+$",  # a "/" names code on the hub
+        pattern=ATTENTION,
         description="Attention implementation of transformers, for example sdpa or eager.",
     )
 
