@@ -25,7 +25,10 @@ app = App(
 
 @app.default
 def list_recipes(
-    start: Annotated[str, Parameter(help="Only names that begin so, those of families (commonsense) in full.")] = "",
+    start: Annotated[
+        str,
+        Parameter(help="Only names that begin with this; families (commonsense) recipe by recipe."),
+    ] = "",
     *,
     json: Json = False,
 ) -> None:
@@ -61,7 +64,7 @@ app.command(list_recipes, name="list")
 
 @app.command
 def show(name: str, *, full: Annotated[bool, Parameter(help="With every default.")] = False) -> None:
-    """Print a recipe; of the paper's experiments with the source of every setting.
+    """Print a recipe; for the paper's experiments also the source of every setting.
 
     Example: `dual-lora recipes show boolq-smollm2 --full`
     """

@@ -64,7 +64,7 @@ def check(data: DataSection, head: str, tokenizer: Any = None) -> list[Checked]:
     if data.holdout and not data.validation and train.examples and data.holdout >= len(train.examples):
         train.errors.append(f"data.holdout is {data.holdout}, and there are {len(train.examples)} records.")
     if not any(each.errors for each in sets) and (why := undeclared(data)):
-        train.warnings.append(f"The sets are not apart: {why}")
+        train.warnings.append(f"The sets overlap: {why}")
     return sets
 
 

@@ -105,8 +105,8 @@ def load_model(part: ModelSection, num_labels: int | None = None, device: str | 
             check_whole(Path(location.name) / location.gguf_file, model, part.head == "causal")
     if part.head == "causal" and model.config.model_type in SHIFTED:
         raise UserError(
-            f"{part.path} is of type {model.config.model_type}, whose positions as a decoder begin behind its padding "
-            "token's; here they begin at 0. Take a model that was made to write, or train this one in your own script."
+            f"{part.path} is of type {model.config.model_type}. As a decoder it counts positions from its padding "
+            "token's number on, and this command counts them from 0. Use a causal language model, or your own script."
         )
     # A decoder with a head for classes looks for the last token that is no padding, of the kind that rows are given.
     if part.head != "causal" or getattr(model.config.get_text_config(), "pad_token_id", None) is None:

@@ -96,8 +96,9 @@ class DataSection(Section):
     )
     overlap: int | Literal["all"] = Field(
         0,
-        description="How many records of a set may have their prompt (or text, or group) in another of train, "
-        "validation and test. More of them: a study is refused, a run warns. all: for tasks of memorisation.",
+        description="How many records of train, validation or test may have the same prompt (or text, or group) as a "
+        "record of another of the three. If there are more, a study is refused and a run warns. all: no limit, for "
+        "tasks of memorisation.",
     )
     format: Literal["auto", "chat", "instruction", "prompt", "facts", "text", "document", "preference"] = Field(
         "auto",
@@ -141,7 +142,7 @@ class DataSection(Section):
     test_prompts: int | None = Field(
         None,
         ge=1,
-        description="The same for different prompts of test records, each with all its answers (references).",
+        description="Use only so many different prompts of the test records, each with all its answers (references).",
     )
     seed: int = Field(0, description="Seed of holdout and limits; independent of the training seed.")
 
@@ -209,8 +210,8 @@ class EvaluateSection(Section):
     extract: str | None = Field(
         None,
         description="exact_match: regular expression; its first match in the generated text is the answer. "
-        "Of several groups the last that takes part counts. So it is in the expected answer, if the record has no "
-        "field for it alone. "
+        "If it has groups, the last one that matched counts. It is applied to the expected answer too, unless the "
+        "record has a field for the answer alone. "
         "commonsense: the first label of the right answer's kind (true/false, answer1-5, ...).",
     )
     compare: Literal["text", "json"] = Field(
