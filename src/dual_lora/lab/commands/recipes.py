@@ -193,7 +193,7 @@ def json_schema(kind: Literal["recipe", "study"]) -> dict[str, Any]:
 
         found = Study.model_json_schema()
         # What `extends` names gives the fields that are left out here.
-        text = "Another study, a shipped one or a file in the same folder: its fields hold where this one is silent."
+        text = "Another study, a shipped one or a file in the same folder: it gives the fields that are missing here."
         found["properties"] = {"extends": {"type": "string", "description": text}, **found["properties"]}
         found["required"] = ["name"]
         found["anyOf"] = [{"required": ["extends"]}, {"required": ["tasks", "methods"]}]

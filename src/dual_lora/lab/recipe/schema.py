@@ -256,7 +256,7 @@ class Recipe(Section):
         default_factory=ObjectiveSection, description="What training makes better: answers, preferences, rewards."
     )
     evaluate: EvaluateSection = Field(default_factory=EvaluateSection, description="What is measured afterwards.")
-    origin: Origin | None = Field(None, description="Who said each setting, and what others report.")
+    origin: Origin | None = Field(None, description="The source of each setting, and results that others report.")
 
     @field_validator("method")
     @classmethod
