@@ -231,6 +231,7 @@ def test_class_names_are_where_people_look_for_them(classifier, call, tmp_path, 
         code, _, said = call(*command)
         assert code == 1
         assert "but a classifier (BertForSequenceClassification). Name the run or" in " ".join(said.split())
+    assert "use `dual-lora predict`" in " ".join(call("generate", classifier, "warm ?")[2].split())
 
 
 @pytest.mark.parametrize(
