@@ -79,7 +79,7 @@ def table(rows: Iterable[Mapping[str, Any]]) -> str:
     if not all(r.get("bf16_units", True) for r in used):
         lines += [
             "",
-            "It has no units for bf16: figures in bf16 say how slow and how many products there are. Use fp32.",
+            "This processor has no units for bf16, so figures in bf16 mainly count slow products. Use fp32 on it.",
         ]
     if all(r.get("fp32_products") == "torch.mm" for r in used):
         lines += ["", "All methods' products in fp32 are torch.mm's there, ours too."]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from markdown_it import MarkdownIt
 
 from forked import forking
 from pages import PAGES, ROOT, blocks, commands, differs, name_of, only_looks
@@ -273,6 +274,13 @@ def test_what_is_left_out_says_why(page):
         assert set(block.marks) <= KNOWN, f"{where}: a mark has another word than {sorted(KNOWN)}"
         assert len(block.marks.get("skip", "long enough")) > 10, where
         assert block.language != "", f"{where}: the block has no language"
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "LOG.md", *sorted((ROOT / "results").rglob("*.md"))], ids=name_of)
+def test_every_row_is_in_a_table(page):
+    """An empty line ends a table: what follows is shown as text."""
+    tokens = MarkdownIt("commonmark").enable("table").parse(page.read_text(encoding="utf-8"))
+    assert not [token.content for token in tokens if token.type == "inline" and token.content.startswith("|")]
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "LOG.md", *sorted((ROOT / "results").rglob("*.md"))], ids=name_of)

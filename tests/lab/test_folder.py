@@ -19,7 +19,7 @@ from dual_lora.lab.run.evaluate import evaluate
 from dual_lora.lab.run.train import run
 from dual_lora.lab.study.study import Study
 
-pytestmark = pytest.mark.filterwarnings("ignore:The sets are not apart:dual_lora.DualLoraWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:The sets overlap:dual_lora.DualLoraWarning")
 
 
 @pytest.fixture(scope="module")

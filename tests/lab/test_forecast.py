@@ -39,7 +39,8 @@ def test_forecast_takes_the_machine_s_calibration(tiny, tmp_path, monkeypatch):
     """A study's time and an estimate's come from the same two measured numbers."""
     study, seconds = write_study(tiny, search=None), {}
     for rate in (1e6, 2e6, 4e6):
-        costs = {"float32": {method: [[64, rate, 0.0]] for method in ("lora", "dual_lora", "full")}}
+        measured = {method: [[64, rate, 0.0]] for method in ("lora", "dual_lora", "full")}
+        costs = {"float32": measured, "bfloat16": measured}  # either is what `auto` stands for, by processor
         known = {"on": "cpu", "date": "2026-01-02", "costs": costs}
         monkeypatch.setattr(module, "known_rates", lambda known=known: known)
         found = forecast(study, tmp_path / "nothing")

@@ -31,8 +31,8 @@ def test_a_finished_run_goes_on(lm_values, tmp_path, capsys, call):
     result = run(steps(lm_values, lr_warmup=0.0, steps=12), out, resume=True)
     assert (first.steps, result.steps, result.state) == (6, 12, "finished")
     said = " ".join(capsys.readouterr().err.split())
-    assert "Going on from step 6 to 12 (it was to have 6)" in said
-    assert "schedule of all 12 steps (linear): 0.005 from here on, after 0." in said
+    assert "Continuing from step 6 to step 12 (planned before: 6)" in said
+    assert "schedule of all 12 steps (linear): it was 0 and continues at 0.005." in said
     record = json.loads((out / "record.json").read_text())
     assert (record["extended"], record["total_steps"], record["state"]) == ([6], 12, "finished")
     assert set(rates(out)) == set(range(1, 13))

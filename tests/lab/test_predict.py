@@ -199,6 +199,8 @@ def test_every_format_is_read_without_an_answer(tmp_path):
     assert asked("fine\n", head="classification", name="x.txt").text == ("fine",)
     assert asked({"text": "a", "text_pair": "b"}, head="classification").text == ("a", "b")
     assert asked({"text": "a", "label": 1}, head="classification").label == "1"
+    with pytest.raises(UserError, match=r"a model is asked by prompt, .* has message\. .*--data.fields.prompt mess"):
+        asked({"message": "a"})
     with pytest.raises(UserError, match=r"x.jsonl, line 1: the model answers prompts"):
         asked({"text": "a", "label": "b"}, {"format": "text"})
     with pytest.raises(UserError, match=r"the record has no field text|fit no format"):
@@ -225,6 +227,11 @@ def test_class_names_are_where_people_look_for_them(classifier, call, tmp_path, 
     assert call("merge", classifier, tmp_path / "merged")[0] == 0
     assert json.loads((tmp_path / "merged/config.json").read_text())["label2id"] == {"0": 0, "1": 1}
     assert Path(tiny_encoder, "config.json").is_file()
+    for command in (("evaluate", tmp_path / "merged"), ("predict", tmp_path / "merged", tmp_path / "none.csv")):
+        code, _, said = call(*command)
+        assert code == 1
+        assert "but a classifier (BertForSequenceClassification). Name the run or" in " ".join(said.split())
+    assert "use `dual-lora predict`" in " ".join(call("generate", classifier, "warm ?")[2].split())
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def test_a_terminal_and_what_is_not_shown_have_no_lines(shown, log, monkeypatch)
     assert log() == []
 
 
-@pytest.mark.filterwarnings("ignore:The sets are not apart:dual_lora.DualLoraWarning")
+@pytest.mark.filterwarnings("ignore:The sets overlap:dual_lora.DualLoraWarning")
 def test_evaluation_and_calibration_have_lines(log, lm_values, monkeypatch, tmp_path):
     from dual_lora.lab.cli import main
     from dual_lora.lab.cost import calibrate

@@ -31,8 +31,10 @@ def reviewed(tmp_path_factory, tiny_encoder, reviews):
 def blocks_of(folder):
     page = build_page(gather([folder]), "x")
     assert not page.problems
-    (section,) = [section for section in page.sections if section.group == "Runs"]
-    return section, {block.title: block for block in section.blocks if isinstance(block, Chart | Table)}
+    section, scores = [section for section in page.sections if section.group == "Runs"]
+    assert scores.source.file.endswith("result.json"), "scores come from the evaluation, not from the training's record"
+    found = [block for block in [*section.blocks, *scores.blocks] if isinstance(block, Chart | Table)]
+    return section, {block.title: block for block in found}
 
 
 def test_everything_of_a_run_is_shown(reviewed):
@@ -58,8 +60,8 @@ def test_the_confusion_matrix_adds_up_to_the_scores(reviewed):
     result = json.loads(next(reviewed.glob("evaluation/*/result.json")).read_text())
     items = [json.loads(line) for line in next(reviewed.glob("evaluation/*/items.jsonl")).read_text().splitlines()]
     tuned = [item for item in items if item["variant"] == "tuned"]
-    title = "Right and predicted classes of 24 test records"
-    heat = next(b for b in build_page(gather([reviewed]), "x").sections[0].blocks if getattr(b, "form", "") == "heat")
+    title = "Confusion matrix of 24 test records"
+    heat = next(b for b in build_page(gather([reviewed]), "x").sections[1].blocks if getattr(b, "form", "") == "heat")
     assert heat.title == title
     points = {(p["label"], p["x"]): p["y"] for p in heat.views[0].points}
     assert sum(points.values()) == 24

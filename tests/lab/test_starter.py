@@ -93,6 +93,17 @@ def test_a_first_recipe_trains(table, tiny_encoder, call):
     assert "exists already" in err
 
 
+def test_a_name_with_blanks_becomes_a_folders(table, tiny_encoder, call):
+    code, _, err = call("recipes", "init", "my ü recipe.yaml", "--data", table.name, "--base", tiny_encoder)
+    assert code == 0, err
+    assert read_recipe("my ü recipe.yaml").name == "my-ü-recipe"
+    assert "dual-lora train 'my ü recipe.yaml'\n" in Path("my ü recipe.yaml").read_text()
+    with pytest.raises(UserError, match=r"name is 'a b', expected letters, digits, .* because it names a folder"):
+        read_recipe("my ü recipe.yaml", {"name": "a b"})
+    with pytest.raises(UserError, match=r"attention is 'me/mine', expected letters, digits and '_' alone"):
+        read_recipe("my ü recipe.yaml", {"model": {"attention": "me/mine"}})
+
+
 def test_preferences_begin_with_dpo(tmp_path, tiny_lm, call, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = [{"prompt": f"is {i} red ?", "chosen": "true", "rejected": "false"} for i in range(40)]
@@ -139,6 +150,18 @@ def test_records_that_cannot_be_used_end_it_with_status_one(table, call):
     assert [error.partition(":")[0].rpartition(" ")[2] for error in train["errors"]] == ["42", "43"]
     assert any("several labels" in warning for warning in train["warnings"])
     assert test["records"] == 43
+
+
+def test_one_reason_is_said_once(table, call):
+    fields = ("--data.fields.text", "review", "--data.fields.label", "sentimnt")
+    code, found = checked(call, table, "--data.format", "text", *fields)
+    (error,) = found["sets"][0]["errors"]
+    assert code == 1
+    assert "line 2: field 'sentimnt' is missing, found id, review, sentiment. Did you mean 'sentiment'?" in error
+    assert error.endswith("The same in 39 more records.")
+    code, out, _ = call("check-data", table, "--test", "none.csv")
+    assert code == 1
+    assert "format   ," not in out
 
 
 def test_sets_that_are_not_apart_and_other_labels(table, tmp_path, call):

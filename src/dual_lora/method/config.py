@@ -205,7 +205,7 @@ class DualLoraConfig(PeftConfig):
         for name, share in shares.items():
             check_share(name, share)
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout!r}.")
+            raise ValueError(f"dropout (lora_dropout) must be at least 0 and below 1, got {self.dropout!r}.")
         if self.bias not in ("none", "all", "dual_lora_only"):
             raise ValueError(f"Unknown bias {self.bias!r}: choose 'none', 'all' or 'dual_lora_only'.")
         if isinstance(self.target_parameters, str):

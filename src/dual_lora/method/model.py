@@ -89,10 +89,10 @@ class DualLoraModel(BaseTuner):
                 )
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As in PEFT; TRL's frozen reference, an adapter "ref" with the configuration of "default", starts as its copy.
+        """As in PEFT, except for TRL's frozen reference: an adapter "ref" starts as a copy of "default".
 
-        TRL's trainers make it for a model that comes with an adapter, and then copy what has ".default." in its name,
-        as LoRA's weights have. Names of factors end in ".default": the reference would silently be another model.
+        TRL's trainers add "ref" to a model that already has an adapter. They then copy the weights with ".default." in
+        their names, as LoRA's have. Names of our factors end in ".default", so TRL would copy nothing.
         """
         if len(self.peft_config) > 1 and (taken := set(self.peft_config) & {"model", *_names_of_modules(model)}):
             raise ValueError(

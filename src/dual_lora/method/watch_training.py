@@ -56,7 +56,7 @@ class Watch:
             self.foreign += not self.own and any(f.grad is not None for f in factors)
             if self.foreign == FOREIGN_STEPS:
                 self._say(
-                    f"get gradients, but in {self.foreign} optimizer steps no optimizer held them: they do not move. "
+                    f"get gradients, and no optimizer has updated them in {self.foreign} optimizer steps. "
                     "Build the optimizer from the model's trainable parameters after the adapter was added (and after "
                     "moving or sharding the model)."
                 )

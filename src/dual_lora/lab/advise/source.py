@@ -2,13 +2,12 @@
 
 import contextlib
 import os
-import re
 from pathlib import Path
 from typing import Any
 
 from dual_lora.lab.data.guess import guess
 from dual_lora.lab.data.records import read_records
-from dual_lora.lab.data.starter import read_starter, starter
+from dual_lora.lab.data.starter import read_starter, run_name, starter
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.files.write import write_atomically
 from dual_lora.lab.read import regular
@@ -37,10 +36,11 @@ def source_of(recipe: str | None, base: str | None, data: str | None, test: str 
     records = read_records(data)
     found_columns = guess(records)
     lengths = sorted(sum(len(str(value)) for value in record.values.values()) for record in records)
-    name = re.sub(r"[^\w.-]+", "-", Path(data).stem).strip(".-") or "mine"
-    text = starter(name, base, data, test, found_columns, len(records), lengths[-1], None)
+    name = run_name(Path(data).stem)
+    file = folder / f"{name}-{_print(base, data, test)}.yaml"
+    text = starter(file, name, base, data, test, found_columns, len(records), lengths[-1], None)
     read_starter(text, Path(name))
-    return _written(folder / f"{name}-{_print(base, data, test)}.yaml", text)
+    return _written(file, text)
 
 
 def _print(*given: str | None) -> str:

@@ -36,7 +36,7 @@ def analyze(
         Literal["update", "sampling", "all"],
         Parameter(help="The update and its gradients, or what `token_sampling` would add to the gradient's variance."),
     ] = "update",
-    states: Annotated[int, Parameter(help="At most so many states of a run, start and end among them.")] = 8,
+    states: Annotated[int, Parameter(help="Most states of a run to analyse, start and end included.")] = 8,
     layers: Annotated[str | None, Parameter(help="Regular expression of layer names.")] = None,
     ranks: Annotated[
         Literal["ends", "all", "none"], Parameter(help="Ranks at start and end, at all states, or not (the slow part).")

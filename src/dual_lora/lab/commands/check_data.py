@@ -96,9 +96,11 @@ def _cards(sets: list[Checked], head: str, in_tokens: bool) -> Any:
         unit = "tokens" if in_tokens else "characters (--base MODEL counts tokens)"
         facts = {
             "records": f"{each.records:,} of {each.source}, {len(each.examples):,} of them can be used",
-            "columns": ", ".join(each.columns),
-            "format": f"{each.format}, for head {head}",
         }
+        if each.columns:
+            facts["columns"] = ", ".join(each.columns)
+        if each.format:
+            facts["format"] = f"{each.format}, for head {head}"
         if each.labels:
             shown = [f"{label} {count:,}" for label, count in [*each.labels.items()][:LISTED]]
             facts["labels"] = " · ".join(shown) + (f" · {len(each.labels) - LISTED} more" * (len(each.labels) > LISTED))

@@ -18,7 +18,7 @@ def compare(
     out: Annotated[Path | None, Parameter(help="Folder of the study. [default: studies/NAME]")] = None,
     runs: Annotated[
         Path | None,
-        Parameter(help="Folder of the single runs; studies that share it do equal runs once. [default: OUT/runs]"),
+        Parameter(help="Folder of the runs; studies that share it do the same run only once. [default: OUT/runs]"),
     ] = None,
     executor: Annotated[
         Literal["serial", "process", "ray"], Parameter(help="One run after another, in processes, or on Ray.")
@@ -47,7 +47,7 @@ def compare(
 
     On a card that is not here: `dual-lora compare gpu-commonsense --dry-run --on h100-80gb`
 
-    Stopped at any moment, the same command goes on where it was; nothing finished is repeated.
+    After a stop, the same command continues where it was. Finished runs are not repeated.
     """
     from dual_lora.lab.model.device import use_device
     from dual_lora.lab.study.read import read_study, shipped_studies

@@ -46,7 +46,8 @@ def demo(
 
     Then: `dual-lora demo --ask "Set a timer for 12 minutes for the soup."`
 
-    Shows answers before and after, exact match on three test sets, and merges. What is there already is used again.
+    Shows answers before and after, exact match on three test sets, and merges. Reuses results that are in
+    the folder.
     """
     from dual_lora.lab import demo as work
     from dual_lora.lab.model.device import use_device

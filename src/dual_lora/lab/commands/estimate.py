@@ -61,12 +61,12 @@ def estimate(
     ] = None,
     optimizer: Annotated[
         Literal["adamw", "adamw_8bit", "lion", "sgd", "momentum", "adafactor"] | None,
-        Parameter(help="Whose state is kept. [default: the recipe's, or adamw]"),
+        Parameter(help="Optimizer whose state is counted. [default: the recipe's, or adamw]"),
     ] = None,
     accumulate: Annotated[int | None, Parameter(help="Forward passes per optimizer step.")] = None,
     head: Annotated[Literal["causal", "classification"] | None, Parameter(help="What is on top of the model.")] = None,
     classes: Annotated[int, Parameter(help="Classes of a classification head.")] = 2,
-    devices: Annotated[int, Parameter(help="Shown for 1, 2, 4 … up to so many.")] = 1,
+    devices: Annotated[int, Parameter(help="Show 1, 2, 4 … devices, up to this number.")] = 1,
     strategy: Annotated[
         Literal["ddp", "fsdp2", "zero1", "zero2", "zero3"], Parameter(help="How many devices share the work.")
     ] = "ddp",

@@ -81,7 +81,8 @@ def export(
 
     Example: `dual-lora export runs/boolq-smollm2 served --to lora --energy 0.9 --data my-records.jsonl`
 
-    A LoRA holds a part of the update: every layer's loss is shown, and what it does to the loss on your records.
+    A LoRA keeps only a part of the update. The command shows how much of each layer's update is lost, and how that
+    changes the loss on your records.
     """
     options: dict[str, Any] = {"rank": rank, "energy": energy, "data": data, "limit": limit}
     options |= {"outtype": outtype, "quantize": quantize, "converter": converter}

@@ -12,7 +12,7 @@ from dual_lora.lab.errors import UserError
 from dual_lora.lab.terminal import Console
 
 Run = Annotated[Path, Parameter(help="Folder of a finished run.")]
-BaseModel = Annotated[str | None, Parameter(help="The base model's name on the hub, if the run had a folder.")]
+BaseModel = Annotated[str | None, Parameter(help="The base model's name on the hub, if the run's base was a folder.")]
 Licence = Annotated[str | None, Parameter(help="Licence of the adapter, as the hub names it: apache-2.0.")]
 
 
@@ -25,7 +25,7 @@ def card(
 ) -> None:
     """Write a run's card for a model hub: README.md next to the adapter, with method, data, scores and cost.
 
-    Training writes one by itself. Again after `dual-lora evaluate`, it has the scores.
+    Training writes a card without scores. Run this after `dual-lora evaluate` to add them.
 
     Example: `dual-lora card runs/boolq-smollm2 --license apache-2.0`
     """
@@ -50,7 +50,7 @@ def push(
 ) -> None:
     """Upload a run's weights, tokenizer and card to the Hugging Face hub, after a question.
 
-    Only the result's known files go, without paths of this machine. Sign in with `hf auth login` before.
+    Uploads only the files of the result, without paths of this machine. Sign in with `hf auth login` before.
 
     Example: `dual-lora push runs/boolq-smollm2 me/boolq --base-model HuggingFaceTB/SmolLM2-135M`
     """

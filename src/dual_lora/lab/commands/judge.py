@@ -14,7 +14,7 @@ def judge(
     source: Annotated[
         Path | None,
         Parameter(
-            help="A .csv or .tsv file with the columns method, seed, score and as far as there are such item, task, "
+            help="A .csv or .tsv file with the columns method, seed, score and, if wanted, item, task, "
             "model, metric; or a folder METHOD/SEED/ of lm-eval's samples_*.jsonl; or the results of PEFT's "
             "method_comparison; or a study's folder, to write it for PEFT."
         ),
@@ -27,7 +27,7 @@ def judge(
     metric: Annotated[str | None, Parameter(help="Which metric, where there are several.")] = None,
     better: Annotated[
         Literal["more", "less"] | None,
-        Parameter(help="Of the metric. [default: what the source or its name says, else more]"),
+        Parameter(help="Which way the metric is better. [default: by the source or the metric's name, else more]"),
     ] = None,
     margin: Annotated[
         float | None, Parameter(help="Difference that is too small to matter, in the metric's unit.")

@@ -18,7 +18,7 @@ DryRun = Annotated[bool, Parameter(help="Check everything, show runs, sizes and 
 Source = Annotated[str, Parameter(help="Run folder, adapter folder, or a model by folder, name or package:NAME.")]
 ReportTo = Annotated[
     tuple[Literal["wandb", "mlflow", "tensorboard", "trackio"], ...],
-    Parameter(help="Send what is logged there; most of them are on the network, so no recipe and no study can ask."),
+    Parameter(help="Send the logs there. Most of these are on the network, so only this option turns them on."),
 ]
 Base = Annotated[str | None, Parameter(help="Base model of an adapter, if it has moved.")]
 Dtype = Annotated[Precision | None, Parameter(help="Precision of the base weights. [default: the run's, else float32]")]

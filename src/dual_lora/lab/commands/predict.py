@@ -99,8 +99,10 @@ def _recipe_of(source: str) -> Recipe | None:
     if folder.is_run:
         result_of(folder)
         return recipe_of_run(source)
+    from dual_lora.lab.model.location import check_answers
     from dual_lora.lab.model.note import read_note
 
+    check_answers(source)
     return read_note(Path(source))[0]
 
 

@@ -25,7 +25,10 @@ app = App(
 
 @app.default
 def list_recipes(
-    start: Annotated[str, Parameter(help="Only names that begin so, those of families (commonsense) in full.")] = "",
+    start: Annotated[
+        str,
+        Parameter(help="Only names that begin with this; families (commonsense) recipe by recipe."),
+    ] = "",
     *,
     json: Json = False,
 ) -> None:
@@ -61,7 +64,7 @@ app.command(list_recipes, name="list")
 
 @app.command
 def show(name: str, *, full: Annotated[bool, Parameter(help="With every default.")] = False) -> None:
-    """Print a recipe; of the paper's experiments with the source of every setting.
+    """Print a recipe; for the paper's experiments also the source of every setting.
 
     Example: `dual-lora recipes show boolq-smollm2 --full`
     """
@@ -92,7 +95,7 @@ def copy(name: str, to: Path | None = None) -> None:
 def init(
     to: Annotated[Path, Parameter(help="The recipe to write; its name is the run's.")],
     *,
-    data: Annotated[str, Parameter(help="Training records: a .csv, .tsv, .json, .jsonl or .txt file, or hub:NAME.")],
+    data: Annotated[str, Parameter(help="Training records: .csv, .tsv, .json, .jsonl, .parquet or .txt, or hub:NAME.")],
     base: Annotated[str, Parameter(help="Model by folder, name, GGUF file or package:NAME.")],
     test: Annotated[str | None, Parameter(help="Test records.")] = None,
     text: Annotated[str | None, Parameter(help="Column of the text that has a class. [default: by name]")] = None,
@@ -111,7 +114,7 @@ def init(
     """
     from dual_lora.lab.data.guess import guess
     from dual_lora.lab.data.records import read_records
-    from dual_lora.lab.data.starter import read_starter, starter
+    from dual_lora.lab.data.starter import read_starter, run_name, starter
     from dual_lora.lab.model.location import check_here
 
     if to.suffix not in (".yaml", ".yml"):
@@ -124,7 +127,7 @@ def init(
     check_here(base)
     lengths = sorted(sum(len(str(value)) for value in record.values.values()) for record in records)
     longest = lengths[round(0.98 * (len(lengths) - 1))]
-    written = starter(to.stem, base, data, test, found, len(records), longest, columns)
+    written = starter(to, run_name(to.stem), base, data, test, found, len(records), longest, columns)
     recipe = read_starter(written, to)
     write_atomically(to, written)
     used = ", ".join(f"{theirs} is the {ours}" for ours, theirs in found.fields.items())
@@ -190,7 +193,7 @@ def json_schema(kind: Literal["recipe", "study"]) -> dict[str, Any]:
 
         found = Study.model_json_schema()
         # What `extends` names gives the fields that are left out here.
-        text = "Another study, a shipped one or a file in the same folder: its fields hold where this one is silent."
+        text = "Another study, a shipped one or a file in the same folder: it gives the fields that are missing here."
         found["properties"] = {"extends": {"type": "string", "description": text}, **found["properties"]}
         found["required"] = ["name"]
         found["anyOf"] = [{"required": ["extends"]}, {"required": ["tasks", "methods"]}]

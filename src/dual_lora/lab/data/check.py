@@ -64,7 +64,7 @@ def check(data: DataSection, head: str, tokenizer: Any = None) -> list[Checked]:
     if data.holdout and not data.validation and train.examples and data.holdout >= len(train.examples):
         train.errors.append(f"data.holdout is {data.holdout}, and there are {len(train.examples)} records.")
     if not any(each.errors for each in sets) and (why := undeclared(data)):
-        train.warnings.append(f"The sets are not apart: {why}")
+        train.warnings.append(f"The sets overlap: {why}")
     return sets
 
 
@@ -104,7 +104,7 @@ def _read(result: Checked, source: str, data: DataSection, head: str) -> None:
             result.empty[column] = result.empty.get(column, 0) + count
     plain = data if data.format != "auto" else data.model_copy(update={"format": format_of(records[0], data)})
     result.format = plain.format
-    failed: list[UserError] = []
+    failed: list[tuple[str, UserError]] = []
     with _collecting_warnings(result):
         for record in records:
             try:
@@ -112,10 +112,21 @@ def _read(result: Checked, source: str, data: DataSection, head: str) -> None:
                 fit_head(examples, head)
                 result.examples += examples
             except UserError as error:
-                failed.append(error)
-    result.errors += [str(error) for error in failed[:SHOWN]]
-    if len(failed) > SHOWN:
-        result.errors.append(f"… and {len(failed) - SHOWN:,} more records of {source} that cannot be read.")
+                failed.append((record.where, error))
+    result.errors += _by_reason(failed)
+
+
+def _by_reason(failed: list[tuple[str, UserError]]) -> list[str]:
+    """What is wrong, each reason once at the first record that has it. failed: where a record stands, and its error."""
+    reasons: dict[str, list[str]] = {}
+    for where, error in failed:
+        reasons.setdefault(str(error).removeprefix(where), []).append(where)
+    said = [
+        f"{where[0]}{reason}" + (f" The same in {len(where) - 1:,} more records." if len(where) > 1 else "")
+        for reason, where in reasons.items()
+    ]
+    left = sum(map(len, list(reasons.values())[SHOWN:]))
+    return said[:SHOWN] + ([f"… and {left:,} more records that cannot be read."] if left else [])
 
 
 def _is_empty(value: Any) -> bool:

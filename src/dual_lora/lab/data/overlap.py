@@ -38,7 +38,7 @@ def shared(data: DataSection) -> list[Shared]:
 
 
 def undeclared(data: DataSection, found: list[Shared] | None = None) -> str:
-    """Why the recipe's sets are not apart, and what to do; "" where they are, or where it declares what they share.
+    """How the recipe's sets overlap, and what to do; "" where they do not, or where it declares what they share.
 
     found: what `shared` found, where it was asked already.
     """

@@ -11,6 +11,7 @@ from dual_lora.lab.recipe.schema import FIELDS, DataSection
 
 NONE = "1"  # instead of an answer, which no reader of a format does without; nobody is shown it
 ANSWERS = ("answer", "output", "label")
+ASKED_BY = ("prompt", "messages", "conversations", "instruction", "text", "line")
 
 
 def read_questions(source: str, data: DataSection, head: str) -> tuple[list[Record], list[Example]]:
@@ -23,6 +24,8 @@ def read_questions(source: str, data: DataSection, head: str) -> tuple[list[Reco
     if source.endswith(".txt"):
         name = "text" if head != "causal" else "line" if data.format == "facts" else "prompt"
         records = [Record({name: record.values["line"]}, record.where) for record in records]
+    if data.format == "auto" and records:
+        _check_asked(records[0], data)
     theirs = {ours: data.fields.get(ours, ours) for ours in ANSWERS}
     filled = [Record(_answered(record.values, theirs, head), record.where) for record in records]
     needed = {ours: name for ours, name in data.fields.items() if ours not in theirs}
@@ -35,6 +38,17 @@ def read_questions(source: str, data: DataSection, head: str) -> tuple[list[Reco
         if head == "causal" and not example.messages:
             raise UserError(f"{example.where}: the model answers prompts, and the record has a text alone.")
     return records, asked
+
+
+def _check_asked(record: Record, data: DataSection) -> None:
+    """Raise UserError for a record without any field that a model is asked by."""
+    names = {data.fields.get(ours, ours) for ours in ASKED_BY}
+    if names.isdisjoint(record.values):
+        found = [str(name) for name in record.values]
+        raise UserError(
+            f"{record.where}: a model is asked by {', '.join(ASKED_BY[:-1])}, and the record has {', '.join(found)}. "
+            f"Name the field that is meant: --data.fields.prompt {found[0]}, or --data.fields.text for a classifier."
+        )
 
 
 def _has_header(source: str, data: DataSection) -> bool:

@@ -1,6 +1,8 @@
 """A first recipe for somebody's own records, with a comment where a choice was made."""
 
+import re
 from pathlib import Path
+from shlex import quote
 
 from dual_lora.lab import yaml_text
 from dual_lora.lab.data.guess import Guess
@@ -24,11 +26,24 @@ ABOUT = {
 }
 
 
+def run_name(text: str) -> str:
+    """A name for a run, and so for its folder, out of a file's."""
+    return re.sub(r"[^\w.-]+", "-", text).strip(".-") or "mine"
+
+
 def starter(
-    name: str, base: str, data: str, test: str | None, found: Guess, count: int, longest: int, columns: list[str] | None
+    file: Path,
+    name: str,
+    base: str,
+    data: str,
+    test: str | None,
+    found: Guess,
+    count: int,
+    longest: int,
+    columns: list[str] | None,
 ) -> str:
-    """The text of a recipe. count: records. longest: characters of nearly the longest one. columns: of a file without
-    a header line."""
+    """The text of a recipe for `file`. name: the run's. count: records. longest: characters of nearly the longest one.
+    columns: of a file without a header line."""
     short = [c for c in found.classes if len(c) <= 20 and c.isprintable()][:6]  # a comment has one line
     named = f": {', '.join(short)}{', …' if len(found.classes) > len(short) else ''}" if short else ""
     seen = f"{len(found.classes)} classes{named}" if found.classes else ABOUT[found.head]
@@ -38,10 +53,7 @@ def starter(
     preferred = found.format == "preference"
     lines = [
         f"# A first recipe for {_value(data)}: {count:,} records, {seen}. Every choice below is yours to change.",
-        f"# Look at the data:  dual-lora check-data {name}.yaml",
-        f"# Memory and time:   dual-lora estimate {name}.yaml",
-        f"# Train:             dual-lora train {name}.yaml",
-        "# Every field:       docs/reference/recipe.md, or dual-lora train --help-all",
+        *_next_commands(file),
         f"name: {_value(name)}",
         "model:",
         f"  path: {_value(base)}  # a folder, a name on the hub, a GGUF file or package:NAME",
@@ -84,6 +96,16 @@ def starter(
 def read_starter(text: str, where: Path) -> Recipe:
     """The recipe that was written, checked as a person's own would be."""
     return build_recipe(parse_yaml(text, str(where)), str(where))
+
+
+def _next_commands(file: Path) -> list[str]:
+    shown = quote(str(file)) if str(file).isprintable() else "RECIPE"  # a comment has one line
+    return [
+        f"# Look at the data:  dual-lora check-data {shown}",
+        f"# Memory and time:   dual-lora estimate {shown}",
+        f"# Train:             dual-lora train {shown}",
+        "# Every field:       docs/reference/recipe.md, or dual-lora train --help-all",
+    ]
 
 
 def _heads(found: Guess) -> str:

@@ -5,7 +5,7 @@ import re
 from typing import Any
 
 from dual_lora.lab.data.records import Record
-from dual_lora.lab.errors import UserError
+from dual_lora.lab.errors import UserError, suggest
 
 
 def is_missing(value: Any) -> bool:
@@ -17,8 +17,11 @@ def value_of(record: Record, name: str) -> Any:
     if name in record.values and record.values[name] is None:
         raise UserError(f"{record.where}: field {name!r} is null.")
     if name not in record.values:
+        found = [str(known) for known in record.values]
+        near = suggest(name, found)
         raise UserError(
-            f"{record.where}: field {name!r} is missing, found {', '.join(map(str, record.values)) or 'none'}."
+            f"{record.where}: field {name!r} is missing, found {', '.join(found) or 'none'}."
+            + (near if near.startswith(" Did") else "")
         )
     return record.values[name]
 

@@ -168,7 +168,7 @@ def generate(
 def _readable(tuned: Tuned, messages: Sequence[dict[str, Any]]) -> torch.Tensor:
     """The conversation's tokens [1, T], where the model writes text and reads so many."""
     if tuned.classes:
-        raise UserError(f"{tuned.source} is a classifier, it writes no text.")
+        raise UserError(f"{tuned.source} is a classifier, it writes no text: use `dual-lora predict`.")
     check_writes(tuned.model)
     prompter = Prompter(tuned.tokenizer, tuned.recipe.data.template if tuned.recipe else "auto")
     ids = torch.tensor([prompter.prompt_ids(tuple(messages))])

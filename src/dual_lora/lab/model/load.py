@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from dual_lora._warning import warn
 from dual_lora.lab.errors import UserError, described, memory_full
 from dual_lora.lab.model.device import best_device, is_sharded_launch
-from dual_lora.lab.model.location import Location, check_settings, is_here, is_plain, locate, meant, nobody_answers
+from dual_lora.lab.model.location import (
+    Location,
+    check_answers,
+    check_settings,
+    is_here,
+    is_plain,
+    locate,
+    meant,
+    nobody_answers,
+)
 from dual_lora.lab.model.named_files import check_tokenizer_arguments, check_whole_model
 from dual_lora.lab.model.quantize import quantization_config
 
@@ -94,17 +103,12 @@ def load_model(part: ModelSection, num_labels: int | None = None, device: str | 
         if location.gguf_file:
             forget_packing(model)
             check_whole(Path(location.name) / location.gguf_file, model, part.head == "causal")
-    if part.head == "causal" and model.config.model_type in SHIFTED:
-        raise UserError(
-            f"{part.path} is of type {model.config.model_type}, whose positions as a decoder begin behind its padding "
-            "token's; here they begin at 0. Take a model that was made to write, or train this one in your own script."
-        )
     # A decoder with a head for classes looks for the last token that is no padding, of the kind that rows are given.
     if part.head != "causal" or getattr(model.config.get_text_config(), "pad_token_id", None) is None:
         model.config.get_text_config().pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
     fresh = sorted({key.rsplit(".", 1)[0] for key in info["missing_keys"]})
-    if part.head == "causal" and fresh:
-        raise UserError(f"{part.path} is no causal language model: it holds no weights for {', '.join(fresh)}.")
+    if part.head == "causal":
+        _check_language_model(part.path, model.config.model_type, fresh)
     inside = f"{model.base_model_prefix}."
     if drawn := sorted(key for key in info["missing_keys"] if key.startswith(inside) and "pooler" not in key):
         raise UserError(
@@ -120,6 +124,21 @@ def load_model(part: ModelSection, num_labels: int | None = None, device: str | 
     if not packed and (device is not None or not is_sharded_launch()):
         model.to(device or best_device())
     return Loaded(model.eval(), tokenizer, fresh)
+
+
+def _check_language_model(path: str, kind: str, fresh: list[str]) -> None:
+    """Raise UserError for a model that cannot write: of another kind, or without its head. fresh: modules not read."""
+    if kind in SHIFTED:
+        raise UserError(
+            f"{path} is of type {kind}. As a decoder it counts positions from its padding "
+            "token's number on, and this command counts them from 0. Use a causal language model, or your own script."
+        )
+    if fresh:
+        check_answers(path)
+        raise UserError(
+            f"{path} is no causal language model: it holds no weights for {', '.join(fresh)}. To train it to tell "
+            "classes or numbers, set model.head to classification or regression."
+        )
 
 
 def _quick_reading(location: Location) -> contextlib.AbstractContextManager[None]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.named_files import check_plain_name
-from dual_lora.lab.read import has_second_name
+from dual_lora.lab.read import has_second_name, read_object
 
 WEIGHTS = (".safetensors", ".bin", ".gguf")
 NEXT_TO_GGUF = (
@@ -138,6 +138,23 @@ def check_entries(folder: Path, looked_at: Callable[[Path], bool] = lambda _: Tr
                 f"{file} is a link to {file.readlink()}, which lies outside of its folder. It was not read: put the "
                 "file itself there (a link to weights is welcome)."
             )
+
+
+def check_answers(path: str) -> None:
+    """Raise UserError for a model folder whose config.json names a classifier: nothing says how records are put to it.
+
+    One that is missing or damaged is left to whoever loads it.
+    """
+    try:
+        kinds = read_object(Path(path).expanduser() / "config.json").get("architectures") or [""]
+        kind = str(kinds[0])
+    except (OSError, ValueError, TypeError, LookupError):
+        return
+    if kind.endswith("ForSequenceClassification"):
+        raise UserError(
+            f"{path} is no causal language model but a classifier ({kind}). Name the run or the adapter that it was "
+            f"merged from, or ask it by transformers: pipeline('text-classification', {path!r})."
+        )
 
 
 def check_settings(location: Location) -> None:

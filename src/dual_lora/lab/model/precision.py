@@ -60,7 +60,7 @@ def fast_precision(device: str | None = None) -> Fast:
 def chosen_by(milliseconds: dict[str, float]) -> Fast:
     """The choice that follows from the times of a product in fp32 and in bf16."""
     plain, short = milliseconds["fp32"], milliseconds["bf16"]
-    times = f"a product takes {short:.2f} ms in bf16, {plain:.2f} in fp32"
+    times = f"a matrix product takes {short:.2f} ms in bf16, {plain:.2f} in fp32"
     return Fast("bf16" if short * FASTER < plain else "fp32", times, milliseconds)
 
 

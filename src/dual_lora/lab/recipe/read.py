@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 from dual_lora.lab.errors import UserError, suggest
 from dual_lora.lab.read import parse_yaml, read_yaml_text
 from dual_lora.lab.recipe.families import family, member_text
-from dual_lora.lab.recipe.schema import Recipe
+from dual_lora.lab.recipe.schema import IN_WORDS, Recipe
 
 FAMILIES = "paper"  # the folder of recipes that are written as families
 
@@ -152,6 +152,8 @@ def _problem(item: Any) -> str:
         return f"{field} is {value!r}, expected {field}: {{{key}: {value}}}, or as a flag --{field}.{key} {value}."
     if item["type"] == "literal_error":
         return f"{field} is {item['input']!r}, expected {item['ctx']['expected']}.{_near_literal(item)}"
+    if item["type"] == "string_pattern_mismatch" and item["ctx"]["pattern"] in IN_WORDS:
+        return f"{field} is {item['input']!r}, expected {IN_WORDS[item['ctx']['pattern']]}."
     text = item["msg"].removeprefix("Value error, ")
     if not field:
         return f"{text}."

@@ -19,6 +19,13 @@ from dual_lora.lab.recipe.section import Section as Section
 from dual_lora.lab.recipe.training import TrainSection as TrainSection
 
 NAME = r"^\.?[\w\-][\w.\-]*$"  # of a default folder: "." and ".." are other folders, not names
+ATTENTION = r"^[\w|]+$"  # a "/" names code on the hub
+IN_WORDS = {
+    NAME: "letters, digits, '_', '-' and '.' alone, because it names a folder",
+    ATTENTION: "letters, digits and '_' alone, such as sdpa or eager",
+}
+"""What a field's pattern asks for."""
+
 Precision = Literal["float32", "bfloat16", "float16"]
 Quantize = Literal["none", "nf4", "fp4", "int8", "torchao-int8"]
 
@@ -49,7 +56,7 @@ class ModelSection(Section):
     )
     attention: str | None = Field(
         None,
-        pattern=r"^[\w|]+$",  # a "/" names code on the hub
+        pattern=ATTENTION,
         description="Attention implementation of transformers, for example sdpa or eager.",
     )
 
@@ -89,8 +96,9 @@ class DataSection(Section):
     )
     overlap: int | Literal["all"] = Field(
         0,
-        description="How many records of a set may have their prompt (or text, or group) in another of train, "
-        "validation and test. More of them: a study is refused, a run warns. all: for tasks of memorisation.",
+        description="How many records of train, validation or test may have the same prompt (or text, or group) as a "
+        "record of another of the three. If there are more, a study is refused and a run warns. all: no limit, for "
+        "tasks of memorisation.",
     )
     format: Literal["auto", "chat", "instruction", "prompt", "facts", "text", "document", "preference"] = Field(
         "auto",
@@ -134,7 +142,7 @@ class DataSection(Section):
     test_prompts: int | None = Field(
         None,
         ge=1,
-        description="The same for different prompts of test records, each with all its answers (references).",
+        description="Use only so many different prompts of the test records, each with all its answers (references).",
     )
     seed: int = Field(0, description="Seed of holdout and limits; independent of the training seed.")
 
@@ -202,8 +210,8 @@ class EvaluateSection(Section):
     extract: str | None = Field(
         None,
         description="exact_match: regular expression; its first match in the generated text is the answer. "
-        "Of several groups the last that takes part counts. So it is in the expected answer, if the record has no "
-        "field for it alone. "
+        "If it has groups, the last one that matched counts. It is applied to the expected answer too, unless the "
+        "record has a field for the answer alone. "
         "commonsense: the first label of the right answer's kind (true/false, answer1-5, ...).",
     )
     compare: Literal["text", "json"] = Field(
@@ -248,7 +256,7 @@ class Recipe(Section):
         default_factory=ObjectiveSection, description="What training makes better: answers, preferences, rewards."
     )
     evaluate: EvaluateSection = Field(default_factory=EvaluateSection, description="What is measured afterwards.")
-    origin: Origin | None = Field(None, description="Who said each setting, and what others report.")
+    origin: Origin | None = Field(None, description="The source of each setting, and results that others report.")
 
     @field_validator("method")
     @classmethod

@@ -18,5 +18,5 @@ def read_run(record: Path) -> dict[str, Any]:
     evaluations = []
     for file in sorted((folder / "evaluation").glob("*/result.json")):
         items = file.with_name("items.jsonl")
-        evaluations.append((read_evaluation(file), read_json_lines(items) if items.is_file() else []))
+        evaluations.append((file, read_evaluation(file), read_json_lines(items) if items.is_file() else []))
     return {"record": read_object(record), "metrics": read_metrics(folder / METRICS), "evaluations": evaluations}

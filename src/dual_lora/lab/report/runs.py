@@ -5,9 +5,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from dual_lora.lab.report.blocks import Axis, Block, Chart, Section, Table, Text, View
+from dual_lora.lab.report.blocks import Axis, Block, Chart, Section, Source, Table, Text, View
 from dual_lora.lab.report.columns import Column, Row, grouped, number
-from dual_lora.lab.report.gather import source_of
+from dual_lora.lab.report.gather import short_path, source_of
 from dual_lora.lab.terminal import duration, size
 
 MOST_WRONG = 100  # wrong answers of an evaluation that are shown
@@ -23,17 +23,18 @@ def run_name(file: Path, content: dict[str, Any]) -> str:
 
 
 def run_sections(file: Path, content: dict[str, Any], name: str) -> list[Section]:
-    """One section of a run."""
+    """A section of the run, and one of each evaluation: its figures come from a file of its own."""
     record = content["record"]
     blocks: list[Block] = [Text(_in_short(record), "lead")]
     blocks += [Text(f"It found: {problem}", "warning") for problem in record.get("problems") or []]
     blocks += _losses(content["metrics"])
-    for result, items in content["evaluations"]:
-        blocks += _scores(result)
-        blocks += _confusion(result, items)
-        blocks += _wrong(result, items)
     blocks.append(_cost(record))
-    return [Section(f"{name}: run", blocks, "Runs", name, source_of(file, record | {"versions": record["versions"]}))]
+    source = source_of(file, record | {"versions": record["versions"]})
+    sections = [Section(f"{name}: run", blocks, "Runs", name, source)]
+    for scores, result, items in content["evaluations"]:
+        blocks = [*_scores(result), *_confusion(result, items), *_wrong(result, items)]
+        sections.append(Section(f"{name}: {scores.parent.name}", blocks, "Runs", name, Source(short_path(scores))))
+    return sections
 
 
 def _in_short(record: dict[str, Any]) -> str:
@@ -108,8 +109,8 @@ def _confusion(result: Row, items: list[Row]) -> list[Block]:
     columns.append(Column("found", "found", ".1%", "Share of a class's records that are predicted as it (recall)."))
     points = [{"label": right, "x": said, "y": pairs[right, said]} for right in names for said in names]
     view = View("", Axis("predicted"), Axis("records"), points)
-    title = f"Right and predicted classes of {_of(result)}"
-    return [Chart(title, "heat", [view]), Table(title, columns, rows)]
+    title = f"Confusion matrix of {_of(result)}"
+    return [Chart(title, "heat", [view]), Table(f"{title}, in numbers", columns, rows)]
 
 
 def _wrong(result: Row, items: list[Row]) -> list[Block]:
@@ -150,4 +151,4 @@ def _cost(record: dict[str, Any]) -> Table:
         facts["weights"] = size(held)
     facts["device"] = f"{record.get('device')}, {record.get('processes', 1)} process(es)"
     rows = [{"what": what, "value": value} for what, value in facts.items()]
-    return Table("Cost", [Column("what", ""), Column("value", "")], rows)
+    return Table("Cost", [Column("what", "what"), Column("value", "value")], rows)

@@ -74,9 +74,9 @@ class Longer(TrainerCallback):
         plain._last_lr = rates
         if self.shown:
             console.print(
-                f"Going on from step {state.global_step} to {state.max_steps} (it was to have {self.end}). The "
-                f"learning rate goes by the schedule of all {state.max_steps} steps ({args.lr_scheduler_type.value}): "
-                f"{rates[0]:.2g} from here on, after {before:.2g}.",
+                f"Continuing from step {state.global_step} to step {state.max_steps} (planned before: {self.end}). The "
+                f"learning rate follows the schedule of all {state.max_steps} steps ({args.lr_scheduler_type.value}): "
+                f"it was {before:.2g} and continues at {rates[0]:.2g}.",
                 soft_wrap=True,
             )
 

@@ -112,7 +112,7 @@ def _check(session: Session) -> None:
     check_best(recipe.train)
     check_objective(recipe, config)
     if session.main and (why := undeclared(recipe.data)):
-        warn(f"The sets are not apart: {why}", stacklevel=2)
+        warn(f"The sets overlap: {why}", stacklevel=2)
 
 
 def _begin(session: Session) -> Begun:

@@ -73,7 +73,8 @@ class Speed:
         if self.known:
             return f"arithmetic and this machine's calibration of {self.known.get('date')}"
         rate = self.rough.rate / 1e9
-        return f"arithmetic at {rate:.0f} GFLOP/s of training, guessed by plain products (within a factor of 2)"
+        guess = "which is a guess from plain matrix products and may be wrong by a factor of 2"
+        return f"arithmetic at {rate:.0f} GFLOP/s of training, {guess}"
 
     def of(self, cell: Cell) -> Cost:
         """A method that the calibration has not measured counts like LoRA."""
