@@ -152,7 +152,7 @@ def check_settings(location: Location) -> None:
     except Exception:
         return
     for name, value in _settings_in(values):
-        if name.endswith("attn_implementation") and "/" in str(value):
+        if "attn_implementation" in name and "/" in str(value):
             raise UserError(
                 f"The model {location.name} asks for the attention {value!r:.200}, whose code would be fetched from "
                 f"the hub and run. Nothing was loaded: take {name} out of its config.json."
