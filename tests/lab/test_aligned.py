@@ -1,8 +1,10 @@
 """DPO and GRPO from a recipe by TRL: a run folder like any other, and what is refused."""
 
 import json
+import shutil
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 pytest.importorskip("trl")
@@ -138,3 +140,29 @@ def test_a_recipe_s_rewards_are_named_and_nothing_else():
         build_recipe({"model": {"path": "x"}, "objective": {"name": "grpo", "rewards": ["os:system"]}})
     with pytest.raises(UserError, match="go together"):
         build_recipe({"model": {"path": "x"}, "objective": {"name": "grpo", "rewards": ["pattern"]}})
+
+
+def test_a_template_that_never_ends_an_answer_is_ended(preferences, tiny_lm, tmp_path, monkeypatch):
+    """The encoding of prompts has none written, TRL has."""
+    base = shutil.copytree(tiny_lm, tmp_path / "base")
+    loops = "".join(f"{{% for {name} in range(99999) %}}" for name in "abc") + "{% endfor %}" * 3
+    template = base / "chat_template.jinja"
+    template.write_text(f"{{% if messages[-1].role == 'assistant' %}}{loops}{{% endif %}}" + template.read_text())
+    monkeypatch.setattr("dual_lora.lab.run.aligned.SECONDS", 1.0)
+    with pytest.raises(UserError, match="chat template takes longer than 1 s"):
+        run(build_recipe(preferences | {"model": {"path": str(base)}}), tmp_path / "run", progress=False)
+
+
+@pytest.mark.slow
+def test_what_the_makers_set_for_generate_does_not_count(lm_values, tiny_lm, tmp_path):
+    """TRL takes over what it does not say itself: beams fill the memory, and no word may be written."""
+    base = shutil.copytree(tiny_lm, tmp_path / "base")
+    lm_values["objective"] = {"name": "grpo", "rewards": "contains", "completions": 4, "max_new_tokens": 3}
+    lm_values["train"] |= {"batch_size": 8, "steps": 2}
+    run(build_recipe(lm_values), tmp_path / "plain", progress=False)
+    own = json.loads((base / "generation_config.json").read_text())
+    own |= {"num_beams": 3, "suppress_tokens": list(range(3, 22)), "max_time": 1e-9}
+    (base / "generation_config.json").write_text(json.dumps(own))
+    run(build_recipe(lm_values | {"model": {"path": str(base), "dtype": "float32"}}), tmp_path / "set", progress=False)
+    one, other = (load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("plain", "set"))
+    assert all(torch.equal(one[name], other[name]) for name in one)

@@ -154,3 +154,33 @@ def test_rows_of_next_to_nothing_are_counted_as_python_has_them(tmp_path, monkey
     for file in files:
         with pytest.raises(UserError, match="are read: write a part"):
             read_records(str(file))
+
+
+def test_one_text_for_many_rows_is_not_copied_before_it_is_counted(tmp_path, monkeypatch):
+    """Without the writer's own types a dictionary is read as texts: 700 bytes became gigabytes."""
+    from dual_lora.lab.data import parquet as reader
+
+    table = pyarrow.table({"text": ["x" * 1_000_000] * 100})
+    pyarrow.parquet.write_table(table, file := tmp_path / "a.parquet", compression="zstd", store_schema=False)
+    del table
+    assert file.stat().st_size < 100_000
+    seen = []
+    monkeypatch.setattr(reader, "_unpacked", lambda array: seen.append(array.nbytes) or reader.MOST_BYTES + 1)
+    with pytest.raises(UserError, match="are read: write a part"):
+        read_records(str(file))
+    assert seen[0] < 2_000_000
+
+
+@pytest.mark.timeout(60)
+def test_columns_without_an_end_are_counted_in_one_pass(tmp_path):
+    file = parquet(tmp_path / "a.parquet", **{f"c{i}": ["a"] for i in range(20_000)})
+    (record,) = read_records(file)
+    assert len(record.values) == 20_000
+
+
+def test_a_conversation_of_answers_without_an_end(tokenizer, tmp_path):
+    """Each answer is written anew with all that is before it."""
+    turns = [{"role": "user", "content": "sea ?"}, {"role": "assistant", "content": "red"}] * 1000
+    (example,) = read_examples(parquet(tmp_path / "a.parquet", messages=[turns]), DataSection())
+    with pytest.raises(UserError, match="which makes 1,000,000 messages, at most 250,000 are written"):
+        Prompter(tokenizer).encode(example)

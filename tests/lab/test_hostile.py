@@ -320,6 +320,11 @@ def test_aliases_of_honest_size_are_welcome():
         ({"learning_rate": math.nan}, "finite number"),
         ({"batch_size": 10**12}, "less than or equal to"),
         ({"seed": 2**64}, "less than 4294967296"),
+        ({"arguments": {"fsdp_config": "/dev/zero"}}, "fsdp_config names a file, which may have no end"),
+        (
+            {"arguments": {"optim_target_modules": ["q_proj", r"((\w|\.)+)+!"]}},
+            "optim_target_modules.* without an end",
+        ),
     ],
 )
 def test_a_loop_without_an_end(train, said, lm_values, tmp_path):
@@ -542,10 +547,10 @@ def packed(*names):
 
 
 def test_names_of_what_is_packed_as_published_models_have_them():
-    from dual_lora.lab.model.location import _check_packed
+    from dual_lora.lab.model.location import check_searched
 
     patterns = [r"re:.*self_attn.(q|k|v)_proj$", r"+:.*\.(?:1[0-9]|2[0-9])\..*gate.*", "re:vision_tower.*", "bfloat16"]
-    _check_packed("a model", [*patterns, *(f"model.layers.{i}.mlp.gate" for i in range(1000))])
+    check_searched("a model", [*patterns, *(f"model.layers.{i}.mlp.gate" for i in range(1000))])
 
 
 @pytest.mark.parametrize(
@@ -553,6 +558,7 @@ def test_names_of_what_is_packed_as_published_models_have_them():
     [
         ({"attn_implementation": "kernels-community/flash-attn"}, "code would be fetched from the hub"),
         ({"_attn_implementation": "somebody/else@main:f"}, "code would be fetched from the hub"),
+        ({"_attn_implementation_internal": "somebody/else"}, "code would be fetched from the hub"),
         ({"text_config": {"attn_implementation": "somebody/else"}}, "code would be fetched from the hub"),
         ({"attn_implementation": {"text_config": "somebody/else"}}, "code would be fetched from the hub"),
         ({"num_hidden_layers": 10**6}, "has num_hidden_layers 1,000,000, expected at most 1,000"),

@@ -208,3 +208,25 @@ def finished_plain(tiny_lm, questions, tmp_path):
     }
     run(build_recipe(values), tmp_path / "run", progress=False)
     return tmp_path / "run"
+
+
+def test_no_process_imports_from_the_folder_that_a_command_is_given_in(tmp_path, monkeypatch):
+    """`python -c` and `python -m` look there first: a study's workers, and trials of kernels."""
+    from dual_lora.lab import entry, gpu_check
+    from dual_lora.lab.study import execute
+
+    mark = tmp_path / "mark"
+    for name in ("socket", "random", "json"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(mark)!r}, 'w')\nraise ImportError\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(permission.SAFE_PATH, raising=False)
+    worker = execute._hire(tmp_path, execute.Options(), 1, 0)
+    worker.line.close()
+    worker.process.join()
+    assert (worker.process.exitcode, mark.exists()) == (0, False)
+    assert isinstance(gpu_check._process("nothing"), str)
+    assert not mark.exists()
+    monkeypatch.setattr("dual_lora.lab.cli.main", lambda: None)
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    entry.main()
+    assert os.environ[permission.SAFE_PATH] == "1"  # for those that libraries start

@@ -32,6 +32,11 @@ def test_a_template_without_end_is_ended(text, monkeypatch):
     assert (signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)[0] > 0) == before
 
 
+def test_a_text_without_end_reaches_no_tokenizer():
+    with pytest.raises(ValueError, match="makes 30,000,000 characters of one conversation"):
+        template.rendered(tokenizer("{{ 'a' * 30000000 }}"), TALK)
+
+
 def test_a_plain_one_is_written_everywhere():
     said = []
     thread = threading.Thread(

@@ -126,7 +126,7 @@ def on_card(device: torch.device, tell: Callable[[str], None]) -> dict[str, Any]
 def _process(*arguments: str, **environment: str) -> list[dict[str, Any]] | str:
     """What `gpu_trials` prints in a process of its own, or the last line of its error."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
-    command = [sys.executable, "-W", "ignore", "-m", "dual_lora.lab.gpu_trials", *arguments]
+    command = [sys.executable, "-P", "-W", "ignore", "-m", "dual_lora.lab.gpu_trials", *arguments]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     if done.returncode:
         return (done.stderr.strip() or "no message").splitlines()[-1]

@@ -3,7 +3,8 @@
 Recipes, studies and runs are passed on, and importing a module runs it with all rights of the person at the keyboard.
 So `MODULE:NAME` in such a file is a request. It is granted on the command line (`--allow-module MODULE`) or in the
 person's own environment ($DUAL_LORA_ALLOW_MODULES, names with commas between). Child processes inherit the environment;
-nothing that is read from a file adds to it.
+nothing that is read from a file adds to it. Nor is the folder in which a command is given a permission: the Python
+processes that are started from it import nothing that lies there.
 """
 
 import os
@@ -14,6 +15,7 @@ from dual_lora.lab.errors import UserError
 
 FLAG = "--allow-module"
 VARIABLE = "DUAL_LORA_ALLOW_MODULES"
+SAFE_PATH = "PYTHONSAFEPATH"  # what Python asks at its start: import nothing from the working folder (`-c`, `-m`)
 
 
 def allow(module: str) -> None:

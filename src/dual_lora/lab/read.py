@@ -2,7 +2,7 @@
 
 import json
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -60,6 +60,12 @@ def lines_of(text: str) -> list[str]:
     """A file's lines. They end at line feeds alone: `str.splitlines` also cuts at form feeds and at Unicode's line
     separators, which stand in texts and, unescaped, in JSON strings."""
     return text.removesuffix("\n").split("\n")
+
+
+def repeated(names: Iterable[str]) -> str | None:
+    """The first of the names that was there before; None where each is there once."""
+    seen: set[str] = set()
+    return next((name for name in names if name in seen or seen.add(name)), None)  # type: ignore[func-returns-value]
 
 
 def read_json(file: Path) -> Any:

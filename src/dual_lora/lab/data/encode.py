@@ -68,6 +68,9 @@ def rows_digest(rows: Iterable[Encoded]) -> str:
     return print_of.hexdigest()[:16]
 
 
+MOST_WRITTEN = 250_000  # messages of one record, those before each answer counted again: five hundred answers
+
+
 @dataclass(frozen=True)
 class Prompter:
     """Writes prompts by a template: "chat", "alpaca", "llm-adapters", "plain", or "auto" (chat if the tokenizer has a
@@ -130,6 +133,11 @@ class Prompter:
         """
         if example.whole:
             return self.pieces(example, None)[0]
+        if (count := sum(i for i, m in enumerate(example.messages) if m["role"] == "assistant")) > MOST_WRITTEN:
+            raise UserError(
+                f"{example.where}: each answer of the conversation is read after all that is before it, which makes "
+                f"{count:,} messages, at most {MOST_WRITTEN:,} are written: cut it into shorter records."
+            )
         ids: list[int] = []
         labels: list[int] = []
         written = ""

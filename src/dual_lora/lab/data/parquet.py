@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dual_lora.lab.errors import UserError, described
-from dual_lora.lab.read import regular
+from dual_lora.lab.read import regular, repeated
 
 LARGEST = 20_000_000_000  # bytes of a file
 MOST_BYTES = 4_000_000_000  # unpacked, as Python has them, of the columns that are read
@@ -27,15 +27,18 @@ def rows_of(path: Path) -> Iterator[dict[str, Any]]:
     try:
         regular(path, LARGEST)
         with pyarrow.parquet.ParquetFile(path) as file:
-            kept = [
-                field.name for field in file.schema_arrow if not _is_bytes(field.type) and not _is_index(field.name)
-            ]
-            if twice := [name for i, name in enumerate(kept) if name in kept[:i]]:
-                raise UserError(f"{path} has two columns {twice[0]!r}: give one of them another name.")
+            fields = [field for field in file.schema_arrow if not _is_index(field.name)]
+            kept = [field.name for field in fields if not _is_bytes(field.type)]
+            if twice := repeated(kept):
+                raise UserError(f"{path} has two columns {twice!r}: give one of them another name.")
             if not kept:
                 raise UserError(f"{path} has no column of texts or numbers.")
+            leaves = [file.metadata.schema.column(i) for i in range(file.metadata.num_columns)]
+            texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
             rows = file.metadata.num_rows
             _check(path, rows, RECORD * rows + _said(file.metadata, kept))
+        # As dictionaries: a text that stands in many rows is in memory once, until it has been counted.
+        with pyarrow.parquet.ParquetFile(path, read_dictionary=texts) as file:
             unpacked = count = 0
             for batch in file.iter_batches(batch_size=ROWS, columns=kept):
                 count += batch.num_rows
@@ -52,13 +55,12 @@ def rows_of(path: Path) -> Iterator[dict[str, Any]]:
 def _said(metadata: Any, kept: list[str]) -> int:
     """Bytes of the columns that are read, by what the file says, without what holds them. Before anything is unpacked:
     one row may hold much."""
+    names, lengths = {*kept}, sorted({*map(len, kept)})
+    paths = [metadata.schema.column(j).path for j in range(metadata.num_columns)]
+    read = [j for j, at in enumerate(paths) if any(at[:n] in names and at[n : n + 1] in ("", ".") for n in lengths)]
     groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
-    columns = (group.column(j) for group in groups for j in range(group.num_columns))
-    return sum(
-        column.total_uncompressed_size + VALUE * column.num_values
-        for column in columns
-        if any(column.path_in_schema == name or column.path_in_schema.startswith(f"{name}.") for name in kept)
-    )
+    columns = (group.column(j) for group in groups for j in read)
+    return sum(column.total_uncompressed_size + VALUE * column.num_values for column in columns)
 
 
 def _unpacked(array: Any) -> int:

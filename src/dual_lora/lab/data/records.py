@@ -3,13 +3,13 @@
 import csv
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from dual_lora.lab.errors import UserError, described, suggest
-from dual_lora.lab.read import lines_of, parse_json, regular
+from dual_lora.lab.read import lines_of, parse_json, regular, repeated
 
 
 @dataclass(frozen=True)
@@ -109,12 +109,6 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(value) < len(pairs):
         raise ValueError(f"the name {repeated(name for name, _ in pairs)!r:.100} stands twice in one object")
     return value
-
-
-def repeated(names: Iterable[str]) -> str | None:
-    """The first of the names that was there before; None where each is there once."""
-    seen: set[str] = set()
-    return next((name for name in names if name in seen or seen.add(name)), None)  # type: ignore[func-returns-value]
 
 
 def _record(value: Any, where: str) -> Record:

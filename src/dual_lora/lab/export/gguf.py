@@ -17,6 +17,7 @@ from dual_lora.lab.export.export import Exported, export_lora, merge
 from dual_lora.lab.files.write import free_file, write_atomically
 from dual_lora.lab.model.location import own_code
 from dual_lora.lab.model.opened import open_tuned
+from dual_lora.lab.permission import SAFE_PATH
 
 SCRIPT, LORA_SCRIPT = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"
 ON_PATH = (SCRIPT, "convert-hf-to-gguf", "llama-convert-hf-to-gguf")
@@ -107,7 +108,8 @@ def _check_name(out: str | Path) -> None:
 
 def _run(command: list[str], written: Path) -> int:
     """Run a tool of llama.cpp and return the number of tensors of what it wrote. Raises UserError where it fails."""
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
+    env = {name: value for name, value in os.environ.items() if name != SAFE_PATH}  # a script imports what lies by it
+    done = subprocess.run(command, env=env, capture_output=True, encoding="utf-8", errors="replace", check=False)
     tool = next(part for part in command if part != sys.executable)
     if done.returncode or not written.is_file():
         last = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()[-1]

@@ -169,7 +169,7 @@ def check_settings(location: Location) -> None:
     except Exception:
         return
     for name, value in _settings_in(values):
-        if name.endswith("attn_implementation") and "/" in str(value):
+        if "attn_implementation" in name and "/" in str(value):
             raise UserError(
                 f"The model {location.name} asks for the attention {value!r:.200}, whose code would be fetched from "
                 f"the hub and run. Nothing was loaded: take {name} out of its config.json."
@@ -180,10 +180,12 @@ def check_settings(location: Location) -> None:
         if name == "transformers_weights" and value is not None:
             check_plain_name(str(value), f"The model {location.name}, {name},")
         if name in PACKED:
-            _check_packed(f"The model {location.name}, {name}", list(_texts_in(value)))
+            check_searched(f"The model {location.name}, {name}", list(_texts_in(value)))
 
 
-def _check_packed(where: str, texts: list[str]) -> None:
+def check_searched(where: str, texts: list[Any]) -> None:
+    """Raise UserError for names and patterns, which transformers seeks in each layer's name, without an end."""
+    texts = list(map(str, texts))
     patterns = [text for text in texts if _REPEAT.search(text)]
     for what, found, most in (("names and values", texts, MOST_PACKED), ("patterns", patterns, MOST_PATTERNS)):
         if len(found) > most:

@@ -45,7 +45,12 @@ def check_whole_model(model: str, revision: str | None = None) -> None:
             "that file away, or transformers would put the adapter onto the model without a look at its patterns and "
             "numbers."
         )
-    for index in sorted(Path(model).glob("*.index.json")) if Path(model).is_dir() else ():
+    check_plain_names(Path(model))
+
+
+def check_plain_names(folder: Path) -> None:
+    """Raise UserError for an index in a folder that names weights in another one."""
+    for index in sorted(folder.glob("*.index.json")) if folder.is_dir() else ():
         weights = _read(index).get("weight_map")
         for shard in set(map(str, weights.values())) if isinstance(weights, dict) else ():
             check_plain_name(shard, str(index))

@@ -15,6 +15,8 @@ from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.run.loop import arguments_of, as_the_recipe_says, optimizer_of
 from dual_lora.lab.run.rewards import rewards_of
 from dual_lora.lab.run.watch import Watch
+from dual_lora.verify.template import SECONDS
+from dual_lora.verify.time_limit import Late, ended_after
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback
@@ -66,6 +68,7 @@ def build_aligned(
 ) -> Trainer:
     """TRL's trainer for the recipe. first: callbacks before `watch`."""
     make = _dpo if recipe.objective.name == "dpo" else _grpo
+    _limit_template(ready.loaded.tokenizer)
     with as_the_recipe_says(recipe) as precision:
         trainer = make(
             recipe,
@@ -108,7 +111,10 @@ def _dpo(recipe: Recipe, ready: Prepared, watch: Watch, arguments: Any, model: A
 
 def _grpo(recipe: Recipe, ready: Prepared, watch: Watch, arguments: Any, model: Any, **options: Any) -> Trainer:
     from datasets import Dataset
+    from transformers import GenerationConfig
     from trl import GRPOConfig, GRPOTrainer
+
+    from dual_lora.lab.model.generate import ends_of
 
     class Grpo(GRPOTrainer):  # type: ignore[misc, unused-ignore]
         def training_step(self, *given: Any, **more: Any) -> Any:
@@ -117,6 +123,9 @@ def _grpo(recipe: Recipe, ready: Prepared, watch: Watch, arguments: Any, model: 
             return loss
 
     asked = recipe.objective
+    # What the model's makers set for `generate` (beams, forbidden words) does not count here either; its ends do.
+    base = model.get_base_model()
+    base.generation_config = GenerationConfig(eos_token_id=ends_of(model, ready.loaded.tokenizer) or None)
     more = {
         "beta": asked.beta or 0.0,
         "num_generations": asked.completions,
@@ -134,6 +143,24 @@ def _grpo(recipe: Recipe, ready: Prepared, watch: Watch, arguments: Any, model: 
     if "ref" in model.peft_config:
         model.delete_adapter("ref")
     return trainer
+
+
+def _limit_template(tokenizer: Any) -> None:
+    """From here on a conversation that the tokenizer's template writes, for whomever, ends within the time that it has
+    elsewhere: TRL has answers written too, which the encoding of prompts does not."""
+    write = tokenizer.apply_chat_template
+
+    def limited(*given: Any, **more: Any) -> Any:
+        try:
+            with ended_after(SECONDS):
+                return write(*given, **more)
+        except Late:
+            raise UserError(
+                f"The chat template takes longer than {SECONDS:g} s for one conversation: take another model, or set "
+                "data.template."
+            ) from None
+
+    tokenizer.apply_chat_template = limited
 
 
 def _prompt(example: Example, tokenizer: Any, recipe: Recipe) -> Any:

@@ -19,6 +19,7 @@ from dual_lora.lab.data.encode import IGNORED, Encoded
 from dual_lora.lab.errors import UserError, described, suggest
 from dual_lora.lab.files.folder import RunFolder
 from dual_lora.lab.model.device import best_device, process_count
+from dual_lora.lab.model.location import check_searched
 from dual_lora.lab.model.methods import is_kind
 from dual_lora.lab.patterns import Pattern
 from dual_lora.lab.permission import import_allowed
@@ -223,15 +224,13 @@ class _Loss:
 # the recipe has fields for, and what gives a step or the validation other rows than the recipe (auto_find_batch_size,
 # split_batches, dataloader_drop_last).
 _ALLOWED = """
-    activation_checkpointing_kwargs adam_beta1 adam_beta2 adam_epsilon
-    average_tokens_across_devices bf16_full_eval dataloader_num_workers
-    dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor ddp_broadcast_buffers
-    ddp_bucket_cap_mb ddp_find_unused_parameters ddp_timeout eval_accumulation_steps eval_delay eval_on_start
-    fp16_full_eval fsdp fsdp_config full_determinism gradient_checkpointing_kwargs
-    include_num_input_tokens_seen jit_mode_eval lr_scheduler_kwargs
-    neftune_noise_alpha optim_args optim_target_modules parallelism_config skip_memory_metrics tf32
-    torch_compile torch_compile_backend torch_compile_mode torch_empty_cache_steps
-    use_cache use_cpu use_liger_kernel warmup_ratio warmup_steps
+    activation_checkpointing_kwargs adam_beta1 adam_beta2 adam_epsilon average_tokens_across_devices bf16_full_eval
+    dataloader_num_workers dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor
+    ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters ddp_timeout eval_accumulation_steps eval_delay
+    eval_on_start fp16_full_eval fsdp fsdp_config full_determinism gradient_checkpointing_kwargs
+    include_num_input_tokens_seen jit_mode_eval lr_scheduler_kwargs neftune_noise_alpha optim_args
+    optim_target_modules parallelism_config skip_memory_metrics tf32 torch_compile torch_compile_backend
+    torch_compile_mode torch_empty_cache_steps use_cache use_cpu use_liger_kernel warmup_ratio warmup_steps
 """
 ARGUMENTS = frozenset(_ALLOWED.split())
 
@@ -291,6 +290,10 @@ def check_names(part: TrainSection) -> None:
                 "away; what has a field of its own, such as the rows of a step, is set there. Allowed are "
                 f"{', '.join(sorted(ARGUMENTS))}."
             )
+    searched = part.arguments.get("optim_target_modules") or []
+    check_searched("train.arguments.optim_target_modules", [searched] if isinstance(searched, str) else list(searched))
+    if isinstance(part.arguments.get("fsdp_config"), str):
+        raise UserError("train.arguments.fsdp_config names a file, which may have no end: write its values here.")
     workers = part.arguments.get("dataloader_num_workers", 0)
     if not (isinstance(workers, int) and 0 <= workers <= MOST_WORKERS):
         raise UserError(

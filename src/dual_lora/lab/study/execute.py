@@ -167,13 +167,15 @@ def _hire(runs: Path, options: Options, at_a_time: int, slot: int) -> _Worker:
 
 
 def _share(slot: int, workers: int) -> dict[str, str]:
-    """What the environment says to the worker in this slot: how many cores it uses, and which GPU, in turn."""
+    """What the environment says to the worker in this slot: how many cores it uses, and which GPU, in turn; and that it
+    imports nothing from the folder that the command is given in."""
     cores = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // workers))
+    said = {"OMP_NUM_THREADS": cores, permission.SAFE_PATH: "1"}
     cards = torch.cuda.device_count()
     if not cards:
-        return {"OMP_NUM_THREADS": cores}
+        return said
     visible = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(cards)))).split(",")
-    return {"OMP_NUM_THREADS": cores, "CUDA_VISIBLE_DEVICES": visible[slot % cards].strip()}
+    return {**said, "CUDA_VISIBLE_DEVICES": visible[slot % cards].strip()}
 
 
 @guarded()

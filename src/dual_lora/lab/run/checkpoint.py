@@ -1,0 +1,75 @@
+"""A checkpoint looked at before Trainer reads it: it may be a stranger's, or have lost a file.
+
+Trainer reads what it finds. A whole model in an adapter's checkpoint takes the place of the base, an adapter in a
+folder of it is built with whatever its configuration asks for, without the optimizer's file it begins a new one, and
+weights that are not there stay as they were drawn.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from peft import get_peft_model_state_dict
+from safetensors import SafetensorError
+
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.model.named_files import check_plain_names
+from dual_lora.lab.model.pickled import check_no_views, check_unpacked
+from dual_lora.lab.read import read_object
+from dual_lora.verify.numbers import header
+
+STATE = "trainer_state.json"
+NEEDED = (STATE, "optimizer.pt", "scheduler.pt", "rng_state*.pth")
+WHOLE_MODEL = ("model*.safetensors", "pytorch_model*.bin", "*.index.json")
+ADAPTER = ("*/adapter_model.*",)
+
+
+def check_checkpoint(checkpoint: Path, step: int, model: Any, arguments: Any) -> None:
+    """Raise UserError for a checkpoint of one process that is not what this run writes at this step.
+
+    model: with the method. arguments: Trainer's.
+    """
+    adapted = hasattr(model, "peft_config")
+    missing = [name for name in NEEDED if not any(checkpoint.glob(name))]
+    if missing:
+        _refuse(checkpoint, f"has no {missing[0].replace('*', '')}")
+    for found in (file for name in (*ADAPTER, *(WHOLE_MODEL * adapted)) for file in checkpoint.glob(name)):
+        _refuse(checkpoint, f"holds {found.relative_to(checkpoint)}, which this run does not write")
+    check_plain_names(checkpoint)
+    for file in sorted(file for kind in ("bin", "pt", "pth") for file in checkpoint.glob(f"*.{kind}")):
+        check_unpacked(file)
+    check_no_views(checkpoint / "optimizer.pt")
+    _check_weights(checkpoint, model, adapted)
+    _check_state(checkpoint, step, arguments)
+
+
+def _check_weights(checkpoint: Path, model: Any, adapted: bool) -> None:
+    """All that is trained is there; of weights that are tied one is. Their shapes are compared as they are loaded."""
+    held: set[str] = set()
+    for file in checkpoint.glob("adapter_model.safetensors" if adapted else "model*.safetensors"):
+        try:
+            held |= header(file).keys()
+        except (OSError, SafetensorError) as error:
+            _refuse(checkpoint, f"has a damaged {file.name} ({error})")
+    own = get_peft_model_state_dict(model, save_embedding_layers=False) if adapted else model.state_dict()
+    tied = {weight.data_ptr() for name, weight in own.items() if name in held}
+    if missing := sorted(name for name, weight in own.items() if name not in held and weight.data_ptr() not in tied):
+        _refuse(checkpoint, f"does not hold {missing[0]} and {len(missing) - 1} more of the weights that are trained")
+
+
+def _check_state(checkpoint: Path, step: int, arguments: Any) -> None:
+    """What Trainer takes from there in place of the recipe: where it is, and how often it logs, saves and validates."""
+    try:
+        state = read_object(checkpoint / STATE)
+    except (OSError, ValueError) as error:
+        _refuse(checkpoint, f"has a damaged {STATE} ({error})")
+    counts = {f"{what}_steps": getattr(arguments, f"{what}_steps", None) for what in ("logging", "save", "eval")}
+    expected = {name: count for name, count in counts.items() if isinstance(count, int) and count > 0}
+    for name, value in ({"global_step": step} | expected).items():
+        if state.get(name) != value:
+            _refuse(checkpoint, f"has {name} {state.get(name)!r:.100} in its {STATE}, expected {value}")
+
+
+def _refuse(checkpoint: Path, why: str) -> Any:
+    raise UserError(
+        f"The checkpoint {checkpoint} {why}. Remove the checkpoint to go on from an earlier one or from the start."
+    )

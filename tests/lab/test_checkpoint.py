@@ -1,0 +1,123 @@
+"""A checkpoint that is not what the run wrote is not gone on from: Trainer would read whatever it finds there."""
+
+import json
+import shutil
+import zipfile
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
+
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.files.write import mark_whole
+from dual_lora.lab.model.opened import open_tuned
+from dual_lora.lab.recipe.read import build_recipe
+from dual_lora.lab.run.train import run
+
+pytestmark = pytest.mark.timeout(120)  # what hangs is the failure
+
+
+@pytest.fixture(scope="module", params=["lora", "full"])
+def stopped(request, tiny_lm, questions, tmp_path_factory):
+    """A run of four steps that has ended after two, and its recipe."""
+    method = {"name": "full"} if request.param == "full" else {"name": "lora", "r": 4}
+    train = {"steps": 4, "batch_size": 4, "checkpoint_every": 2, "log_every": 1}
+    values = {
+        "model": {"path": str(tiny_lm), "dtype": "float32"}, "method": method, "train": train,
+        "data": {"train": str(questions / "train.json"), "overlap": "all"},
+    }  # fmt: skip
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.raises(KeyboardInterrupt):
+        run(build_recipe(values), folder, progress=False, callbacks=[Stop()])
+    return folder, build_recipe(values), request.param
+
+
+def state(checkpoint, **values):
+    file = checkpoint / "trainer_state.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def an_adapter_inside(checkpoint):
+    """Which PEFT would build, with a pattern that has no end."""
+    inside = checkpoint / "more"
+    inside.mkdir()
+    save_file({"a": torch.zeros(1)}, inside / "adapter_model.safetensors")
+    asked = {"peft_type": "LORA", "r": 4, "target_modules": "(.*)*(.*)*(.*)*(.*)*X"}
+    (inside / "adapter_config.json").write_text(json.dumps(asked))
+
+
+def weights_left_out(checkpoint):
+    (file,) = checkpoint.glob("*model.safetensors")
+    kept = sorted(load_file(file).items())
+    save_file(dict(kept[: len(kept) // 2]), file)
+
+
+def a_view(checkpoint):
+    held = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    for moments in held["state"].values():
+        moments["exp_avg"] = torch.zeros(1, dtype=torch.bfloat16).expand(10**10)
+    torch.save(held, checkpoint / "optimizer.pt")
+
+
+def packed(file):
+    """The entries of a file of PyTorch's in an archive that takes less room."""
+    with zipfile.ZipFile(file) as archive:
+        entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (an_adapter_inside, "holds more/adapter_model.safetensors, which this run does not write"),
+        (weights_left_out, r"does not hold .*\d+ more of the weights"),
+        (a_view, r"optimizer\.pt holds a tensor of 10,000,000,000 numbers, of which it has fewer"),
+        (lambda c: packed(c / "optimizer.pt"), "holds a packed entry"),
+        (lambda c: packed(c / "rng_state.pth"), "holds a packed entry"),
+        (lambda c: (c / "optimizer.pt").unlink(), r"has no optimizer\.pt"),
+        (lambda c: state(c, global_step=4), r"has global_step 4 in its trainer_state\.json, expected 2"),
+        (lambda c: state(c, save_steps=10**9), "has save_steps 1000000000"),
+        (lambda c: (c / "trainer_state.json").write_text("[]"), r"has a damaged trainer_state\.json"),
+    ],
+)
+def test_what_the_run_did_not_write_is_refused(change, said, stopped, tmp_path):
+    folder = shutil.copytree(stopped[0], tmp_path / "run")
+    change(folder / "checkpoints/checkpoint-2")
+    mark_whole(folder / "checkpoints/checkpoint-2")
+    with pytest.raises(UserError, match=said):
+        run(stopped[1], folder, resume=True, progress=False)
+
+
+def test_a_whole_model_takes_no_base_s_place(stopped, tmp_path):
+    folder, _, method = stopped
+    folder = shutil.copytree(folder, tmp_path / "run")
+    weights = {name: torch.zeros(2) for name in ("a", "b")}
+    save_file(weights, folder / "checkpoints/checkpoint-2/model-00001-of-00001.safetensors")
+    mark_whole(folder / "checkpoints/checkpoint-2")
+    if method == "full":  # nobody reads it there
+        assert run(stopped[1], folder, resume=True, progress=False).steps == 4
+    else:
+        with pytest.raises(UserError, match=r"model-00001-of-00001\.safetensors, which this run does not write"):
+            run(stopped[1], folder, resume=True, progress=False)
+
+
+@pytest.mark.parametrize("stopped", ["lora"], indirect=True)
+def test_packed_weights_of_an_adapter_are_not_read(stopped, tmp_path):
+    folder = shutil.copytree(stopped[0], tmp_path / "run")
+    run(stopped[1], folder, resume=True, progress=False)
+    held = load_file(folder / "adapter/adapter_model.safetensors")
+    (folder / "adapter/adapter_model.safetensors").unlink()
+    torch.save(held, folder / "adapter/adapter_model.bin")
+    open_tuned(folder / "adapter")
+    packed(folder / "adapter/adapter_model.bin")
+    with pytest.raises(UserError, match="holds a packed entry"):
+        open_tuned(folder / "adapter")
