@@ -42,7 +42,7 @@ def trained(config, layers=1):
 
 
 def test_a_pass_forward_and_backward(monkeypatch):
-    monkeypatch.setattr(scaler, "_met", False)  # whatever other tests have made
+    monkeypatch.setattr(scaler, "met", False)  # whatever other tests have made
     names = {"target_modules": ["0"]}
     _, ours = trained(DualLoraConfig(r=8, **names))
     _, theirs = trained(LoraConfig(r=8, **names))

@@ -506,12 +506,12 @@ def test_a_graph_sees_a_count_that_was_written_past_every_hook(inference):
 
 def counted(others):
     gc.collect()
-    return len(set(warmup._layers) - others)
+    return len(set(warmup.warming) - others)
 
 
 def test_the_counted_layers_are_those_in_a_warm_up_and_keep_no_model_alive():
     gc.collect()
-    others = set(warmup._layers)
+    others = set(warmup.warming)
     plain, model = adapted(init_weights=True), adapted(warmup_steps=6)
     optimizer = train(model, 1)
     train(plain, 1)

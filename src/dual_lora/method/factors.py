@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from ..core.reference import Adapter, Factors
 from ..core.tokens import EXACT
-from . import warmup
 from .cache import composed_weights
 from .config import DualLoraConfig
 from .parallel import offloaded, sharded
@@ -25,11 +24,12 @@ from .precision import FACTOR_DTYPES, Warned, in_fp32, mark_as_stored
 from .seeds import Seeds
 from .start import give_signs_of_rank_one
 from .strength import AdapterState, Scaling, Strength
+from .warmup import Warmup, warming
 
 Adapters = dict[str, Adapter]  # by name, in the order in which they are added
 
 
-class FactorsLayer(Strength, Seeds, nn.Module, BaseTunerLayer):
+class FactorsLayer(Warmup, Strength, Seeds, nn.Module, BaseTunerLayer):
     """Factors and life cycle of adapters. Subclasses say how the weight is a matrix [O, I]."""
 
     samples_tokens = False  # whether gradients can be estimated from some of the tokens
@@ -130,7 +130,8 @@ class FactorsLayer(Strength, Seeds, nn.Module, BaseTunerLayer):
         alpha = config.default_alpha(r1, r2) if alpha is None else float(alpha)
         if share != EXACT and not self.samples_tokens:
             self.warned.once(f"token_sampling has no effect on {type(base).__name__}: its gradients are exact.")
-        self.set_state(adapter_name, AdapterState(r1, r2, alpha, config.form, config.warmup_steps or 0, share))
+        self.states[adapter_name] = state = AdapterState(r1, r2, alpha, config.form, share=share)
+        self._scaling[adapter_name] = state.strength
         dropout = config.dropout if self.takes_dropout else 0.0
         self.dual_lora_dropout[adapter_name] = nn.Dropout(dropout) if dropout else nn.Identity()
         shapes = self._factor_shapes(r1, r2)
@@ -145,20 +146,8 @@ class FactorsLayer(Strength, Seeds, nn.Module, BaseTunerLayer):
         self.reset_dual_lora_parameters(adapter_name, config)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self._scale(adapter_name)
-        self._begin(adapter_name)
+        self.begin_warmup(adapter_name, config.warmup_steps or 0)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-
-    def _begin(self, adapter_name: str) -> None:
-        """Put the count of the paper's warm-up at its start, where the adapter has one."""
-        steps = self.states[adapter_name].warmup
-        if adapter_name in self.dual_lora_left:
-            del self.dual_lora_left[adapter_name]
-        if steps:
-            A = self.dual_lora_A[adapter_name]
-            device = "cpu" if A.is_meta else A.device  # it is no weight that waits to be loaded
-            left = torch.full(A.shape[:-2], -1 if steps < 1 else int(steps), dtype=torch.int32, device=device)
-            self.dual_lora_left[adapter_name] = left
-            warmup.watch(self)
 
     def _dicts(self) -> list[nn.ParameterDict]:
         """All A, B, C and D."""
@@ -223,6 +212,11 @@ class FactorsLayer(Strength, Seeds, nn.Module, BaseTunerLayer):
                 return Factors(A[adapter], B[adapter], *self._keys(adapter, A[adapter].device))
             return Factors(A[adapter], B[adapter], C[adapter], D[adapter])
 
+    def trainable_factors(self, adapter: str) -> list[Tensor]:
+        """The trainable factors in the order B, A, D, C."""
+        A, B, C, D = self._stored(adapter)
+        return [f for f in (B, A, D, C) if f.requires_grad]
+
     def factors(self, adapter: str) -> Factors:
         """The four factors of an adapter, restored to fp32 if foreign code has cast them down."""
         four = self._stored(adapter)
@@ -267,7 +261,7 @@ class FactorsLayer(Strength, Seeds, nn.Module, BaseTunerLayer):
         A factor that is frozen as a shard and thawed as the whole that the forward pass has left in its place would
         stay frozen as a shard, which is what the optimizer holds: a reference pass would end the training.
         """
-        stored = (factor for name in self.adapter_names() for factor in self._stored(name))
+        stored = (factor for name in self.states for factor in self._stored(name))
         if not enabled and any(map(sharded.is_sharded, stored)):
             self._disable_adapters = True
         else:
@@ -286,7 +280,7 @@ class FactorsLayer(Strength, Seeds, nn.Module, BaseTunerLayer):
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         composed_weights.drop(self)  # first, as a tensor subclass that is looked at cannot be moved
-        factors = {a: [f.data for f in self._stored(a)] for a in self.adapter_names()}
+        factors = {a: [f.data for f in self._stored(a)] for a in self.states}
         numbers = [(held, a, n.clone()) for held in (self.dual_lora_left, self.dual_lora_seed) for a, n in held.items()]
         result = super()._apply(fn, recurse)
         for held, adapter, number in numbers:  # `to_empty` has emptied it, and it does not wait on the meta device
@@ -306,9 +300,9 @@ class FactorsLayer(Strength, Seeds, nn.Module, BaseTunerLayer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for adapter in self.adapter_names():
+        for adapter in self.states:
             mark_as_stored(self._stored(adapter))  # a copied parameter has lost what was written on it
-        warmup.watch(self)  # a deep copy or an unpickled layer has to be counted as well
+        warming.add(self)  # a deep copy or an unpickled layer has to be counted as well
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move to the base layer's device and stay fp32: rounding fresh factors to the base's dtype flips signs."""
@@ -333,7 +327,7 @@ class FactorsLayer(Strength, Seeds, nn.Module, BaseTunerLayer):
 def _after_load(layer: FactorsLayer, incompatible_keys: Any) -> None:
     """After load_state_dict: what is derived from the factors follows."""
     composed_weights.drop(layer)
-    for adapter in layer.adapter_names():
+    for adapter in layer.states:
         mark_as_stored(layer._stored(adapter))
         if adapter in layer.tied:  # `assign=True` has made two parameters of one
             layer._tie_again(adapter)

@@ -114,7 +114,9 @@ class DualLoraLayer(MergeLayer):
     def _loss_scale(self, names: Iterable[str], operand: Tensor) -> Tensor | None:
         """The gradient scaler's factor, where one of the adapters is trained with `clip`."""
         scale = loss_scale(operand.device)
-        return scale if scale is not None and torch.is_grad_enabled() and any(map(self.clips, names)) else None
+        if scale is None or not torch.is_grad_enabled():
+            return None
+        return scale if any(self.states[name].form.clips and self.trainable_factors(name) for name in names) else None
 
 
 def named_layers(model: nn.Module, adapter: str | None = None) -> dict[str, DualLoraLayer]:
