@@ -99,7 +99,7 @@ def estimator(adapter: Adapter, loss_scale: Tensor | None, carries: bool) -> Est
     form = adapter.form
     bound: Any = math.inf
     steep: Any = 0.0
-    if form.clips:
+    if form.direction == "sign" and form.ste == "clip":
         bound = 1.0 if loss_scale is None else number(loss_scale)
         if not carries:
             s: Any = number(adapter.scale)

@@ -81,6 +81,11 @@ class FactorsLayer(Warmup, Strength, Seeds, nn.Module, BaseTunerLayer):
 
     _from_matrix = _matrix
 
+    def get_base_layer(self) -> nn.Module:
+        """The innermost base, as PEFT's method finds it; there is one layer inside in nearly all cases."""
+        base: Any = self._modules["base_layer"]
+        return super().get_base_layer() if "base_layer" in base._modules else base
+
     def _parameter(self) -> nn.Parameter:
         """The adapted parameter of the base layer."""
         return self.get_base_layer().weight  # type: ignore[return-value]
