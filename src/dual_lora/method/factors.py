@@ -154,13 +154,9 @@ class FactorsLayer(Warmup, Strength, Seeds, nn.Module, BaseTunerLayer):
         self.begin_warmup(adapter_name, config.warmup_steps or 0)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def _dicts(self) -> list[nn.ParameterDict]:
-        """All A, B, C and D."""
-        return [getattr(self, name) for name in self.adapter_layer_names]
-
     def _dicts_of(self, adapter: str) -> list[nn.ParameterDict]:
         """Those that an adapter has a factor in: the first two, where its signs are frozen."""
-        return [factors for factors in self._dicts() if adapter in factors]
+        return [factors for name in self.adapter_layer_names if adapter in (factors := getattr(self, name))]
 
     def tie(self, adapter_name: str, other: FactorsLayer) -> None:
         """Use the factors of another layer, whose weight this layer's base shares, at their ranks and strength."""
@@ -205,17 +201,12 @@ class FactorsLayer(Warmup, Strength, Seeds, nn.Module, BaseTunerLayer):
     def _stored(self, adapter: str) -> Factors:
         held: Any = self._modules
         A, B, C, D = (held["dual_lora_A"], held["dual_lora_B"], held["dual_lora_C"], held["dual_lora_D"])
-        frozen = self.states[adapter].form.direction == "frozen"  # not the ranks, which a hot-swap changes
-        try:
-            if frozen:
-                return Factors(A._parameters[adapter], B._parameters[adapter], *self._keys(adapter, A[adapter].device))
-            return Factors(
-                A._parameters[adapter], B._parameters[adapter], C._parameters[adapter], D._parameters[adapter]
-            )
-        except KeyError:  # FSDP1 puts views in their place, which are no parameters
-            if frozen:
-                return Factors(A[adapter], B[adapter], *self._keys(adapter, A[adapter].device))
-            return Factors(A[adapter], B[adapter], C[adapter], D[adapter])
+        if adapter in A._parameters:
+            A, B, C, D = A._parameters, B._parameters, C._parameters, D._parameters
+        # Else FSDP1 has put views in their place, which are no parameters.
+        if self.states[adapter].form.direction == "frozen":  # not the ranks, which a hot-swap changes
+            return Factors(A[adapter], B[adapter], *self._keys(adapter, A[adapter].device))
+        return Factors(A[adapter], B[adapter], C[adapter], D[adapter])
 
     def trainable_factors(self, adapter: str) -> list[Tensor]:
         """The trainable factors in the order B, A, D, C."""
@@ -321,10 +312,9 @@ class FactorsLayer(Warmup, Strength, Seeds, nn.Module, BaseTunerLayer):
             moved = factor if factor.device.type == "meta" else factor.detach().to(device)
             if moved.device != factor.device:
                 factors[adapter_name] = nn.Parameter(moved, factor.requires_grad)
-        if adapter_name in self.dual_lora_left:
-            self.dual_lora_left[adapter_name] = self.dual_lora_left[adapter_name].to(device)
-        if adapter_name in self.dual_lora_seed:
-            self.dual_lora_seed[adapter_name] = self.dual_lora_seed[adapter_name].to(device)
+        for held in (self.dual_lora_left, self.dual_lora_seed):
+            if adapter_name in held:
+                held[adapter_name] = held[adapter_name].to(device)
         self._scale(adapter_name)
         mark_as_stored(self._stored(adapter_name))
 
