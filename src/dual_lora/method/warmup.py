@@ -84,7 +84,7 @@ class Warmup:
     def count_step(self, adapter: str) -> None:
         """Count one optimizer step; in place, for CUDA graphs that were captured before."""
         steps, left = self.states[adapter].warmup, self.left(adapter)
-        if 0 < steps < 1:
+        if steps < 1:
             raise ValueError(
                 f"warmup_steps={steps} is a share of the run, and nobody has said how long the run is. Pass "
                 "`callbacks=[dual_lora.DualLoraCallback()]` to the Trainer, or give a number of steps."
