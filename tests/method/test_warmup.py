@@ -219,14 +219,16 @@ def test_a_layer_that_the_data_never_reach_stays_the_base_and_is_named_when_it_i
 
 def test_the_counted_layers_are_those_in_a_warm_up_and_keep_no_model_alive():
     gc.collect()
-    others = len(warmup.warming)
-    plain, model = adapted(init_weights=True), adapted(warmup_steps=6)
+    before = len(warmup.warming)
+    plain, model, other = adapted(init_weights=True), adapted(warmup_steps=6), adapted(warmup_steps=6)
+    optimizer = train(model, 1)
+    assert len(warmup.warming) == before + 4
+    other.delete_adapter("default")
     train(plain, 1)
-    assert len(warmup.warming) == others + 2
-    model.delete_adapter("default")
-    train(plain, 1)
-    assert len(warmup.warming) == others
-    del model
+    assert len(warmup.warming) == before + 2
+    del model, optimizer
+    gc.collect()
+    assert len(warmup.warming) == before
 
 
 # A share of the run.
@@ -278,11 +280,9 @@ def test_a_count_is_kept_by(move):
     MOVES[move](model)
     model.to("cpu")
     assert factor(model) == 0.75
-    shared = [m.dual_lora_left["default"].is_shared() for m in layers(model).values()]
     train(model, 1)
     assert factor(model) == 1
-    assert [m.dual_lora_left["default"].is_shared() for m in layers(model).values()] == shared
-    assert all(shared) == (move == "share_memory")
+    assert {m.dual_lora_left["default"].is_shared() for m in layers(model).values()} == {move == "share_memory"}
 
 
 def test_copies_and_averages_count_for_themselves():

@@ -312,9 +312,9 @@ class FactorsLayer(Warmup, Strength, Seeds, nn.Module, BaseTunerLayer):
             moved = factor if factor.device.type == "meta" else factor.detach().to(device)
             if moved.device != factor.device:
                 factors[adapter_name] = nn.Parameter(moved, factor.requires_grad)
-        for held in (self.dual_lora_left, self.dual_lora_seed):
-            if adapter_name in held:
-                held[adapter_name] = held[adapter_name].to(device)
+        for numbers in (self.dual_lora_left, self.dual_lora_seed):
+            if adapter_name in numbers:
+                numbers[adapter_name] = numbers[adapter_name].to(device)
         self._scale(adapter_name)
         mark_as_stored(self._stored(adapter_name))
 

@@ -207,7 +207,8 @@ class MapLayer(DualLoraLayer):
             return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
 
         # An adapter with dropout sees another input than the base, so that it needs a product of its own.
-        dropouts: Any = self._modules["dual_lora_dropout"]._modules
+        held: Any = self._modules
+        dropouts = held["dual_lora_dropout"]._modules
         fused = [n for n in active if not (isinstance(dropouts[n], nn.Dropout) and dropouts[n].training)]
         plain = not (args or kwargs) and self._is_plain()
         own = not plain and self._is_own()

@@ -10,7 +10,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -77,7 +76,7 @@ def with_counts(state: dict[str, Tensor], layers: Mapping[str, Any], config: Any
             continue
         own = layer.dual_lora_left[adapter]
         left = counts.get(layer_of(stem), own if 0 < layer.steps_left(adapter) < layer.states[adapter].warmup else 0)
-        state[f"{stem}.dual_lora_left"] = torch.as_tensor(left, dtype=torch.int32).expand(own.shape).clone()
+        state[f"{stem}.dual_lora_left"] = layer.fitting(adapter, left)
     return state
 
 

@@ -50,9 +50,8 @@ class Warmup:
 
     def steps_left(self, adapter: str) -> int:
         """Optimizer steps before all of the adapter acts at full strength; -1 before a run of unknown length."""
-        steps, left = self.states[adapter].warmup, self.left(adapter)
-        most = int(left.max())  # a file may have more than the configuration
-        return -1 if bool((left < 0).any()) else min(most, int(steps)) if steps >= 1 else most
+        left = self.left(adapter)
+        return -1 if bool((left < 0).any()) else int(left.max())
 
     def begin_warmup(self, adapter: str, steps: float) -> None:
         """Begin a warm-up of so many steps, or a share of a run; with 0 forget the count, at full strength."""
@@ -70,9 +69,13 @@ class Warmup:
     def set_left(self, adapter: str, left: Tensor | int) -> None:
         """Put a count in place. For an adapter without a warm-up it says nothing."""
         if adapter in self.dual_lora_left:
-            stored = self.dual_lora_left[adapter]
-            given = torch.as_tensor(left, dtype=torch.int32, device=stored.device)
-            self.dual_lora_left[adapter] = given.expand(stored.shape).clone()
+            self.dual_lora_left[adapter] = self.fitting(adapter, left)
+
+    def fitting(self, adapter: str, left: Tensor | int) -> Tensor:
+        """A count as it can stand here: one for each expert, and no more than the warm-up's steps."""
+        stored, steps = self.dual_lora_left[adapter], self.states[adapter].warmup
+        given = torch.as_tensor(left, dtype=torch.int32, device=stored.device)
+        return given.clamp(-1, int(steps) if steps >= 1 else None).expand(stored.shape).clone()
 
     def set_length(self, adapter: str, steps: int) -> None:
         """Give a warm-up that is a share of a run its length."""
@@ -90,8 +93,7 @@ class Warmup:
                 "`callbacks=[dual_lora.DualLoraCallback()]` to the Trainer, or give a number of steps."
             )
         left = left.clone() if left.is_inference() else left
-        left.clamp_(max=int(steps)).sub_(self._taking_part(adapter)).clamp_(min=0)
-        self.dual_lora_left[adapter] = left
+        self.dual_lora_left[adapter] = left.sub_(self._taking_part(adapter)).clamp_(min=0)
 
     def _taking_part(self, adapter: str) -> Tensor | int:
         """1 for what has got a gradient since the last step, 0 for the rest (experts that no token was sent to)."""
