@@ -7,8 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny import Mlp, adapted, engine, points, trainable
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dual_lora import grad_scaler
+from dual_lora.method.scaler import loss_scale
 
 
 @pytest.fixture
@@ -157,6 +159,18 @@ def test_a_scaler_that_was_made_before_the_import_is_known():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split()[-1] == "True"
+
+
+def test_what_is_only_traced_has_no_factor():
+    torch.amp.GradScaler("cpu")
+    found, x = [], torch.ones(2)
+    note = lambda x: found.append(loss_scale(torch.device("cpu"))) or x.sum()  # noqa: E731
+    note(x)
+    torch.func.grad(note)(x)
+    torch.jit.trace(note, x, check_trace=False)
+    with FakeTensorMode():
+        note(torch.ones(2))
+    assert [factor is None for factor in found] == [False, True, True, True]
 
 
 def test_accumulation_clips_every_micro_batch_by_itself(model):
