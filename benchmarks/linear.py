@@ -52,7 +52,7 @@ def compare(
 
 def check(layer: Any, x: Tensor, W: Tensor, dy: Tensor) -> None:
     """Value and every gradient of our layer, of all its adapters, against the formula in fp64; raises WrongResult."""
-    names = layer.adapter_names()
+    names = list(layer.states)
     for k, name in enumerate(names):
         four = layer.factors(name)
         layers.fill(layer, judge.exact_factors(*W.shape, four.A.shape[0], four.C.shape[0], seed=k), name)

@@ -42,13 +42,13 @@ def trained(config, layers=1):
 
 
 def test_a_pass_forward_and_backward(monkeypatch):
-    monkeypatch.setattr(scaler, "_met", False)  # whatever other tests have made
+    monkeypatch.setattr(scaler, "met", False)  # whatever other tests have made
     names = {"target_modules": ["0"]}
     _, ours = trained(DualLoraConfig(r=8, **names))
     _, theirs = trained(LoraConfig(r=8, **names))
     python, everything = calls(ours)
-    assert python <= 155  # 341 before version 0.2
-    assert everything <= 260  # 597
+    assert python <= 138  # 341 before version 0.2
+    assert everything <= 240  # 597
     assert python <= 3 * calls(theirs)[0]
 
 

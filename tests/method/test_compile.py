@@ -149,7 +149,7 @@ def test_a_graph_for_every_choice_of_adapters():
     torch._dynamo.reset()
     model = with_two().eval()
     for layer in layers(model).values():
-        for name in layer.adapter_names():
+        for name in layer.states:
             layer.set_left(name, 0)
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     forward = torch.compile(model, fullgraph=True, backend=counter)
@@ -169,7 +169,7 @@ def test_a_mixed_batch():
     torch._dynamo.reset()
     model = with_two().eval()
     for layer in layers(model).values():
-        for name in layer.adapter_names():
+        for name in layer.states:
             layer.set_left(name, 0)
     mixed = [["two", "__base__", "default"], ["default", "default", "two"]]
     with torch.no_grad():

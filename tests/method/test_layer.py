@@ -9,6 +9,7 @@ import transformers
 from tiny import (
     MODELS,
     TARGETS,
+    Mlp,
     adapted,
     changed,
     layer,
@@ -236,6 +237,17 @@ def cast_by_data(model):
     return model
 
 
+def cast_by_swapping(model):
+    """As for tensor subclasses; a pass has made and kept what it could."""
+    with torch.no_grad():
+        model.eval()(points())
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        return model.bfloat16()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
 def cast_a_copy(model):
     return cast_by_data(copy.deepcopy(model))
 
@@ -264,7 +276,7 @@ def test_foreign_casts_of_other_parameter_objects_are_noticed_too(cast):
     assert all(f.dtype == torch.float32 for module in layers(model).values() for f in module.factors("default"))
 
 
-@pytest.mark.parametrize("cast", [cast_by_to, cast_by_bfloat16, cast_by_data])
+@pytest.mark.parametrize("cast", [cast_by_to, cast_by_bfloat16, cast_by_data, cast_by_swapping])
 def test_foreign_casts_are_noticed_once(cast):
     model = adapted(init_weights=False)
     before = state(model)
@@ -331,6 +343,21 @@ def test_autocast():
         low = model(points())
     assert low.dtype == torch.bfloat16
     assert 0 < (low.float() - full).abs().max() < 0.05 * full.abs().max()
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+@pytest.mark.parametrize(
+    ("base", "targets", "x"),
+    [(Mlp(), ["first", "second"], points()), (nn.Sequential(nn.Conv1d(3, 4, 2)), ["0"], torch.randn(2, 3, 9))],
+    ids=["linear", "convolution"],
+)
+def test_an_fp64_model_under_autocast_computes_in_fp64(base, targets, x, grad):
+    model = adapted(copy.deepcopy(base), target_modules=targets, init_weights=False).double().eval()
+    want = model(x.double())
+    with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(grad):
+        torch.testing.assert_close(model(x.double()), want, rtol=1e-12, atol=1e-12)
+        if targets != ["0"]:  # a bias in fp64 beside an input in fp32
+            assert model.base_model.model.first(x).dtype == torch.bfloat16
 
 
 def test_representation_names_the_method():

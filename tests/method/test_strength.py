@@ -1,4 +1,4 @@
-"""The strength λα/√(r1 r2): kept once, as a count; what a graph has saved of it stays as it was."""
+"""The strength λα/√(r1 r2): a number that is written acts, and what a graph has saved of it stays as it was."""
 
 import copy
 import operator
@@ -6,8 +6,7 @@ import pickle
 
 import pytest
 import torch
-from tiny import Mlp, adapted, changed, factor, layer, layers, points, state, train, trainable
-from torch import nn
+from tiny import Mlp, adapted, changed, layer, layers, points, state, train, trainable
 
 CHANGES = {
     "to": lambda model: model.to("cpu"),
@@ -15,6 +14,7 @@ CHANGES = {
     "set_scale": lambda model: [m.set_scale("default", 0.5) for m in layers(model).values()],
     "scale_layer": lambda model: [m.scale_layer(3.0) for m in layers(model).values()],
     "unscale_layer": lambda model: [m.unscale_layer() for m in layers(model).values()],
+    "buffers written": lambda model: [b.copy_(b.clone()) for b in model.buffers()],  # as DistributedDataParallel did
 }
 
 
@@ -23,7 +23,7 @@ def gradients(model, between=lambda model: None):
     value = model(points()).square().mean()
     between(model)
     value.backward()
-    return [p.grad for p in model.parameters() if p.requires_grad]
+    return [p.grad for p in trainable(model)]
 
 
 @pytest.mark.parametrize("left", [0, 2], ids=["full", "warming up"])
@@ -72,145 +72,32 @@ def test_a_strength_written_as_for_lora_acts_compiled_too(way, copied):
             assert counter.frame_count == before
 
 
-def test_a_count_below_zero_is_none():
-    model = adapted(warmup_steps=4)
-    model.load_state_dict({n: t - 9 if "left" in n else t for n, t in model.state_dict().items()})
-    assert factor(model) == 1
-
-
-def test_whoever_writes_to_buffers_between_two_forwards_does_no_harm():
-    """DistributedDataParallel of older versions does, before every forward."""
-    model = adapted(init_std=0.3)
-    once = gradients(copy.deepcopy(model))
-    first = model(points()).square().mean()
-    for buffer in model.buffers():
-        buffer.copy_(buffer.clone())
-    second = model(points()).square().mean()
-    (first + second).backward()
-    for p, gradient in zip(trainable(model), once, strict=True):
-        assert gradient.any()
-        assert torch.equal(p.grad, 2 * gradient)
-
-
-def test_the_count_is_the_only_state():
-    model = adapted(warmup_steps=4)
-    assert [name.rpartition(".")[0].rpartition(".")[2] for name, _ in model.named_buffers()] == ["dual_lora_left"] * 2
-    assert not [*adapted(init_weights=True).named_buffers()]
-
-
-def test_a_step_writes_where_a_captured_graph_reads():
-    model = adapted(warmup_steps=4)
-    before = layer(model).dual_lora_left["default"]
-    train(model, 2)
-    assert layer(model).dual_lora_left["default"] is before
-    assert factor(model) == 0.5
-
-
-def test_to_empty_keeps_the_count():
-    model = adapted(warmup_steps=4)
-    train(model, 3)
-    model.to_empty(device="cpu")
-    assert factor(model) == 0.75
-
-
-def test_a_count_put_in_place_before_a_move_is_kept():
-    model = adapted(warmup_steps=4)
-    for m in layers(model).values():
-        m.dual_lora_left["default"] = torch.tensor(1, dtype=torch.int32)  # as transformers' loader does
-    model.to("cpu")
-    assert factor(model) == 0.75
-
-
 # Inference mode, in which models are often loaded.
 
 
 @pytest.mark.parametrize("cast", ["half", "bfloat16", "double", "cpu"])
-def test_an_adapter_made_in_inference_mode_is_like_any_other(cast):
+@pytest.mark.parametrize("whole", [False, True], ids=["adapter", "model"])
+def test_what_is_made_in_inference_mode_is_like_any_other(cast, whole):
     base = Mlp()
     with torch.inference_mode():
-        model = adapted(base, target_modules=["first", "second"], warmup_steps=4, ste="identity")
+        model = adapted(Mlp() if whole else base, target_modules=["first", "second"], warmup_steps=4, ste="identity")
     getattr(model, cast)()
-    dtype = base.first.weight.dtype
-    layer(model).set_scale("default", 0.5)
-    layer(model).set_scale("default", 1.0)
-    train(model, 2, x=points().to(dtype))
+    dtype = layer(model).base_layer.weight.dtype
+    x = points().to(dtype)
+    with torch.inference_mode():
+        for change in ("set_scale", "unscale_layer"):
+            CHANGES[change](model)
+        model.load_state_dict(model.state_dict())
+        assert model(x).dtype == dtype == getattr(base, cast)().first.weight.dtype
+    if whole:
+        return
+    train(model, 2, x=x)
     assert (float(layer(model).warmup_factor("default")), layer(model).steps_left("default")) == (0.5, 2)
     model.eval()
     with torch.no_grad():
-        unmerged = model(points().to(dtype))
+        unmerged = model(x)
         before = state(model)
         model.merge_adapter()
-        torch.testing.assert_close(model(points().to(dtype)), unmerged, rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(model(x), unmerged, rtol=2e-2, atol=2e-2)
         model.unmerge_adapter()
     assert not changed(model, before)
-
-
-def test_a_whole_model_made_in_inference_mode_can_be_cast():
-    with torch.inference_mode():
-        model = adapted(Mlp(), target_modules=["first", "second"], init_weights=False).eval()
-        model.half()
-        inside = model(points().half())
-    with torch.inference_mode():
-        other = adapted(Mlp(), target_modules=["first"])
-    other.half()
-    assert inside.dtype == other.base_model.model.first.base_layer.weight.dtype == torch.float16
-
-
-# fp64, which autocast leaves alone.
-
-
-@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
-def test_an_fp64_model_under_autocast_computes_in_fp64(grad):
-    model = adapted(init_weights=False).double().eval()
-    x = points().double()
-    want = model(x)
-    with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(grad):
-        y = model(x)
-    assert y.dtype == torch.float64
-    torch.testing.assert_close(y, want, rtol=1e-12, atol=1e-12)
-
-
-def test_an_fp64_convolution_under_autocast():
-    model = adapted(nn.Sequential(nn.Conv1d(3, 4, 2)), target_modules=["0"], init_weights=False).double()
-    x = torch.randn(2, 3, 9, dtype=torch.float64)
-    want = model(x)
-    with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(model(x), want, rtol=1e-12, atol=1e-12)
-
-
-def test_a_bias_in_fp64_beside_an_input_in_fp32_under_autocast():
-    model = adapted(init_weights=False).eval()
-    model.base_model.model.double()
-    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        assert model.base_model.model.first(points()).dtype == torch.bfloat16
-
-
-def test_a_cast_that_exchanges_tensors_leaves_the_factors_their_bits():
-    """`torch.__future__.set_swap_module_params_on_conversion(True)`, as for tensor subclasses."""
-    model = adapted(init_weights=False).eval()
-    before = [f.clone() for f in layer(model).factors("default")]
-    with torch.no_grad():
-        model(points())
-    torch.__future__.set_swap_module_params_on_conversion(True)
-    try:
-        model.bfloat16()
-    finally:
-        torch.__future__.set_swap_module_params_on_conversion(False)
-    assert all(torch.equal(f, b) for f, b in zip(layer(model).factors("default"), before, strict=True))
-
-
-@pytest.mark.parametrize(
-    "act",
-    [
-        lambda model: [m.set_scale("default", 0.5) for m in layers(model).values()],
-        lambda model: model.load_state_dict(model.state_dict()),
-        lambda model: [m.unscale_layer() for m in layers(model).values()],
-    ],
-    ids=["set_scale", "load", "unscale_layer"],
-)
-def test_what_is_set_in_inference_mode_may_be_trained(act):
-    model = adapted(warmup_steps=4, init_std=0.3)
-    with torch.inference_mode():
-        act(model)
-    train(model, 2)
-    assert factor(model) == 0.5

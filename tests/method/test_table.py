@@ -364,7 +364,7 @@ def test_an_adapter_is_deleted(kind):
     assert torch.equal(outputs(model, x), alone)
     assert not any("other" in name for name in model.state_dict())
     for layer in parts(model).values():
-        assert layer.adapter_names() == ["default"]
+        assert list(layer.states) == ["default"]
 
 
 def test_a_copy_is_independent(kind):

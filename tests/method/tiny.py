@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from dual_lora import DualLoraConfig, DualLoraLayer
+from dual_lora.method.parallel import deepspeed
 
 VOCABULARY = 60
 
@@ -194,3 +195,32 @@ def train(model, steps=3, lr=1e-2, optimizer=None, x=None, loss=None):
         optimizer.step()
         optimizer.zero_grad()
     return optimizer
+
+
+def engine(model, optimizer):
+    """What DeepSpeed's engine does around a model in fp16, with this package's changes: `applied` says if a step is."""
+
+    class Engine:
+        def __init__(self):
+            self.module, self.optimizer, self.applied = model, optimizer, True
+            optimizer.cur_scale = 1024.0
+
+        def fp16_enabled(self):
+            return True
+
+        def zero_optimization_stage(self):
+            return 1
+
+        def was_step_applied(self):
+            return self.applied
+
+        def backward(self, loss):
+            (optimizer.cur_scale * loss).backward()
+
+        def _take_model_step(self):
+            if self.applied:
+                optimizer.step()
+            model.zero_grad()
+
+    deepspeed.wrap(Engine)
+    return Engine()

@@ -72,20 +72,8 @@ def _rows_of(adapters: Sequence[Adapter], rows: Tensor, padding_idx: int) -> lis
 
 
 @torch.library.impl("dual_lora::embedding", "default")
-def _embedding(
-    indices,
-    weight,
-    factors,
-    scales,
-    mean_squares,
-    forms,
-    loss_scale,
-    padding_idx,
-    max_norm,
-    norm_type,
-    scale_grad_by_freq,
-    dtype,
-):
+def _embedding(indices, weight, factors, scales, mean_squares, forms, loss_scale, padding_idx, *options):
+    max_norm, norm_type, _, dtype = options
     rows, inverse = torch.unique(indices, return_inverse=True)
     adapters = _rows_of(dispatch.adapters_of(factors, scales, mean_squares, forms), rows, padding_idx)
     with dispatch.without_autocast(indices.device):

@@ -92,17 +92,12 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
 
 
-def _opened(weight: Tensor | None) -> Tensor | RowSource | None:
-    """The weight, or the one that a handle's number stands for."""
-    return weight if weight is None or weight.ndim else source_of(weight)
-
-
 # Forward and backward. Autocast is off inside, so that P and Q stay fp32.
 
 
 def _linear(x: Tensor, weight: Tensor | None, bias: Tensor | None, adapters: Sequence[Adapter]) -> Tensor:
     with dispatch.without_autocast(x.device):
-        source = _opened(weight)
+        source = weight if weight is None or weight.ndim else source_of(weight)  # a handle's number has no dimension
         y: Tensor = dispatch.implementation(x.device, x.dtype, source, adapters).forward(_rows(x), source, adapters)
         if bias is not None:
             y += bias
@@ -122,7 +117,8 @@ def _linear_backward(
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor] | None]:
     """dx, dW and the factors' gradients in a row."""
     with dispatch.without_autocast(x.device):
-        source, dy, rows = _opened(weight), _rows(dy), _rows(x)
+        source = weight if weight is None or weight.ndim else source_of(weight)
+        dy, rows = _rows(dy), _rows(x)
         sampled = None if draw is None else tokens.carriers(dy, rows, len(x) if x.ndim > 2 else 1, share, draw)
         used = tokens.not_zero(dy)
         if used is not None:
@@ -178,10 +174,12 @@ def _keep(
     ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, loss_scale: Any, share: float, adapters: Any
 ) -> None:
     # One order for both ways: gradient checkpointing may see one in forward and the other when it computes again.
-    kept = [t for factors, scale, _, mean_square in adapters for t in (*factors, scale, mean_square)]
-    ctx.save_for_backward(x, weight, *kept)
+    kept, ctx.forms, ctx.share = [x, weight], [], share
+    for factors, scale, form, mean_square in adapters:
+        kept += *factors, scale, mean_square
+        ctx.forms.append(form)
+    ctx.save_for_backward(*kept)
     ctx.loss_scale = loss_scale  # not saved: its value is that of the backward pass
-    ctx.forms, ctx.share = [a.form for a in adapters], share
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 

@@ -88,6 +88,11 @@ class Form(NamedTuple):
         return self.direction in TRAINED
 
     @property
+    def clips(self) -> bool:
+        """Whether the values of gradients matter, and not their directions alone."""
+        return self.direction == "sign" and self.ste == "clip"
+
+    @property
     def code(self) -> int:
         """This form as one integer, the shape in which operators take it; of a sum, of each part alone."""
         assert not self.plain, "Adapter.parts"

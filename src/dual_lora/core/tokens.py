@@ -162,7 +162,7 @@ def carriers(dy: Tensor, x: Tensor, sequences: int, share: float, draw: Tensor |
 
 def not_zero(dy: Tensor) -> Tensor | None:
     """The rows of dy [T, O] that are not zero; None where nearly none is, or on a device that would have to wait."""
-    if dy.device.type != "cpu" or len(dy) <= FEWEST:
+    if dy.device.type != "cpu" or dy.shape[0] <= FEWEST:
         return None
     zero = norms(dy) == 0
     # The square of a small number may be zero where the number is not.

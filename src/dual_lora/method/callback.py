@@ -19,4 +19,4 @@ class DualLoraCallback(TrainerCallback):
             if isinstance(share, float) and 0 < share < 1 and (layers := layers_of(model, name)):
                 config.warmup_steps = max(1, round(share * state.max_steps))
                 for layer in layers:
-                    layer.begin_warmup(name, config.warmup_steps)
+                    layer.set_length(name, config.warmup_steps)

@@ -50,16 +50,13 @@ def check_warmup(config: Any) -> None:
         return
     if steps is None:
         config.warmup_steps = PAPER_WARMUP
-    elif isinstance(steps, bool) or not isinstance(steps, int | float) or not (is_whole(steps) or 0 < steps < 1):
+    elif isinstance(steps, bool) or not (
+        0 < steps < 1 if isinstance(steps, float) else isinstance(steps, int) and steps >= 0
+    ):
         raise ValueError(
             f"warmup_steps must be a whole number of optimizer steps, 0 or more (0: no warm-up), or a share of the "
             f"run above 0 and below 1, got {steps!r}."
         )
-
-
-def is_whole(value: Any) -> bool:
-    """Whether a value is a whole number, 0 or more."""
-    return isinstance(value, int) and value >= 0
 
 
 def is_positive(value: Any) -> bool:

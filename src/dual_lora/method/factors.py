@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from ..core.reference import Adapter, Factors
 from ..core.tokens import EXACT
-from . import warmup
 from .cache import composed_weights
 from .config import DualLoraConfig
 from .parallel import offloaded, sharded
@@ -25,11 +24,12 @@ from .precision import FACTOR_DTYPES, Warned, in_fp32, mark_as_stored
 from .seeds import Seeds
 from .start import give_signs_of_rank_one
 from .strength import AdapterState, Scaling, Strength
+from .warmup import Warmup, warming
 
 Adapters = dict[str, Adapter]  # by name, in the order in which they are added
 
 
-class FactorsLayer(Strength, Seeds, nn.Module, BaseTunerLayer):
+class FactorsLayer(Warmup, Strength, Seeds, nn.Module, BaseTunerLayer):
     """Factors and life cycle of adapters. Subclasses say how the weight is a matrix [O, I]."""
 
     samples_tokens = False  # whether gradients can be estimated from some of the tokens
@@ -81,6 +81,11 @@ class FactorsLayer(Strength, Seeds, nn.Module, BaseTunerLayer):
 
     _from_matrix = _matrix
 
+    def get_base_layer(self) -> nn.Module:
+        """The innermost base, as PEFT's method finds it; there is one layer inside in nearly all cases."""
+        base: Any = self._modules["base_layer"]
+        return super().get_base_layer() if "base_layer" in base._modules else base
+
     def _parameter(self) -> nn.Parameter:
         """The adapted parameter of the base layer."""
         return self.get_base_layer().weight  # type: ignore[return-value]
@@ -130,7 +135,8 @@ class FactorsLayer(Strength, Seeds, nn.Module, BaseTunerLayer):
         alpha = config.default_alpha(r1, r2) if alpha is None else float(alpha)
         if share != EXACT and not self.samples_tokens:
             self.warned.once(f"token_sampling has no effect on {type(base).__name__}: its gradients are exact.")
-        self.set_state(adapter_name, AdapterState(r1, r2, alpha, config.form, config.warmup_steps or 0, share))
+        self.states[adapter_name] = state = AdapterState(r1, r2, alpha, config.form, share=share)
+        self._scaling[adapter_name] = state.strength
         dropout = config.dropout if self.takes_dropout else 0.0
         self.dual_lora_dropout[adapter_name] = nn.Dropout(dropout) if dropout else nn.Identity()
         shapes = self._factor_shapes(r1, r2)
@@ -145,28 +151,12 @@ class FactorsLayer(Strength, Seeds, nn.Module, BaseTunerLayer):
         self.reset_dual_lora_parameters(adapter_name, config)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self._scale(adapter_name)
-        self._begin(adapter_name)
+        self.begin_warmup(adapter_name, config.warmup_steps or 0)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-
-    def _begin(self, adapter_name: str) -> None:
-        """Put the count of the paper's warm-up at its start, where the adapter has one."""
-        steps = self.states[adapter_name].warmup
-        if adapter_name in self.dual_lora_left:
-            del self.dual_lora_left[adapter_name]
-        if steps:
-            A = self.dual_lora_A[adapter_name]
-            device = "cpu" if A.is_meta else A.device  # it is no weight that waits to be loaded
-            left = torch.full(A.shape[:-2], -1 if steps < 1 else int(steps), dtype=torch.int32, device=device)
-            self.dual_lora_left[adapter_name] = left
-            warmup.watch(self)
-
-    def _dicts(self) -> list[nn.ParameterDict]:
-        """All A, B, C and D."""
-        return [getattr(self, name) for name in self.adapter_layer_names]
 
     def _dicts_of(self, adapter: str) -> list[nn.ParameterDict]:
         """Those that an adapter has a factor in: the first two, where its signs are frozen."""
-        return [factors for factors in self._dicts() if adapter in factors]
+        return [factors for name in self.adapter_layer_names if adapter in (factors := getattr(self, name))]
 
     def tie(self, adapter_name: str, other: FactorsLayer) -> None:
         """Use the factors of another layer, whose weight this layer's base shares, at their ranks and strength."""
@@ -211,17 +201,17 @@ class FactorsLayer(Strength, Seeds, nn.Module, BaseTunerLayer):
     def _stored(self, adapter: str) -> Factors:
         held: Any = self._modules
         A, B, C, D = (held["dual_lora_A"], held["dual_lora_B"], held["dual_lora_C"], held["dual_lora_D"])
-        frozen = self.states[adapter].form.direction == "frozen"  # not the ranks, which a hot-swap changes
-        try:
-            if frozen:
-                return Factors(A._parameters[adapter], B._parameters[adapter], *self._keys(adapter, A[adapter].device))
-            return Factors(
-                A._parameters[adapter], B._parameters[adapter], C._parameters[adapter], D._parameters[adapter]
-            )
-        except KeyError:  # FSDP1 puts views in their place, which are no parameters
-            if frozen:
-                return Factors(A[adapter], B[adapter], *self._keys(adapter, A[adapter].device))
-            return Factors(A[adapter], B[adapter], C[adapter], D[adapter])
+        if adapter in A._parameters:
+            A, B, C, D = A._parameters, B._parameters, C._parameters, D._parameters
+        # Else FSDP1 has put views in their place, which are no parameters.
+        if self.states[adapter].form.direction == "frozen":  # not the ranks, which a hot-swap changes
+            return Factors(A[adapter], B[adapter], *self._keys(adapter, A[adapter].device))
+        return Factors(A[adapter], B[adapter], C[adapter], D[adapter])
+
+    def trainable_factors(self, adapter: str) -> list[Tensor]:
+        """The trainable factors in the order B, A, D, C."""
+        A, B, C, D = self._stored(adapter)
+        return [f for f in (B, A, D, C) if f.requires_grad]
 
     def factors(self, adapter: str) -> Factors:
         """The four factors of an adapter, restored to fp32 if foreign code has cast them down."""
@@ -267,7 +257,7 @@ class FactorsLayer(Strength, Seeds, nn.Module, BaseTunerLayer):
         A factor that is frozen as a shard and thawed as the whole that the forward pass has left in its place would
         stay frozen as a shard, which is what the optimizer holds: a reference pass would end the training.
         """
-        stored = (factor for name in self.adapter_names() for factor in self._stored(name))
+        stored = (factor for name in self.states for factor in self._stored(name))
         if not enabled and any(map(sharded.is_sharded, stored)):
             self._disable_adapters = True
         else:
@@ -286,7 +276,7 @@ class FactorsLayer(Strength, Seeds, nn.Module, BaseTunerLayer):
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         composed_weights.drop(self)  # first, as a tensor subclass that is looked at cannot be moved
-        factors = {a: [f.data for f in self._stored(a)] for a in self.adapter_names()}
+        factors = {a: [f.data for f in self._stored(a)] for a in self.states}
         numbers = [(held, a, n.clone()) for held in (self.dual_lora_left, self.dual_lora_seed) for a, n in held.items()]
         result = super()._apply(fn, recurse)
         for held, adapter, number in numbers:  # `to_empty` has emptied it, and it does not wait on the meta device
@@ -306,9 +296,9 @@ class FactorsLayer(Strength, Seeds, nn.Module, BaseTunerLayer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for adapter in self.adapter_names():
+        for adapter in self.states:
             mark_as_stored(self._stored(adapter))  # a copied parameter has lost what was written on it
-        warmup.watch(self)  # a deep copy or an unpickled layer has to be counted as well
+        warming.add(self)  # a deep copy or an unpickled layer has to be counted as well
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move to the base layer's device and stay fp32: rounding fresh factors to the base's dtype flips signs."""
@@ -322,10 +312,9 @@ class FactorsLayer(Strength, Seeds, nn.Module, BaseTunerLayer):
             moved = factor if factor.device.type == "meta" else factor.detach().to(device)
             if moved.device != factor.device:
                 factors[adapter_name] = nn.Parameter(moved, factor.requires_grad)
-        if adapter_name in self.dual_lora_left:
-            self.dual_lora_left[adapter_name] = self.dual_lora_left[adapter_name].to(device)
-        if adapter_name in self.dual_lora_seed:
-            self.dual_lora_seed[adapter_name] = self.dual_lora_seed[adapter_name].to(device)
+        for numbers in (self.dual_lora_left, self.dual_lora_seed):
+            if adapter_name in numbers:
+                numbers[adapter_name] = numbers[adapter_name].to(device)
         self._scale(adapter_name)
         mark_as_stored(self._stored(adapter_name))
 
@@ -333,7 +322,7 @@ class FactorsLayer(Strength, Seeds, nn.Module, BaseTunerLayer):
 def _after_load(layer: FactorsLayer, incompatible_keys: Any) -> None:
     """After load_state_dict: what is derived from the factors follows."""
     composed_weights.drop(layer)
-    for adapter in layer.adapter_names():
+    for adapter in layer.states:
         mark_as_stored(layer._stored(adapter))
         if adapter in layer.tied:  # `assign=True` has made two parameters of one
             layer._tie_again(adapter)

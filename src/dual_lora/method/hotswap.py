@@ -81,10 +81,10 @@ def hotswap_from_state_dict(
             mark_as_stored(layer._stored(adapter_name))
             r1, r2, alpha = layer_options(config, key_of(name, layer))
             before, left = layer.states[adapter_name], new.get(f"{name}.dual_lora_left")
-            layer.set_state(adapter_name, AdapterState(r1, r2, alpha, before.form, before.warmup, before.share))
+            state = AdapterState(r1, r2, alpha, before.form, before.warmup, before.share)
+            layer.states[adapter_name], layer.scaling[adapter_name] = state, state.strength
             if left is not None and left.any() and config.warmup_steps:
-                layer.states[adapter_name].warmup = config.warmup_steps
-                layer._begin(adapter_name)
+                layer.begin_warmup(adapter_name, config.warmup_steps)
             layer.set_left(adapter_name, 0 if left is None else left)
         for layer in layers.values():
             if adapter_name in layer.tied:
@@ -171,7 +171,7 @@ def pad_ranks(model: nn.Module, target_rank: int | None, config: Any = None) -> 
         return (target_rank - target_rank // 2, target_rank // 2) if state.r2 else (target_rank, 0)
 
     for layer in layers:
-        for adapter in layer.adapter_names():
+        for adapter in layer.states:
             state = layer.states[adapter]
             r1, r2 = ranks(state)
             if state.r1 > r1 or state.r2 > r2:

@@ -67,7 +67,8 @@ class DualLoraLayer(MergeLayer):
             if self._disable_adapters and self.merged_adapters:
                 self.unmerge()
             return []
-        names = self._present(self.active_adapters)
+        active = self._active_adapter  # which `active_adapters` reads by two more properties
+        names = self._present([active] if isinstance(active, str) else active)
         if names and torch._C._get_tracing_state() and torch.onnx.is_in_onnx_export():
             raise NotImplementedError(
                 "torch.onnx.export(…, dynamo=False) knows no operator of Dual LoRA's. Export with dynamo=True, or "
@@ -114,7 +115,9 @@ class DualLoraLayer(MergeLayer):
     def _loss_scale(self, names: Iterable[str], operand: Tensor) -> Tensor | None:
         """The gradient scaler's factor, where one of the adapters is trained with `clip`."""
         scale = loss_scale(operand.device)
-        return scale if scale is not None and torch.is_grad_enabled() and any(map(self.clips, names)) else None
+        if scale is None or not torch.is_grad_enabled():
+            return None
+        return scale if any(self.states[name].form.clips and self.trainable_factors(name) for name in names) else None
 
 
 def named_layers(model: nn.Module, adapter: str | None = None) -> dict[str, DualLoraLayer]:
@@ -204,7 +207,8 @@ class MapLayer(DualLoraLayer):
             return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
 
         # An adapter with dropout sees another input than the base, so that it needs a product of its own.
-        dropouts: Any = self.dual_lora_dropout._modules
+        held: Any = self._modules
+        dropouts = held["dual_lora_dropout"]._modules
         fused = [n for n in active if not (isinstance(dropouts[n], nn.Dropout) and dropouts[n].training)]
         plain = not (args or kwargs) and self._is_plain()
         own = not plain and self._is_own()
@@ -249,7 +253,8 @@ class Linear(MapLayer):
         return super()._matrix_shape()
 
     def _is_plain(self) -> bool:
-        return super()._is_plain() or sharded.takes_product(self.base_layer)
+        base = self.base_layer
+        return is_plain(base, self.forwards, self.reads_codes) or sharded.takes_product(base)
 
     def _map(self, x: Tensor, names: list[str], with_base: bool) -> Tensor:
         """One product with the composed weight: x (W + ΣΔW)ᵀ + bias, or x ΣΔWᵀ."""

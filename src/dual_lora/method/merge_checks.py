@@ -7,7 +7,7 @@ from torch import nn
 from .._warning import warn
 from .layer import DualLoraLayer, layers_of
 from .layers.quantized import QuantizedLinear
-from .strength import until_full
+from .warmup import until_full
 
 
 def quantised(model: nn.Module) -> list[QuantizedLinear]:

@@ -215,7 +215,7 @@ class DualLoraModel(BaseTuner):
             return
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        known = {name for layer in layers_of(self) for name in layer.adapter_names()}
+        known = {name for layer in layers_of(self) for name in layer.states}
         unknown = set(adapter_names) - known - {"__base__"}
         if unknown:
             raise ValueError(

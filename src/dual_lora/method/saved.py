@@ -10,14 +10,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch import distributed as dist
 
 from .._warning import warn
 from ..verify.numbers import check_numbers, header
-from .strength import most_left, until_full
+from .warmup import until_full
 
 _NUMBERS = re.compile(r"\.dual_lora_(left|seed)")  # which are no factors
 PEFT_PREFIX = "base_model.model."
@@ -73,12 +72,11 @@ def with_counts(state: dict[str, Tensor], layers: Mapping[str, Any], config: Any
         if layer is None or adapter not in layer.dual_lora_left:
             continue
         if ended:
-            layer.end_warmup(adapter)
+            layer.begin_warmup(adapter, 0)
             continue
         own = layer.dual_lora_left[adapter]
         left = counts.get(layer_of(stem), own if 0 < layer.steps_left(adapter) < layer.states[adapter].warmup else 0)
-        left = torch.as_tensor(left, dtype=torch.int32).clamp(-1, most_left(layer.states[adapter].warmup))
-        state[f"{stem}.dual_lora_left"] = left.expand(own.shape).clone()
+        state[f"{stem}.dual_lora_left"] = layer.fitting(adapter, left)
     return state
 
 

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
 from torch.autograd import Variable
+from torch.utils._pytree import tree_leaves
 
+met = False  # whether something that scales losses was ever there
 _said: list[Any] = []  # by `grad_scaler`, the innermost last
-_met = False  # whether something that scales losses was ever there
+_telling: set[type] = set()  # the classes whose `scale` tells of its losses
 _present: dict[torch.device, Tensor] = {}  # the factor of the backward pass that runs, else 1; read when it is needed
 
 
@@ -40,7 +42,7 @@ def loss_scale(device: torch.device) -> Tensor | None:
     if _said:
         scale = _said[-1].get_scale() if _said[-1].is_enabled() else 1.0
         return torch.full((), scale, device=device)
-    return _held(device) if _met and not _only_traced() else None
+    return _held(device) if met and not _only_traced() else None
 
 
 def _only_traced() -> bool:
@@ -67,65 +69,56 @@ def _set(factor: Tensor | float) -> None:
         held.data.fill_(factor) if isinstance(factor, float) else held.data.copy_(factor)  # unseen by autograd
 
 
-@contextmanager
-def scaled_by(factor: float) -> Iterator[None]:
-    """Say that backward passes in here are of losses which were multiplied by `factor`."""
-    _set(factor)
-    try:
-        yield
-    finally:
-        _set(1.0)
-
-
 @torch._dynamo.disable
-def _tell(loss: Any, factor: Tensor) -> Any:
-    """The same loss or losses, whose backward pass will know that they were multiplied by `factor`."""
+def tell(losses: Any, factor: Tensor | float) -> None:
+    """Let the backward pass of a loss, or of several, know that they are multiplied by `factor`."""
 
     def begins(grad: Tensor) -> None:
         _set(factor)
         Variable._execution_engine.queue_callback(lambda: _set(1.0))
 
-    if isinstance(loss, Tensor):
-        if loss.requires_grad:
+    for loss in tree_leaves(losses):
+        if isinstance(loss, Tensor) and loss.requires_grad:
             loss.register_hook(begins)
-        return loss
-    return type(loss)(_tell(one, factor) for one in loss)
 
 
-def know(scaler: Any = None) -> None:
-    """Expect scaled losses from here on; a scaler's `scale`, its class's own too (FSDP's has one), tells of them."""
-    global _met
-    _met = _met or scaler is None or scaler.is_enabled()
+def _know(scaler: Any) -> None:
+    """Expect scaled losses from here on, of which its class tells: its own `scale` too, as FSDP's has one."""
+    global met
+    met = met or scaler.is_enabled()
     for kind in type(scaler).__mro__:
-        scale = vars(kind).get("scale")
-        if scale is not None and not hasattr(scale, "_dual_lora_tells"):
-            kind.scale = _telling(scale)  # type: ignore[attr-defined]
+        _let_tell(kind)
 
 
-def _telling(scale: Any) -> Any:
+def _let_tell(kind: Any) -> None:
+    scale = vars(kind).get("scale")
+    if scale is None or kind in _telling:
+        return
+
     @functools.wraps(scale)
-    def wrapped(scaler: Any, outputs: Any) -> Any:
+    def telling(scaler: Any, outputs: Any) -> Any:
         scaled = scale(scaler, outputs)
-        if not scaler.is_enabled():
-            return scaled
-        return _tell(scaled, scaler._scale.clone())
+        if scaler.is_enabled():
+            tell(scaled, scaler._scale.clone())
+        return scaled
 
-    vars(wrapped)["_dual_lora_tells"] = True
-    return wrapped
+    kind.scale = telling
+    _telling.add(kind)
 
 
 _Scaler: Any = torch.amp.GradScaler
+_let_tell(_Scaler)
 _make = _Scaler.__init__
 
 
 @functools.wraps(_make)
 def _made(scaler: Any, *args: Any, **kwargs: Any) -> None:
     _make(scaler, *args, **kwargs)
-    know(scaler)
+    _know(scaler)
 
 
 _Scaler.__init__ = _made
 _kinds = (_Scaler, *_Scaler.__subclasses__())
 for _one in gc.get_referrers(*_kinds):
     if type(_one) in _kinds:  # made before this package was imported
-        know(_one)
+        _know(_one)

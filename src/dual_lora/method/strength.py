@@ -1,21 +1,14 @@
-"""How strong the adapters of a layer act: α/√(r1 r2), or what a user has set in its place, times λ.
-
-λ is 1, but for adapters with the paper's start. Of those a layer keeps one count, the optimizer steps that are left of
-the warm-up (of experts one each), which is saved with the adapter. λ is read off it in every forward pass.
-"""
+"""How strong the adapters of a layer act: α/√(r1 r2), or what a user has set in its place, times λ (`warmup`)."""
 
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
-from ..core.reference import Factors, Form, scaling
+from ..core.reference import Form, scaling
 from ..core.tokens import EXACT
-from . import warmup
-from .parallel import offloaded
 
 
 @dataclass
@@ -38,18 +31,6 @@ class AdapterState:
     def strength(self) -> float:
         """α/√(r1 r2)."""
         return scaling(self.alpha, self.r1, self.r2)
-
-
-def most_left(warmup: float) -> int:
-    """The most steps that can be left of a warm-up; any number, while nobody knows how long the run is."""
-    return int(warmup) if warmup >= 1 else 2**31 - 1
-
-
-def until_full(left: int, warmup: float) -> str:
-    """What is left of a warm-up, as a part of a sentence; `left` is -1 before a run of unknown length."""
-    if left < 0:
-        return f"a warm-up over {warmup:.0%} of a run that has not begun"
-    return f"up to {left} of {warmup} optimizer steps before full strength"
 
 
 class _Ranks(Mapping[str, int]):
@@ -100,18 +81,13 @@ def _number(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 class Strength:
-    """The part of a layer that knows nothing of its weight."""
+    """The part of a layer that has its adapters' states and strengths."""
 
     states: dict[str, AdapterState]
-    _scaling: "Scaling"
+    _scaling: Scaling
     dual_lora_A: nn.ParameterDict
     dual_lora_scale: dict[str, Tensor]  # `scaling` as operators take it: 0-dim, where the factors are
-    dual_lora_left: BufferDict  # int32, 0-dim or [E]; -1: not begun, in a run of unknown length
     active_adapters: list[str]
-    tied: dict[str, Any]  # whose adapter it is, count and all, where it is not the layer's own
-
-    def _stored(self, adapter: str) -> Factors:
-        raise NotImplementedError
 
     def _present(self, names: list[str]) -> list[str]:
         present = [name for name in names if name in self.states]
@@ -122,31 +98,8 @@ class Strength:
         """r1 + r2 by adapter, for code that knows LoRA."""
         return _Ranks(self.states)
 
-    def adapter_names(self) -> list[str]:
-        """All adapters of this layer."""
-        return list(self.states)
-
-    def trainable_factors(self, adapter: str) -> list[Tensor]:
-        """The trainable factors in the order B, A, D, C."""
-        A, B, C, D = self._stored(adapter)
-        return [f for f in (B, A, D, C) if f.requires_grad]
-
-    def counting_factor(self, adapter: str) -> Tensor | None:
-        """The factor whose optimizer counts the adapter's steps: the first that trains, or has before a switch."""
-        A, B, C, D = self._stored(adapter)
-        return next((f for f in (B, A, D, C) if f.requires_grad or f.grad is not None), None)
-
-    def clips(self, adapter: str) -> bool:
-        """Whether the adapter trains by the clip, which looks at the values of gradients."""
-        form = self.states[adapter].form
-        return form.ste == "clip" and form.direction == "sign" and bool(self.trainable_factors(adapter))
-
-    def set_state(self, adapter: str, state: AdapterState) -> None:
-        """Ranks, α and form of an adapter, at the strength that they make."""
-        self.states[adapter], self._scaling[adapter] = state, state.strength
-
     @property
-    def scaling(self) -> "Scaling":
+    def scaling(self) -> Scaling:
         """The strength of each adapter, by LoRA's name; a number that is written there acts."""
         return self._scaling
 
@@ -180,53 +133,3 @@ class Strength:
         """Divide the strength of the active adapters by `scale`, or set it back to the configured one."""
         for adapter in self._present(self.active_adapters):
             self._scaling[adapter] = self.states[adapter].strength if scale is None else self._scaling[adapter] / scale
-
-    # The paper's warm-up.
-
-    def left(self, adapter: str) -> Tensor:
-        """Optimizer steps that are left, int32, 0-dim or [E]."""
-        owner = self.tied.get(adapter, self)
-        return offloaded.present(owner.dual_lora_left, adapter) if self.states[adapter].warmup else torch.tensor(0)
-
-    def warmup_factor(self, adapter: str) -> Tensor:
-        """λ, from 0 at the start to 1 at the end, fp32, 0-dim or [E]."""
-        steps, left = self.states[adapter].warmup, self.left(adapter)
-        return 1 - (left.clamp(0, int(steps)) / steps if steps >= 1 else left.abs().clamp(max=1).float())
-
-    def steps_left(self, adapter: str) -> int:
-        """Optimizer steps before all of the adapter acts at full strength; -1 before a run of unknown length."""
-        left = self.left(adapter)
-        return -1 if bool((left < 0).any()) else int(left.max())
-
-    @torch.inference_mode(False)  # who loads in inference mode may train afterwards
-    def set_left(self, adapter: str, left: Tensor | int) -> None:
-        """Put a count in place, cut to the warm-up's steps. For an adapter without a warm-up it says nothing."""
-        steps = self.states[adapter].warmup
-        if steps and adapter not in self.tied:
-            stored = self.dual_lora_left[adapter]
-            given = torch.as_tensor(left, dtype=torch.int32, device=stored.device).clamp(-1, most_left(steps))
-            self.dual_lora_left[adapter] = given.expand(stored.shape).clone()
-            warmup.watch(self)
-
-    def begin_warmup(self, adapter: str, steps: int) -> None:
-        """Give a warm-up that is a share of the run its length in steps, unless it has one."""
-        if 0 < self.states[adapter].warmup < 1:
-            left = self.left(adapter)
-            self.states[adapter].warmup = steps
-            self.set_left(adapter, torch.where(left < 0, steps, left))  # which cuts it
-
-    def end_warmup(self, adapter: str) -> None:
-        """Forget the count of an adapter that acts at full strength."""
-        self.states[adapter].warmup = 0
-        if adapter in self.dual_lora_left:
-            del self.dual_lora_left[adapter]
-
-    def count_step(self, adapter: str) -> None:
-        """Count one optimizer step; in place, for CUDA graphs that were captured before."""
-        left = self.left(adapter)
-        left = left.clone() if left.is_inference() else left
-        self.dual_lora_left[adapter] = left.sub_(self._taking_part(adapter)).clamp_(min=0)
-
-    def _taking_part(self, adapter: str) -> Tensor | int:
-        """1 for what has got a gradient since the last step, 0 for the rest (experts that no token was sent to)."""
-        return 1

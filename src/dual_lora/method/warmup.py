@@ -1,4 +1,4 @@
-"""The paper's warm-up counts optimizer steps by itself. And what every step of an optimizer means for adapters.
+"""The paper's warm-up: λ rises from 0 to 1 over optimizer steps, which count themselves.
 
 An adapter's step counter is the optimizer that holds its first trainable factor in the order B, A, D, C. After one of
 its steps a layer whose factor has got a gradient is counted; a layer that the data never reach stays at λ = 0. Of steps
@@ -9,41 +9,102 @@ Updates without a torch.optim.Optimizer are counted by `count_step`.
 Adapters without a warm-up cost a step nothing.
 """
 
-import itertools
 import weakref
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from . import watch_training
 from .cache import composed_weights
+from .parallel import offloaded
+from .strength import AdapterState
 
-
-class Counted(Protocol):
-    """A layer whose adapters' steps are counted; what each method says stands at `Strength`."""
-
-    states: dict[str, Any]
-    dual_lora_left: Any
-
-    def counting_factor(self, adapter: str) -> Tensor | None: ...
-    def trainable_factors(self, adapter: str) -> list[Tensor]: ...
-    def count_step(self, adapter: str) -> None: ...
-
-
-_layers: weakref.WeakSet[Any] = weakref.WeakSet()  # in their warm-up
-_events = itertools.count()  # beginnings of steps and countings, in their order
-_begun: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
-# Of a layer's adapter: when it was counted last, by which optimizer and for which gradient, in which version.
+warming: weakref.WeakSet[Any] = weakref.WeakSet()  # the layers that have a count
+countings = 0  # by optimizers, of any adapter
+_begun: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()  # `countings` before the last step
+# Of a layer's adapter: `countings` when it was counted last, by which optimizer, for which gradient in which version.
 _counted: weakref.WeakKeyDictionary[Any, dict[str, tuple[int, Any, Any, int]]] = weakref.WeakKeyDictionary()
 
 
-def watch(layer: Counted) -> None:
-    """Let a layer's steps be counted, if one of its adapters is in its warm-up."""
-    if any(state.warmup for state in layer.states.values()):
-        _layers.add(layer)
+class Warmup:
+    """The part of a layer that keeps one count, saved with the adapter: the optimizer steps that are left."""
+
+    states: dict[str, AdapterState]
+    dual_lora_A: nn.ParameterDict
+    dual_lora_left: BufferDict  # int32, 0-dim or, of experts, [E]; -1: not begun, in a run of unknown length
+    tied: dict[str, Any]  # whose adapter it is, count and all, where it is not the layer's own
+
+    def left(self, adapter: str) -> Tensor:
+        """Optimizer steps that are left, int32, 0-dim or [E]."""
+        owner = self.tied.get(adapter, self)
+        return offloaded.present(owner.dual_lora_left, adapter) if self.states[adapter].warmup else torch.tensor(0)
+
+    def warmup_factor(self, adapter: str) -> Tensor:
+        """λ, from 0 at the start to 1 at the end, fp32, 0-dim or [E]."""
+        steps, left = self.states[adapter].warmup, self.left(adapter)
+        return 1 - (left.clamp(0, int(steps)) / steps if steps >= 1 else left.abs().clamp(max=1).float())
+
+    def steps_left(self, adapter: str) -> int:
+        """Optimizer steps before all of the adapter acts at full strength; -1 before a run of unknown length."""
+        left = self.left(adapter)
+        return -1 if bool((left < 0).any()) else int(left.max())
+
+    def begin_warmup(self, adapter: str, steps: float) -> None:
+        """Begin a warm-up of so many steps, or a share of a run; with 0 forget the count, at full strength."""
+        self.states[adapter].warmup = steps
+        if adapter in self.dual_lora_left:
+            del self.dual_lora_left[adapter]
+        if steps:
+            A = self.dual_lora_A[adapter]
+            device = "cpu" if A.is_meta else A.device  # it is no weight that waits to be loaded
+            left = torch.full(A.shape[:-2], -1 if steps < 1 else int(steps), dtype=torch.int32, device=device)
+            self.dual_lora_left[adapter] = left
+            warming.add(self)
+
+    @torch.inference_mode(False)  # who loads in inference mode may train afterwards
+    def set_left(self, adapter: str, left: Tensor | int) -> None:
+        """Put a count in place. For an adapter without a warm-up it says nothing."""
+        if adapter in self.dual_lora_left:
+            self.dual_lora_left[adapter] = self.fitting(adapter, left)
+
+    def fitting(self, adapter: str, left: Tensor | int) -> Tensor:
+        """A count as it can stand here: one for each expert, and no more than the warm-up's steps."""
+        stored, steps = self.dual_lora_left[adapter], self.states[adapter].warmup
+        given = torch.as_tensor(left, dtype=torch.int32, device=stored.device)
+        return given.clamp(-1, int(steps) if steps >= 1 else None).expand(stored.shape).clone()
+
+    def set_length(self, adapter: str, steps: int) -> None:
+        """Give a warm-up that is a share of a run its length."""
+        if adapter in self.dual_lora_left:
+            left = self.dual_lora_left[adapter]
+            self.states[adapter].warmup = steps
+            self.set_left(adapter, torch.where(left < 0, steps, left))
+
+    def count_step(self, adapter: str) -> None:
+        """Count one optimizer step; in place, for CUDA graphs that were captured before."""
+        steps, left = self.states[adapter].warmup, self.left(adapter)
+        if steps < 1:
+            raise ValueError(
+                f"warmup_steps={steps} is a share of the run, and nobody has said how long the run is. Pass "
+                "`callbacks=[dual_lora.DualLoraCallback()]` to the Trainer, or give a number of steps."
+            )
+        left = left.clone() if left.is_inference() else left
+        self.dual_lora_left[adapter] = left.sub_(self._taking_part(adapter)).clamp_(min=0)
+
+    def _taking_part(self, adapter: str) -> Tensor | int:
+        """1 for what has got a gradient since the last step, 0 for the rest (experts that no token was sent to)."""
+        return 1
+
+
+def until_full(left: int, warmup: float) -> str:
+    """What is left of a warm-up, as a part of a sentence; `left` is -1 before a run of unknown length."""
+    if left < 0:
+        return f"a warm-up over {warmup:.0%} of a run that has not begun"
+    return f"up to {left} of {warmup} optimizer steps before full strength"
 
 
 def count_step(model: nn.Module) -> None:
@@ -53,27 +114,34 @@ def count_step(model: nn.Module) -> None:
     written by hand (`p -= lr * p.grad`), made by an optimizer that is no torch.optim.Optimizer, or replayed from a
     CUDA graph.
     """
+    if not count_training(model):  # as in a copy that follows a model which trains
+        for layer, adapter in _counts(model):
+            layer.count_step(adapter)
+
+
+def count_training(model: nn.Module) -> bool:
+    """The same of those that train alone; whether any of them is in its warm-up."""
     composed_weights.clear()
-    here = [(layer, name) for layer in _layers.intersection(model.modules()) for name in _warming(layer)]
-    training = [(layer, name) for layer, name in here if layer.trainable_factors(name)]
-    for layer, adapter in training or here:  # none trains in a copy that follows a model which does
+    training = [(layer, adapter) for layer, adapter in _counts(model) if layer.trainable_factors(adapter)]
+    for layer, adapter in training:
         layer.count_step(adapter)
+    return bool(training)
 
 
-def _warming(layer: Counted) -> list[str]:
-    return [name for name in layer.dual_lora_left if layer.states[name].warmup]
+def _counts(model: nn.Module) -> list[tuple[Any, str]]:
+    return [(layer, name) for layer in warming.intersection(model.modules()) for name in layer.dual_lora_left]
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    if _layers:
-        _begun[optimizer] = next(_events)
+    if warming:
+        _begun[optimizer] = countings
     for one in watch_training.watches:
         one.before_step(optimizer)
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     composed_weights.clear()  # fused optimizers, and bitsandbytes', raise no version counter
-    if not (_layers or watch_training.watches):
+    if not (warming or watch_training.watches):
         return
     # By this attribute a gradient scaler tells a fused optimizer to leave everything as it is.
     skipped = getattr(optimizer, "found_inf", None)
@@ -81,31 +149,30 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if (skipped is not None and bool(skipped)) or all(group.get("lr") == 0 for group in groups):
         return
     held = {id(p) for group in groups for p in group["params"]}
-    for layer in list(_layers):
-        for adapter in _warming(layer):
-            first = layer.counting_factor(adapter)
+    for layer in list(warming):
+        for adapter in [*layer.dual_lora_left]:
+            A, B, C, D = layer._stored(adapter)
+            # The first that trains, or has before another adapter was chosen.
+            first = next((f for f in (B, A, D, C) if f.requires_grad or f.grad is not None), None)
             if first is not None and id(first) in held and first.grad is not None:
                 _count(layer, adapter, optimizer, first.grad)
-        if not _warming(layer):
-            _layers.discard(layer)
+        if not layer.dual_lora_left:
+            warming.discard(layer)
     for one in list(watch_training.watches):
         one.after_step(optimizer, held)
 
 
-def _count(layer: Counted, adapter: str, optimizer: Optimizer, grad: Tensor) -> None:
+def _count(layer: Warmup, adapter: str, optimizer: Optimizer, grad: Tensor) -> None:
     """Count a step, unless it is the step around one that was counted, or another optimizer's on the same gradient."""
+    global countings
     seen = _counted.setdefault(layer, {})
-    when, by, of, version = seen.get(adapter, (-1, None, None, 0))
-    inside = when > _begun.get(optimizer, -1)
+    when, by, of, version = seen.get(adapter, (0, None, None, 0))
+    inside = when > _begun.get(optimizer, 0)
     same = by is not None and by() not in (None, optimizer) and of() is grad and grad._version == version
     if not inside and not same:
-        if isinstance(layer.states[adapter].warmup, float):
-            raise ValueError(
-                f"warmup_steps={layer.states[adapter].warmup} is a share of the run, and nobody has said how long the "
-                "run is. Pass `callbacks=[dual_lora.DualLoraCallback()]` to the Trainer, or give a number of steps."
-            )
         layer.count_step(adapter)
-        seen[adapter] = next(_events), weakref.ref(optimizer), weakref.ref(grad), grad._version
+        countings += 1
+        seen[adapter] = countings, weakref.ref(optimizer), weakref.ref(grad), grad._version
 
 
 register_optimizer_step_pre_hook(torch._dynamo.disable(_before_step))

@@ -140,7 +140,6 @@ class MultiheadAttention(DualLoraLayer):
         for weight in (*self._merge_parameters().values(), self._out.get_base_layer().weight):
             sharded.refuse(self._base, weight)
             refuse_meta(query, weight)
-        self._loss_scale(names, query)  # refuses the clip for inputs in fp16, which the weights do not show
         parts = {n: self._parts(adapter) for n, adapter in self._adapters(names).items()}
         keeps = self._base._qkv_same_embed_dim  # of three, a layer could keep one alone
         ins = {

@@ -8,8 +8,7 @@ before that module is called; a ParameterDict never is, so the factors are regis
 import functools
 from typing import Any
 
-from .. import scaler
-from ..cache import composed_weights
+from .. import scaler, warmup
 from ..layer import layers_of
 
 
@@ -34,7 +33,7 @@ def _init(engine: Any, init: Any, *args: Any, **kwargs: Any) -> None:
     init(engine, *args, **kwargs)
     layers = layers_of(engine.module)
     if layers and engine.fp16_enabled():
-        scaler.know()
+        scaler.met = True
     if layers and engine.zero_optimization_stage() == 3:
         from deepspeed.runtime.zero import register_external_parameter
 
@@ -44,20 +43,15 @@ def _init(engine: Any, init: Any, *args: Any, **kwargs: Any) -> None:
                     register_external_parameter(layer, factor)
 
 
-def _backward(engine: Any, backward: Any, *args: Any, **kwargs: Any) -> Any:
-    if not engine.fp16_enabled():
-        return backward(engine, *args, **kwargs)
-    with scaler.scaled_by(float(engine.optimizer.cur_scale)):
-        return backward(engine, *args, **kwargs)
+def _backward(engine: Any, backward: Any, loss: Any, *args: Any, **kwargs: Any) -> Any:
+    if engine.fp16_enabled():
+        scaler.tell(loss, float(engine.optimizer.cur_scale))
+    return backward(engine, loss, *args, **kwargs)
 
 
 def _step(engine: Any, step: Any, *args: Any, **kwargs: Any) -> Any:
-    warming = [(one, name) for one in layers_of(engine.module) for name, of in one.states.items() if of.warmup]
-    before = [int(layer.left(name).sum()) for layer, name in warming]
+    before = warmup.countings
     result = step(engine, *args, **kwargs)
-    composed_weights.clear()  # ZeRO writes to the factors through what it has flattened
-    for left, (layer, name) in zip(before, warming, strict=True) if engine.was_step_applied() else ():
-        # Without ZeRO, torch's optimizer holds the factors and the step has been counted already.
-        if left and int(layer.left(name).sum()) == left and layer.trainable_factors(name):
-            layer.count_step(name)
+    if engine.was_step_applied() and warmup.countings == before:  # else torch's optimizer holds the factors
+        warmup.count_training(engine.module)
     return result

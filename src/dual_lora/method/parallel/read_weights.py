@@ -83,12 +83,9 @@ def _reads(tree: ast.FunctionDef) -> set[Path]:
             looked_at |= {id(argument) for argument in node.args}
         elif isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.Is | ast.IsNot):
             looked_at |= {id(node.left), *map(id, node.comparators)}
-    paths = {names.path(n) for n in ast.walk(tree) if id(n) not in looked_at and not _is_written(n)}
+    written = {id(n) for n in ast.walk(tree) if isinstance(getattr(n, "ctx", None), ast.Store | ast.Del)}
+    paths = {names.path(n) for n in ast.walk(tree) if id(n) not in looked_at | written}
     return {path[:-1] for path in paths if path and len(path) > 1 and path[-1] == "weight"}
-
-
-def _is_written(node: ast.AST) -> bool:
-    return isinstance(getattr(node, "ctx", None), ast.Store | ast.Del)
 
 
 class _Names:

@@ -254,13 +254,9 @@ def merged_part(weight: DTensor, original: Tensor, adapters: list[Adapter]) -> T
 
 def leave_out_counts(layer: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     """After state_dict() of a layer that was emptied and sharded: without its counts."""
-    for adapter in layer.dual_lora_left:
-        A = layer.dual_lora_A[adapter]
+    for adapter, A in layer.dual_lora_A.items():
         if A.is_meta and is_sharded(A):
             state.pop(f"{prefix}dual_lora_left.{adapter}", None)
-    for adapter in layer.dual_lora_seed:
-        A = layer.dual_lora_A[adapter]
-        if A.is_meta and is_sharded(A):
             state.pop(f"{prefix}dual_lora_seed.{adapter}", None)
 
 
