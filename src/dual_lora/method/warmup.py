@@ -101,8 +101,9 @@ def _count(layer: Counted, adapter: str, optimizer: Optimizer, grad: Tensor) -> 
     if not inside and not same:
         if isinstance(layer.states[adapter].warmup, float):
             raise ValueError(
-                f"warmup_steps={layer.states[adapter].warmup} is a share of the run, and nobody has said how long the "
-                "run is. Pass `callbacks=[dual_lora.DualLoraCallback()]` to the Trainer, or give a number of steps."
+                f"warmup_steps={layer.states[adapter].warmup} is a share of the run, but the length of the "
+                "run is not known. Pass `callbacks=[dual_lora.DualLoraCallback()]` to the Trainer, or give a number of "
+                "steps."
             )
         layer.count_step(adapter)
         seen[adapter] = next(_events), weakref.ref(optimizer), weakref.ref(grad), grad._version
