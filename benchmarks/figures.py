@@ -79,15 +79,15 @@ def table(rows: Iterable[Mapping[str, Any]]) -> str:
     if not all(r.get("bf16_units", True) for r in used):
         lines += [
             "",
-            "This processor has no units for bf16, so figures in bf16 mainly count slow products. Use fp32 on it.",
+            "This processor has no units for bf16, so products take most of the time in bf16. Use fp32 on it.",
         ]
     if all(r.get("fp32_products") == "torch.mm" for r in used):
-        lines += ["", "All methods' products in fp32 are torch.mm's there, ours too."]
+        lines += ["", "There torch.mm computes the fp32 products of all methods, ours too."]
     if any(r.get("fp32_products") == "oneDNN" for r in used):
         lines += [
             "",
-            "In fp32 our products run on oneDNN there, the other methods' on torch's MKL, which is slower on it:",
-            "part of the ratio is the library's ([floor](../../benchmarks/README.md)).",
+            "There oneDNN computes our fp32 products, and torch's MKL those of the other methods. MKL is slower on it,",
+            "so a part of the gain comes from the library ([floor](../../benchmarks/README.md)).",
         ]
     return "\n".join(lines)
 

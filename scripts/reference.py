@@ -34,31 +34,31 @@ A recipe is one YAML file, and every field is a flag too: `train.steps` is `--tr
 `dual-lora recipes show NAME` prints a complete one, and a run's folder keeps its own as `recipe.yaml`.
 
 `--method.name lora --method.r 16` (or any PEFT method, or `full`) trains the same recipe with another method.
-Settings that are not given are then that method's own defaults, but for two: `target_modules` is `all-linear`, and with
+Other settings then have that method's own defaults, with two exceptions: `target_modules` is `all-linear`, and with
 the paper's start (`method: {name: dual_lora, init_weights: paper}`) `warmup_steps` is a tenth of the steps.
 
-An editor completes and checks recipes by [the JSON Schema](schemas/recipe.schema.json): write it to a file with
-`dual-lora schema recipe > recipe.schema.json`, and put this into the first line of yours:
+With [the JSON Schema](schemas/recipe.schema.json) an editor completes and checks recipes: write it to a file with
+`dual-lora schema recipe > recipe.schema.json`, and make this the first line of your recipe:
 `# yaml-language-server: $schema=recipe.schema.json`."""
 
 STUDY = """# Study
 
 A study is one YAML file that `dual-lora compare FILE` runs. [Comparing methods](../how-to/studies.md) explains it.
 
-An editor completes and checks studies by [the JSON Schema](schemas/study.schema.json): write it to a file with
-`dual-lora schema study > study.schema.json`, and put this into the first line of yours:
+With [the JSON Schema](schemas/study.schema.json) an editor completes and checks studies: write it to a file with
+`dual-lora schema study > study.schema.json`, and make this the first line of your study:
 `# yaml-language-server: $schema=study.schema.json`.
 
-There is one more field than those below, `extends`: another study, whose fields hold where yours is silent."""
+One more field is not in the tables, `extends`: another study, which supplies the fields that yours does not have."""
 
 CONFIG = """# DualLoraConfig
 
-The fields of the method's configuration. In a recipe they stand under `method`, as flags they are `--method.r 16`.
-There `target_modules` is `all-linear` unless it is given. With `init_weights: paper`, `warmup_steps` is a tenth of the
-steps.
+The fields of the method's configuration. In a recipe they are under `method`; on the command line they are flags, as
+in `--method.r 16`. In both, `target_modules` is `all-linear` by default. With `init_weights: paper`, `warmup_steps` is
+a tenth of the steps.
 
-[LoRA's fields](../how-to/settings.md#you-have-a-lora-configuration) are taken too: `lora_alpha`, `lora_dropout`, and
-the others where they mean plain LoRA."""
+[LoRA's fields](../how-to/settings.md#you-have-a-lora-configuration) work too: `lora_alpha`, `lora_dropout`, and
+the others if their values mean plain LoRA."""
 
 CLI = """# Command line
 

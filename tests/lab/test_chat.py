@@ -54,7 +54,7 @@ def test_an_answer_that_is_stopped_ends_the_model_s_work(talk):
 
 
 def test_more_than_the_model_reads(talk):
-    with pytest.raises(UserError, match=r"The conversation has \d+ tokens, and the model reads 64"):
+    with pytest.raises(UserError, match=r"The conversation has \d+ tokens, but the model reads at most 64"):
         list(talk.ask("sea " * 80))
     assert talk.messages == []
 

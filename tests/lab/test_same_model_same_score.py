@@ -420,9 +420,11 @@ def test_files_of_another_kind_tell_nothing_and_that_is_said(trained):
     folder, base = trained
     torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
     (base / "model.safetensors").unlink()
-    with pytest.warns(UserWarning, match="Nothing tells whether the base model's weights are those that .*adapter"):
+    with pytest.warns(
+        UserWarning, match="It cannot be checked whether the base model's weights are those that .*adapter"
+    ):
         open_tuned(folder)
-    with pytest.warns(UserWarning, match="Nothing tells whether .* those that the run .* was started with"):
+    with pytest.warns(UserWarning, match="It cannot be checked whether .* those that the run .* was started with"):
         analyze([folder], progress=False)
 
 

@@ -351,7 +351,7 @@ def test_a_diverged_rate_ends_the_search():
 def test_a_search_goes_by_what_judges_or_says_why(tiny):
     tasks = {"letters": {"recipe": str(tiny / "letters.yaml"), "metric": "choice"}}
     search = {"space": {"learning_rate": [1e-3, 1e-2]}, "metric": "loss"}
-    with pytest.raises(UserError, match=r"letters compares by choice, and the search goes by loss.*search.why"):
+    with pytest.raises(UserError, match=r"letters compares by choice, but the search uses loss.*search.why"):
         laid_out(tiny, tasks=tasks, search=search)
     _, cells = laid_out(tiny, tasks=tasks, search=search | {"why": "forty records are few"})
     study, cells = laid_out(tiny, tasks=tasks, search=search | {"metric": None})
@@ -399,7 +399,7 @@ def test_other_weights_of_the_base_are_noticed(tmp_path):
     known = json.loads(file.read_text())
     nameless = {"letters weights": {"file pytorch_model.bin": "0"}}
     file.write_text(json.dumps(known | {"recipes": known["recipes"] | nameless}))
-    doubt = "Nothing tells whether .* weights are those that the study was begun with"
+    doubt = "It cannot be checked whether .* weights are those that the study was begun with"
     asks = pytest.raises(UserError, match=r"1 finished runs were made on other weights.*another --out")
     with pytest.warns(UserWarning, match=doubt), asks:  # by what the runs say
         compare(study, tmp_path / "out", progress=False)

@@ -18,7 +18,7 @@ def test_help_describes_every_field():
     own = set(DualLoraConfig.__annotations__)
     for name in own:
         assert re.search(rf"^    {name} \(`.+`, default .+\): \S+", DualLoraConfig.__doc__, flags=re.MULTILINE), name
-    assert "warmup_steps (`int | float | None`, default None): Of the paper's start alone" in DualLoraConfig.__doc__
+    assert "warmup_steps (`int | float | None`, default None): For the paper's start only" in DualLoraConfig.__doc__
     assert "lora_alpha" in DualLoraConfig.__doc__
 
 
@@ -120,7 +120,7 @@ def test_a_start_that_is_written_later_brings_its_sigma_and_its_warm_up():
     assert config == DualLoraConfig.paper(warmup_steps=7)
     config.init_weights = True
     assert config == DualLoraConfig()
-    with pytest.raises(ValueError, match="belongs to the paper's start"):
+    with pytest.raises(ValueError, match="works only with the paper's start"):
         config.warmup_steps = 5
 
 

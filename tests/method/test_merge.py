@@ -236,7 +236,7 @@ def test_a_weighted_adapter_takes_nobodys_name():
     model = three()
     before = state(model)
     for name in ("default", "b"):
-        with pytest.raises(ValueError, match="would be lost"):
+        with pytest.raises(ValueError, match="would be replaced"):
             model.base_model.add_weighted_adapter(["default"], [2.0], name)
     with pytest.raises(ValueError, match="first"):  # that of a module, which PEFT refuses
         model.base_model.add_weighted_adapter(["default"], [2.0], "first")

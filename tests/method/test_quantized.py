@@ -161,7 +161,9 @@ def test_converted_bits_are_an_error():
     base.weight = bnb.nn.Params4bit(torch.randn(64, 128), requires_grad=False, **options)
     model, _ = adapted(base.to("cpu"))
     model(torch.randn(2, 128))
-    with pytest.raises(ValueError, match=r"stored as torch.bfloat16 was converted to torch.float32, as by model.float"):
+    with pytest.raises(
+        ValueError, match=r"stored as torch.bfloat16 was converted to torch.float32, for example by model.float"
+    ):
         model.float()(torch.randn(2, 128))
 
 

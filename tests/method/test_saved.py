@@ -321,7 +321,7 @@ def test_a_missing_layer(variant, loader):
 def test_a_missing_factor_is_reported(variant, loader):
     gone = "base_model.model.model.layers.1.self_attn.q_proj.dual_lora_C"
     path = variant(tensors=lambda t: {n: v for n, v in t.items() if n != gone})
-    with pytest.warns(UserWarning, match=rf"lacks {gone}.(default|second): they keep the values that they have"):
+    with pytest.warns(UserWarning, match=rf"lacks {gone}.(default|second): these keep their present values"):
         LOADERS[loader](path)
 
 

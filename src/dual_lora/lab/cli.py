@@ -216,7 +216,7 @@ def _check_text(given: list[str]) -> None:
             argument.encode()
         except UnicodeEncodeError:
             shown = os.fsencode(argument).decode("utf-8", "backslashreplace")
-            raise UserError(f"{shown} is not UTF-8: rename the file or folder, or go by a link.") from None
+            raise UserError(f"{shown} is not UTF-8: rename the file or folder, or make a link to it.") from None
 
 
 def _modules(given: Iterable[str]) -> tuple[list[str], list[str]]:

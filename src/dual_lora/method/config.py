@@ -73,7 +73,7 @@ class DualLoraConfig(PeftConfig):
         metadata={"help": "Module names, a regular expression, or 'all-linear'. Default: as LoRA for known models."},
     )
     exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Names, or a regular expression, of modules to leave alone."}
+        default=None, metadata={"help": "Names, or a regular expression, of modules that get no adapter."}
     )
     bias: Literal["none", "all", "dual_lora_only"] = field(
         default="none", metadata={"help": "Which biases train: 'none', 'all' or 'dual_lora_only'."}
@@ -82,7 +82,7 @@ class DualLoraConfig(PeftConfig):
         default=True,
         metadata={
             "help": "True: B = 0, so that ΔW = 0 at the start, and A as LoRA draws it. 'aligned': the same with signs "
-            "of rank one. 'paper': Gaussian factors under the warm-up (see `DualLoraConfig.paper`). 'zero': B = 0, the "
+            "of rank one. 'paper': Gaussian factors with a warm-up (see `DualLoraConfig.paper`). 'zero': B = 0, the "
             "rest Gaussian, as in version 0.2. False: random factors at full strength (for tests; it changes the "
             "model's output)."
         },
@@ -90,15 +90,15 @@ class DualLoraConfig(PeftConfig):
     init_std: float | None = field(
         default=None,
         metadata={
-            "help": "Standard deviation σ of C and D (default 0.1), which sets how fast signs turn. With another start "
-            "(default 0.02) also of A and, with the paper's, of B."
+            "help": "Standard deviation σ of C and D (default 0.1), which sets how fast signs flip. With 'zero' and "
+            "'paper' (default 0.02) also of A, and with 'paper' of B."
         },
     )
     warmup_steps: int | float | None = field(
         default=None,
         metadata={
-            "help": "Of the paper's start alone: optimizer steps over which λ rises from 0 to 1 (50 by default), or, "
-            "below 1, a share of the Trainer's run, which `DualLoraCallback` tells. 0: no warm-up."
+            "help": "For the paper's start only: optimizer steps over which λ rises from 0 to 1 (50 by default). A "
+            "number below 1 is a share of the Trainer's run and needs `DualLoraCallback`. 0: no warm-up."
         },
     )
     ste: Ste = field(
@@ -113,26 +113,27 @@ class DualLoraConfig(PeftConfig):
     direction_activation: Direction = field(
         default="sign",
         metadata={
-            "help": "'sign' (the method), 'identity' (ablation without Sign) or 'frozen': fixed random signs S₀, made "
-            "of a seed, in place of Sign(D C). Then there is no C and D, all of r is in B A, and the scale is "
+            "help": "'sign' (the method), 'identity' (ablation without Sign) or 'frozen': fixed random signs S₀, "
+            "drawn from a seed, instead of Sign(D C). Then there is no C and D, all of r is in B A, and the scale is "
             "LoRA's, `lora_alpha`/r: ΔW = α/(2r) · m(B A) ⊙ S₀."
         },
     )
     direction_seed: int = field(
-        default=0, metadata={"help": "Of frozen signs: the number of which, with its name, each layer's seed is made."}
+        default=0,
+        metadata={"help": "For frozen signs: each layer's seed is made from this number and the layer's name."},
     )
     plain_rank: int = field(
         default=0,
         metadata={
-            "help": "With frozen signs: how much of r is a plain product, as LoRA's. ΔW is the sum of both: "
+            "help": "With frozen signs: the part of r that is a plain product, as in LoRA. ΔW is the sum of both: "
             "α/(2r) · (B₀A₀ + m(B₁A₁) ⊙ S₀)."
         },
     )
     token_sampling: Sampling = field(
         default=None,
         metadata={
-            "help": "Share of a step's tokens from which the factors' gradients are estimated, without bias: faster, "
-            "with noise. 'auto': as few as a bound on that noise allows. None: all of them."
+            "help": "Share of a step's tokens for an unbiased estimate of the factors' gradients, which is faster and "
+            "noisier. 'auto': as few tokens as a bound on the noise allows. None: all tokens."
         },
     )
     sampling_pattern: dict[str, Sampling] = field(
@@ -142,13 +143,13 @@ class DualLoraConfig(PeftConfig):
         default=False, metadata={"help": "Set this if the layer stores its weight as (in, out), like GPT-2's Conv1D."}
     )
     modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Further modules, trained whole and saved with the adapter (e.g. a head)."}
+        default=None, metadata={"help": "Further modules to train fully and save with the adapter (e.g. a head)."}
     )
     layers_to_transform: list[int] | int | None = field(
         default=None, metadata={"help": "Indexes of the layers to adapt; needs target_modules as names."}
     )
     layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the model's layer list, where it is not a usual one."}
+        default=None, metadata={"help": "Name of the model's list of layers, if it is an unusual one."}
     )
     rank_pattern: dict[str, Rank] = field(
         default_factory=dict,
@@ -157,8 +158,8 @@ class DualLoraConfig(PeftConfig):
     alpha_pattern: dict[str, float] = field(
         default_factory=dict,
         metadata={
-            "help": "`lora_alpha` of single layers by name or regular expression, as in LoraConfig; next to `alpha` "
-            "their α."
+            "help": "`lora_alpha` of single layers by name or regular expression, as in LoraConfig. If `alpha` is "
+            "given too, the numbers are α."
         },
     )
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(

@@ -42,8 +42,8 @@ def check_warmup(config: Any) -> None:
     if config.init_weights != "paper":
         if steps:
             raise ValueError(
-                f"warmup_steps={steps!r} belongs to the paper's start, and this adapter has another: its update is "
-                f"zero at the start and needs no warm-up. Leave it out, or write "
+                f"warmup_steps={steps!r} works only with the paper's start. This adapter has another start: its update "
+                f"is zero at first and needs no warm-up. Leave it out, or write "
                 f"DualLoraConfig.paper(warmup_steps={steps!r}, …)."
             )
         config.warmup_steps = None

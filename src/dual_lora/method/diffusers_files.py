@@ -63,8 +63,8 @@ def configuration(original: Callable[..., Any], state: dict[str, Any], *args: An
         return DualLoraConfig(**metadata)
     if any("dual_lora_seed" in name for name in state):
         raise ValueError(
-            "This file holds a Dual LoRA adapter with frozen signs and not its configuration, which its tensors do not "
-            "tell: save it with `save_pretrained`, which writes both."
+            "This file holds a Dual LoRA adapter with frozen signs but not its configuration, which the "
+            "tensors alone do not determine: save the adapter with `save_pretrained`, which writes both."
         )
     noted = {name.removesuffix(_ALPHA): float(state.pop(name)) for name in [*state] if name.endswith(_ALPHA)}
     ranks: dict[str, Any] = {}

@@ -49,9 +49,9 @@ def warn_of_rounding(layers: list[QuantizedLinear]) -> None:
     errors = sorted(layer.merge_error for layer in layers if layer.merge_error is not None)
     if errors:
         warn(
-            f"Merged into {len(errors)} quantised layers, whose weights were quantised again: what that lost is "
+            f"Merged into {len(errors)} quantised layers, whose weights were quantised again. The error of this is "
             f"{errors[len(errors) // 2]:.1%} of ΔW's norm in the median layer and {errors[-1]:.1%} in the worst (each "
-            "layer's `merge_error`). Unmerging brings the old weights back bit for bit. For an exact merge, merge into "
+            "layer's `merge_error`). Unmerging restores the old weights bit for bit. For an exact merge, merge into "
             "the base model in bf16 or fp32 and quantise the result.",
             stacklevel=4,
         )
@@ -102,8 +102,8 @@ def refuse_shared_weights(tuner: Any, adapter_names: list[str] | None) -> None:
             if theirs:
                 raise ValueError(
                     f"Cannot merge: {base} and {other} share one weight, and their updates ({', '.join(sorted(own))} "
-                    f"and {', '.join(sorted(theirs))}) differ: no one weight gives what the unmerged model gives. "
-                    + way_out
+                    f"and {', '.join(sorted(theirs))}) differ: no single weight gives the same result as the unmerged "
+                    "model. " + way_out
                 )
             layer.warned.once(
                 f"Merging adapter {', '.join(sorted(own))} into {base} changes {other} as well, which shares its "

@@ -84,8 +84,8 @@ class DualLoraModel(BaseTuner):
                 raise ValueError(
                     "When using multiple adapters with `target_parameters`, all adapters must target the same set of "
                     f"parameters, but got {sorted(wanted)} for the new adapter and "
-                    f"{sorted(theirs)} for adapter '{name}': by the nesting of the wrappers it is "
-                    "known to which parameter a saved factor belongs."
+                    f"{sorted(theirs)} for adapter '{name}': the nesting of the "
+                    "wrappers decides to which parameter a saved factor belongs."
                 )
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -96,8 +96,8 @@ class DualLoraModel(BaseTuner):
         """
         if len(self.peft_config) > 1 and (taken := set(self.peft_config) & {"model", *_names_of_modules(model)}):
             raise ValueError(
-                f"Of several adapters none can be called {sorted(taken)[0]!r}, as a module of this model is: the files "
-                "of the others would lack layers. Choose another name."
+                f"Of several adapters none can be called {sorted(taken)[0]!r}, because a module of this model has that "
+                "name: the files of the other adapters would lack layers. Choose another name."
             )
         is_reference = adapter_name == "ref" and self.peft_config["ref"] is self.peft_config.get("default")
         super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -271,7 +271,7 @@ class DualLoraModel(BaseTuner):
         """
         if adapter_name in self.peft_config:
             raise ValueError(
-                f"There is an adapter {adapter_name!r} already, which would be lost: choose another name, or call "
+                f"There is already an adapter {adapter_name!r}, which would be replaced: choose another name, or call "
                 f"`delete_adapter({adapter_name!r})` first."
             )
         source, weight = weighted.one_of(self.model, self.peft_config, adapters, weights, combination_type)

@@ -111,8 +111,8 @@ def warn_of_scales(layers: list[Any], adapter_name: str) -> None:
     other = next((scale for scale in scales if not math.isclose(scale, 1)), None)
     if other is not None:
         warn(
-            f"Adapter {adapter_name!r} acts at {other:.4g} times its own strength (`set_scale`), which is not saved: "
-            "it will be loaded at its own. To save it as it acts: "
+            f"Adapter {adapter_name!r} has {other:.4g} times its own strength (`set_scale`). This factor is not saved, "
+            "so the adapter will load at its own strength. To save the changed strength: "
             f"model.base_model.add_weighted_adapter([{adapter_name!r}], [1.0], 'scaled'), and save that.",
             stacklevel=4,
         )
@@ -152,7 +152,7 @@ def check_fits(model: nn.Module, config: Any, adapter_name: str, state: dict[str
         absent = [name for name in own if name.removeprefix(PEFT_PREFIX) not in bare]
         if absent:
             warn(
-                f"The saved Dual LoRA adapter lacks {_some(absent, 'factors')}: they keep the values that they have.",
+                f"The saved Dual LoRA adapter lacks {_some(absent, 'factors')}: these keep their present values.",
                 stacklevel=3,
             )
         return

@@ -89,7 +89,7 @@ class Warmup:
         steps, left = self.states[adapter].warmup, self.left(adapter)
         if steps < 1:
             raise ValueError(
-                f"warmup_steps={steps} is a share of the run, and nobody has said how long the run is. Pass "
+                f"warmup_steps={steps} is a share of the run, but the length of the run is not known. Pass "
                 "`callbacks=[dual_lora.DualLoraCallback()]` to the Trainer, or give a number of steps."
             )
         left = left.clone() if left.is_inference() else left

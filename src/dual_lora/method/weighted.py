@@ -79,7 +79,7 @@ def _refuse_undirected(layer: DualLoraLayer, adapter: str, name: str) -> None:
         )
     if form.direction == "sign" and (factors.D.eq(0).all(-1).any() or factors.C.eq(0).all(-2).any()):
         raise ValueError(
-            f"The layer {name!r} of adapter {adapter!r} has rows or columns whose direction D C is zero, so turning D "
-            "round does not turn their sign: this adapter cannot be copied with a negative weight. Use it with a "
-            "negative strength (each layer's `set_scale(name, -1)`), or merge it with one."
+            f"The layer {name!r} of adapter {adapter!r} has rows or columns whose direction D C is zero, so "
+            "negating D does not negate their sign: this adapter cannot be copied with a negative weight. Use it with "
+            "a negative strength (each layer's `set_scale(name, -1)`), or merge it with one."
         )

@@ -21,13 +21,13 @@ def advise(
         str | None, Parameter(help="Recipe file, shipped recipe, or run folder. [default: written from the options]")
     ] = None,
     *,
-    base: Annotated[str | None, Parameter(help="Model, in place of the recipe's.")] = None,
-    data: Annotated[str | None, Parameter(help="Training records, in place of the recipe's.")] = None,
-    test: Annotated[str | None, Parameter(help="Test records, in place of the recipe's.")] = None,
-    minutes: Annotated[float, Parameter(help="About how long it may take; steps and seeds are fitted to it.")] = 20,
-    out: Annotated[Path | None, Parameter(help="Folder of its study. [default: studies/advise-NAME]")] = None,
+    base: Annotated[str | None, Parameter(help="Model to use instead of the recipe's.")] = None,
+    data: Annotated[str | None, Parameter(help="Training records to use instead of the recipe's.")] = None,
+    test: Annotated[str | None, Parameter(help="Test records to use instead of the recipe's.")] = None,
+    minutes: Annotated[float, Parameter(help="Approximate time limit; the command fits steps and seeds to it.")] = 20,
+    out: Annotated[Path | None, Parameter(help="Folder of the study. [default: studies/advise-NAME]")] = None,
     metric: Annotated[
-        str | None, Parameter(help="Metric that compares and tunes. [default: the recipe's first evaluation]")
+        str | None, Parameter(help="Metric for tuning and for the comparison. [default: the recipe's first evaluation]")
     ] = None,
     margin: Annotated[
         float | None,
@@ -45,9 +45,9 @@ def advise(
 
     Without a recipe: `dual-lora advise --base ./my-model --data my.csv --test my-test.csv`
 
-    LoRA, Dual LoRA and Dual LoRA without Sign get equal parameters, equal tuning and the same seeds. Stopped at any
-    moment, the same command goes on where it was; with more minutes it adds seeds to what is there;
-    `dual-lora report` shows the study with all its figures.
+    LoRA, Dual LoRA and Dual LoRA without Sign get equal parameters, equal tuning and the same seeds. After a
+    stop, the same command continues where it was; with more minutes it adds seeds. `dual-lora report` shows the study
+    with all its figures.
     """
     from dual_lora.lab.advise.advise import advise as run
     from dual_lora.lab.advise.advise import plan

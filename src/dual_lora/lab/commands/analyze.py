@@ -26,7 +26,7 @@ def analyze(
     /,
     *,
     reference: Annotated[
-        Path | None, Parameter(help="Run of full fine-tuning, same model and data, to compare with.")
+        Path | None, Parameter(help="Run of full fine-tuning to compare with, on the same model and data.")
     ] = None,
     out: Annotated[
         Path | None, Parameter(help="JSON file. [default: RUN/analysis/analysis.json of the first run]")
@@ -34,17 +34,20 @@ def analyze(
     page: Annotated[Path | None, Parameter(help="Also write an HTML page with plots.")] = None,
     what: Annotated[
         Literal["update", "sampling", "all"],
-        Parameter(help="The update and its gradients, or what `token_sampling` would add to the gradient's variance."),
+        Parameter(
+            help="The update and its gradients, or the variance that `token_sampling` would add to the gradient."
+        ),
     ] = "update",
-    states: Annotated[int, Parameter(help="Most states of a run to analyse, start and end included.")] = 8,
+    states: Annotated[int, Parameter(help="Largest number of states of a run to analyse, start and end included.")] = 8,
     layers: Annotated[str | None, Parameter(help="Regular expression of layer names.")] = None,
     ranks: Annotated[
-        Literal["ends", "all", "none"], Parameter(help="Ranks at start and end, at all states, or not (the slow part).")
+        Literal["ends", "all", "none"],
+        Parameter(help="Compute ranks at start and end, at all states, or not at all (ranks are slow)."),
     ] = "ends",
-    gradients: Annotated[
-        bool, Parameter(help="Take a gradient pass at every state.", negative="--no-gradients")
-    ] = True,
-    held_out: Annotated[int, Parameter(help="Records for what each group contributes; 0: leave that out.")] = 64,
+    gradients: Annotated[bool, Parameter(help="Compute gradients at every state.", negative="--no-gradients")] = True,
+    held_out: Annotated[
+        int, Parameter(help="Records to measure each group's contribution; 0: do not measure it.")
+    ] = 64,
     device: Device = None,
     json: Json = False,
 ) -> None:

@@ -26,14 +26,14 @@ WORDS = ("/exit", "/clear", "/system", "/adapter", "/help")
 def chat(
     source: Source,
     *,
-    system: Annotated[str | None, Parameter(help="System message: who the model is.")] = None,
+    system: Annotated[str | None, Parameter(help="System message of the chat.")] = None,
     once: Annotated[
-        str | None, Parameter(help="Ask this alone and end; needs no terminal.", allow_leading_hyphen=True)
+        str | None, Parameter(help="Ask only this question and end; needs no terminal.", allow_leading_hyphen=True)
     ] = None,
     max_new_tokens: Annotated[int, Parameter(help="Longest answer in tokens.")] = 512,
     temperature: Annotated[float, Parameter(help="0: always the most probable token.")] = 0.0,
     seed: Annotated[int, Parameter(help="Seed for a temperature above 0.")] = 0,
-    without_adapter: Annotated[bool, Parameter(help="Begin with the adapter off.")] = False,
+    without_adapter: Annotated[bool, Parameter(help="Start with the adapter switched off.")] = False,
     base: Base = None,
     dtype: AutoDtype = None,
     device: Device = None,

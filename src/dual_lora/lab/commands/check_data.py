@@ -28,11 +28,13 @@ LISTED = 12  # classes that are shown
 def check_data(
     file: Annotated[str, Parameter(help="Records (.csv, .jsonl, …), or a recipe, by file or shipped name.")],
     *,
-    test: Annotated[str | None, Parameter(help="Test records, to look for what both sets have.")] = None,
-    base: Annotated[str | None, Parameter(help="Model whose tokens are counted. [default: the recipe's]")] = None,
+    test: Annotated[str | None, Parameter(help="Test records, to find records that both sets contain.")] = None,
+    base: Annotated[
+        str | None, Parameter(help="Model whose tokenizer counts the tokens. [default: the recipe's]")
+    ] = None,
     head: Annotated[
         Literal["causal", "classification", "regression"] | None,
-        Parameter(help="What would be trained. [default: the recipe's, else by the columns]"),
+        Parameter(help="Kind of model to train. [default: the recipe's, else by the columns]"),
     ] = None,
     json: Json = False,
     given: Annotated[

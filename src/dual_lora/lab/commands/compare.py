@@ -18,16 +18,17 @@ def compare(
     out: Annotated[Path | None, Parameter(help="Folder of the study. [default: studies/NAME]")] = None,
     runs: Annotated[
         Path | None,
-        Parameter(help="Folder of the runs; studies that share it do the same run only once. [default: OUT/runs]"),
+        Parameter(help="Folder of the runs; studies that share it run identical runs only once. [default: OUT/runs]"),
     ] = None,
     executor: Annotated[
-        Literal["serial", "process", "ray"], Parameter(help="One run after another, in processes, or on Ray.")
+        Literal["serial", "process", "ray"],
+        Parameter(help="serial: one run after another; process: parallel processes; ray: on a Ray cluster."),
     ] = "serial",
     workers: Annotated[
-        int | None, Parameter(help="Runs at a time (process, ray). [default: one a GPU, else one a core]")
+        int | None, Parameter(help="Parallel runs (process, ray). [default: one for each GPU, else for each core]")
     ] = None,
     keep: Annotated[
-        Literal["adapters", "all", "nothing"], Parameter(help="What is kept of the final runs, besides their scores.")
+        Literal["adapters", "all", "nothing"], Parameter(help="What to keep of the final runs, besides their scores.")
     ] = "adapters",
     report_to: ReportTo = (),
     device: Device = None,
@@ -35,17 +36,17 @@ def compare(
     on: Annotated[
         str | None,
         Parameter(
-            help="With --dry-run: time and memory on a card by its published figures, e.g. h100-80gb, a100-80gb."
+            help="With --dry-run: estimate time and memory on this GPU from its published figures, e.g. h100-80gb."
         ),
     ] = None,
     list: Annotated[bool, Parameter(help="Show the shipped studies.")] = False,
     json: Json = False,
 ) -> None:
-    """Compare fine-tuning methods by a study: equal budgets, equal search, fresh seeds, and a verdict in words.
+    """Compare fine-tuning methods by a study: equal budgets, equal search, fresh seeds, and a verdict.
 
     Example: `dual-lora compare quick --dry-run`, then `dual-lora compare quick --executor process`
 
-    On a card that is not here: `dual-lora compare gpu-commonsense --dry-run --on h100-80gb`
+    For a GPU that this machine does not have: `dual-lora compare gpu-commonsense --dry-run --on h100-80gb`
 
     After a stop, the same command continues where it was. Finished runs are not repeated.
     """

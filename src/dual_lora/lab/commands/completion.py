@@ -12,14 +12,14 @@ Shell = Literal["bash", "zsh", "fish"]
 
 
 def completion(
-    shell: Annotated[Shell | None, Parameter(help="The shell. [default: the one that runs here]")] = None,
+    shell: Annotated[Shell | None, Parameter(help="Shell to complete in. [default: the current one]")] = None,
     *,
     install: Annotated[
-        bool, Parameter(help="Put it where the shell looks, and load it in the shell's start file.")
+        bool, Parameter(help="Install the script where the shell finds it, and load it in the shell's start file.")
     ] = False,
     json: Json = False,
 ) -> None:
-    """Print the script by which a shell completes commands and options with the tab key, or install it.
+    """Print or install the script that completes commands and options in a shell with the tab key.
 
     Example: `dual-lora completion --install`, then open a new terminal
 

@@ -33,8 +33,8 @@ LONGEST = 200  # characters of an answer that are shown
 
 def demo(
     *,
-    ask: Annotated[str | None, Parameter(help="A request of your own, answered by the tuned model.")] = None,
-    seed: Annotated[int, Parameter(help="Seed of the factors and of the order of the examples.")] = 0,
+    ask: Annotated[str | None, Parameter(help="A request of your own for the fine-tuned model.")] = None,
+    seed: Annotated[int, Parameter(help="Seed for the factors and for the order of the examples.")] = 0,
     out: Annotated[Path | None, Parameter(help="Folder of the demo. [default: demo-output/seed-SEED]")] = None,
     overwrite: Annotated[bool, Parameter(help="Start from the beginning, even if there are results.")] = False,
     device: Device = None,

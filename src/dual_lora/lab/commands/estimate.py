@@ -30,9 +30,9 @@ def estimate(
     *,
     methods: Annotated[
         list[str] | None,
-        Parameter(help="Shown side by side. [default: dual_lora lora dora full]", consume_multiple=True),
+        Parameter(help="Methods to compare. [default: dual_lora lora dora full]", consume_multiple=True),
     ] = None,
-    rank: Annotated[int | None, Parameter(help="Total rank, of all methods.")] = None,
+    rank: Annotated[int | None, Parameter(help="Total rank, the same for all methods.")] = None,
     target_modules: Annotated[
         str | None,
         Parameter(help="Names separated by commas, or all-linear. [default: all-linear]"),
@@ -41,14 +41,14 @@ def estimate(
     length: Annotated[int | None, Parameter(name="--max-length", help="Tokens of a row, padding included.")] = None,
     logits: Annotated[
         int | None,
-        Parameter(help="Last positions whose logits are computed (answers only). [default: all]"),
+        Parameter(help="Number of last positions to compute logits for, if only answers count. [default: all]"),
     ] = None,
     dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, Parameter(help="Precision of the base.")] = None,
     quantisation: Annotated[
         Quantize | None,
         Parameter(
             name="--quantize",
-            help="How the base is packed, as model.quantize. [default: the recipe's, or none]",
+            help="Quantisation of the base, as model.quantize. [default: the recipe's, or none]",
         ),
     ] = None,
     checkpointing: Annotated[
@@ -61,10 +61,10 @@ def estimate(
     ] = None,
     optimizer: Annotated[
         Literal["adamw", "adamw_8bit", "lion", "sgd", "momentum", "adafactor"] | None,
-        Parameter(help="Optimizer whose state is counted. [default: the recipe's, or adamw]"),
+        Parameter(help="Optimizer, for the memory of its state. [default: the recipe's, or adamw]"),
     ] = None,
     accumulate: Annotated[int | None, Parameter(help="Forward passes per optimizer step.")] = None,
-    head: Annotated[Literal["causal", "classification"] | None, Parameter(help="What is on top of the model.")] = None,
+    head: Annotated[Literal["causal", "classification"] | None, Parameter(help="Head of the model.")] = None,
     classes: Annotated[int, Parameter(help="Classes of a classification head.")] = 2,
     devices: Annotated[int, Parameter(help="Show 1, 2, 4 … devices, up to this number.")] = 1,
     strategy: Annotated[
@@ -73,10 +73,10 @@ def estimate(
     on: Annotated[Literal["cpu", "gpu"] | None, Parameter(help="Kind of device. [default: this machine's]")] = None,
     fits: Annotated[
         str | None,
-        Parameter(help="A device's memory, e.g. 24GB: propose the largest batch, length and rank."),
+        Parameter(help="Memory of a device, e.g. 24GB: propose the largest batch, length and rank that fit."),
     ] = None,
     calibrate: Annotated[
-        bool, Parameter(help="Measure this machine's speed first (a minute); kept for later.")
+        bool, Parameter(help="Measure this machine's speed first (a minute), and keep it for later.")
     ] = False,
     models: Annotated[bool, Parameter(help="List the built-in models.")] = False,
     json: Json = False,

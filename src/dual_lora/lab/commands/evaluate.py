@@ -20,7 +20,7 @@ EvaluateFlags: Any = create_model("EvaluateFlags", **_PARTS)
 def evaluate(
     source: Source,
     *,
-    recipe: Annotated[str | None, Parameter(help="Recipe with the data; left out: the run's own.")] = None,
+    recipe: Annotated[str | None, Parameter(help="Recipe that names the data; left out: the run's own.")] = None,
     base: Base = None,
     dtype: AutoDtype = None,
     device: Device = None,
@@ -31,7 +31,7 @@ def evaluate(
         Parameter(name="*", negative_bool="no-", show_default=False, consume_multiple=True),
     ] = None,
 ) -> None:
-    """Measure a run, an adapter or a model; the adapter and its base side by side.
+    """Evaluate a run, an adapter or a model, and compare an adapter with its base.
 
     Example: `dual-lora evaluate runs/boolq-smollm2`
 

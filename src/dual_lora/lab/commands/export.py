@@ -62,13 +62,17 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 
 def export(
     source: Annotated[str, Parameter(help="Run folder or adapter folder.")],
-    out: Annotated[Path, Parameter(help="What to write: a folder, or a .gguf file.")],
+    out: Annotated[Path, Parameter(help="Folder or .gguf file to write.")],
     *,
     to: Annotated[Target, Parameter(help=TARGETS)],
     rank: Annotated[int | None, Parameter(help="LoRA: rank of every layer.")] = None,
     energy: Annotated[float | None, Parameter(help="LoRA: share of every update to keep, e.g. 0.9.")] = None,
-    data: Annotated[str | None, Parameter(help="Records to measure the loss on. [default: the run's test set]")] = None,
-    limit: Annotated[int | None, Parameter(help="At most so many records; 0: none. [default: 200]")] = None,
+    data: Annotated[
+        str | None, Parameter(help="Records on which to measure the loss. [default: the run's test set]")
+    ] = None,
+    limit: Annotated[
+        int | None, Parameter(help="Largest number of these records; 0: measure no loss. [default: 200]")
+    ] = None,
     outtype: Annotated[str | None, Parameter(help="gguf: f32, f16, bf16, q8_0 or auto. [default: auto]")] = None,
     quantize: Annotated[str | None, Parameter(help="gguf: a type of llama.cpp's llama-quantize, e.g. Q4_K_M.")] = None,
     converter: Annotated[str | None, Parameter(help="gguf: llama.cpp's folder or convert_hf_to_gguf.py.")] = None,

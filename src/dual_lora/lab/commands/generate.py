@@ -13,7 +13,7 @@ from dual_lora.lab.errors import UserError
 def generate(
     source: Source,
     prompt: Annotated[
-        str | None, Parameter(help="The prompt; left out or -: standard input.", allow_leading_hyphen=True)
+        str | None, Parameter(help="The prompt; - or left out: read it from standard input.", allow_leading_hyphen=True)
     ] = None,
     *,
     system: Annotated[str | None, Parameter(help="System message of a chat model.")] = None,
@@ -23,7 +23,7 @@ def generate(
     base: Base = None,
     dtype: AutoDtype = None,
     device: Device = None,
-    without_adapter: Annotated[bool, Parameter(help="Let the untrained base answer.")] = False,
+    without_adapter: Annotated[bool, Parameter(help="Answer with the untrained base.")] = False,
     json: Annotated[bool, Parameter(help="End with one line of JSON instead of streaming.")] = False,
 ) -> None:
     """Answer a prompt, word by word.

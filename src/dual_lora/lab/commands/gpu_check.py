@@ -14,13 +14,13 @@ def gpu_check(
     *,
     targets: Annotated[
         list[str] | None,
-        Parameter(help="Without a card: compile the kernels for these. [default: sm_80 sm_90]", consume_multiple=True),
+        Parameter(help="Without a GPU: architectures to compile for. [default: sm_80 sm_90]", consume_multiple=True),
     ] = None,
     json: Json = False,
 ) -> None:
     """Try the GPU kernels: the path chosen and why, every launch against fp64, signs, determinism, graphs, times.
 
-    Without a card it says what would be chosen, compiles the kernels ahead of time and runs them in Triton's
+    Without a GPU it prints which path would be chosen, compiles the kernels ahead of time and runs them in Triton's
     interpreter (a minute or two). Exit code 1 if a kernel is wrong, 2 if none could be tried. docs/how-to/gpu.md says
     what each line means.
 

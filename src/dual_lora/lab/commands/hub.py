@@ -13,7 +13,7 @@ from dual_lora.lab.terminal import Console
 
 Run = Annotated[Path, Parameter(help="Folder of a finished run.")]
 BaseModel = Annotated[str | None, Parameter(help="The base model's name on the hub, if the run's base was a folder.")]
-Licence = Annotated[str | None, Parameter(help="Licence of the adapter, as the hub names it: apache-2.0.")]
+Licence = Annotated[str | None, Parameter(help="Licence of the adapter by its name on the hub, e.g. apache-2.0.")]
 
 
 def card(
@@ -40,7 +40,7 @@ def card(
 
 def push(
     run: Run,
-    repo: Annotated[str, Parameter(help="OWNER/NAME on the hub; it is made if it is not there.")],
+    repo: Annotated[str, Parameter(help="OWNER/NAME on the hub; created if it does not exist.")],
     *,
     base_model: BaseModel = None,
     license: Licence = None,

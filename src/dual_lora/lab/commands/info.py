@@ -38,7 +38,7 @@ class Installed(NamedTuple):
 
 def info(
     *,
-    why: Annotated[bool, Parameter(help="Print why something is not there.")] = False,
+    why: Annotated[bool, Parameter(help="Print why something is not available.")] = False,
     json: Json = False,
 ) -> None:
     """Print versions and supported ranges, devices and kernels, and what LoRA, DoRA, HiRA and Dual LoRA can do.

@@ -14,7 +14,7 @@ def judge(
     source: Annotated[
         Path | None,
         Parameter(
-            help="A .csv or .tsv file with the columns method, seed, score and, if wanted, item, task, "
+            help="A .csv or .tsv file with the columns method, seed, score and optionally item, task, "
             "model, metric; or a folder METHOD/SEED/ of lm-eval's samples_*.jsonl; or the results of PEFT's "
             "method_comparison; or a study's folder, to write it for PEFT."
         ),
@@ -24,21 +24,25 @@ def judge(
     reference: Annotated[
         str | None, Parameter(help="Method that the others are compared with. [default: the first]")
     ] = None,
-    metric: Annotated[str | None, Parameter(help="Which metric, where there are several.")] = None,
+    metric: Annotated[str | None, Parameter(help="Metric to compare, if there are several.")] = None,
     better: Annotated[
         Literal["more", "less"] | None,
-        Parameter(help="Which way the metric is better. [default: by the source or the metric's name, else more]"),
+        Parameter(
+            help="Whether more or less of the metric is better. [default: by the source or the metric's name, else "
+            "more]"
+        ),
     ] = None,
     margin: Annotated[
         float | None, Parameter(help="Difference that is too small to matter, in the metric's unit.")
     ] = None,
-    level: Annotated[float, Parameter(help="Chance of any false alarm.")] = 0.05,
+    level: Annotated[float, Parameter(help="Probability of any false alarm.")] = 0.05,
     out: Annotated[Path | None, Parameter(help="Folder for results.json and report.html.")] = None,
     peft: Annotated[
         Path | None,
         Parameter(
-            help="With SOURCE: folder for a study's runs as PEFT's method_comparison has them. Alone: a clone of PEFT "
-            "with its history, or a table of its results; writes a page of what that comparison can tell apart."
+            help="With SOURCE: folder for a study's runs in the format of PEFT's method_comparison. Alone: a clone of "
+            "PEFT with its history, or a table of its results; writes a page on which differences that comparison can "
+            "detect."
         ),
     ] = None,
     methods: Annotated[
@@ -47,17 +51,18 @@ def judge(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Judge scores that others made: the verdicts, intervals and notes of a study, without training anything.
+    """Judge scores from elsewhere: the verdicts, intervals and notes of a study, without training anything.
 
     Example: `dual-lora judge scores.csv --reference lora --margin 0.01 --out judged`
 
-    Of the lm-evaluation-harness: `dual-lora judge evaluations --metric acc`, where `lm_eval --log_samples` wrote into
-    `evaluations/METHOD/seed-1`, `evaluations/METHOD/seed-2`, …
+    Scores of the lm-evaluation-harness: `dual-lora judge evaluations --metric acc`, where `lm_eval --log_samples` wrote
+    into `evaluations/METHOD/seed-1`, `evaluations/METHOD/seed-2`, …
 
-    Of PEFT's method comparison: `dual-lora judge method_comparison/MetaMathQA --metric "test accuracy"`; and for it:
-    `dual-lora judge studies/mine --peft method_comparison/mine`
+    Results of PEFT's method comparison: `dual-lora judge method_comparison/MetaMathQA --metric "test accuracy"`
 
-    What PEFT's table can tell apart, by the reruns in its history: `dual-lora judge --peft peft --out peft-verdicts`
+    A study written for it: `dual-lora judge studies/mine --peft method_comparison/mine`
+
+    What PEFT's table can detect, by the reruns in its history: `dual-lora judge --peft peft --out peft-verdicts`
     """
     from dual_lora.lab.errors import UserError
     from dual_lora.lab.report.tables import show_results

@@ -14,13 +14,13 @@ from dual_lora.lab.recipe.schema import Precision, Recipe
 # Fields that other commands have as options of their own: there the same short names hold.
 SHORT = {"dtype": "--dtype", "quantize": "--quantize", "gradient_checkpointing": "--gradient-checkpointing"}
 Json = Annotated[bool, Parameter(help="End with one line of JSON on standard output.")]
-DryRun = Annotated[bool, Parameter(help="Check everything, show runs, sizes and time, and run nothing.")]
+DryRun = Annotated[bool, Parameter(help="Check everything and show runs, sizes and time, but run nothing.")]
 Source = Annotated[str, Parameter(help="Run folder, adapter folder, or a model by folder, name or package:NAME.")]
 ReportTo = Annotated[
     tuple[Literal["wandb", "mlflow", "tensorboard", "trackio"], ...],
-    Parameter(help="Send the logs there. Most of these are on the network, so only this option turns them on."),
+    Parameter(help="Service that gets the logs. Most of these are on the network, so only this option turns them on."),
 ]
-Base = Annotated[str | None, Parameter(help="Base model of an adapter, if it has moved.")]
+Base = Annotated[str | None, Parameter(help="Folder or name of the adapter's base model, if it has moved.")]
 Dtype = Annotated[Precision | None, Parameter(help="Precision of the base weights. [default: the run's, else float32]")]
 AutoDtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"] | None,
@@ -32,7 +32,7 @@ AutoDtype = Annotated[
 Device = Annotated[
     str | None,
     Parameter(
-        help="Where to compute: cpu, cuda, cuda:1, mps. [default: the best there is]",
+        help="Device to compute on: cpu, cuda, cuda:1, mps. [default: the best available]",
         validator=lambda _, device: check_device_name(device),
     ),
 ]

@@ -30,13 +30,15 @@ PredictFlags: Any = create_model("PredictFlags", **_PARTS)
 
 def predict(
     source: Source,
-    file: Annotated[str, Parameter(help="Records: a .csv, .jsonl, .json or .tsv file, or a .txt file, one a line.")],
+    file: Annotated[
+        str, Parameter(help="Records: a .csv, .jsonl, .json or .tsv file, or a .txt file with one record a line.")
+    ],
     *,
     out: Annotated[
         Path | None, Parameter(help="File of the results, .jsonl or .csv. [default: FILE's name with .predicted in it]")
     ] = None,
-    limit: Annotated[int | None, Parameter(help="Only the first so many records.")] = None,
-    without_adapter: Annotated[bool, Parameter(help="Let the untrained base answer.")] = False,
+    limit: Annotated[int | None, Parameter(help="Predict only the first N records.")] = None,
+    without_adapter: Annotated[bool, Parameter(help="Predict with the untrained base.")] = False,
     base: Base = None,
     dtype: AutoDtype = None,
     device: Device = None,

@@ -27,7 +27,7 @@ app = App(
 def list_recipes(
     start: Annotated[
         str,
-        Parameter(help="Only names that begin with this; families (commonsense) recipe by recipe."),
+        Parameter(help="List only names that begin with this, and every recipe of a family (e.g. commonsense)."),
     ] = "",
     *,
     json: Json = False,
@@ -63,7 +63,7 @@ app.command(list_recipes, name="list")
 
 
 @app.command
-def show(name: str, *, full: Annotated[bool, Parameter(help="With every default.")] = False) -> None:
+def show(name: str, *, full: Annotated[bool, Parameter(help="Write out every default.")] = False) -> None:
     """Print a recipe; for the paper's experiments also the source of every setting.
 
     Example: `dual-lora recipes show boolq-smollm2 --full`
@@ -93,14 +93,16 @@ def copy(name: str, to: Path | None = None) -> None:
 
 @app.command
 def init(
-    to: Annotated[Path, Parameter(help="The recipe to write; its name is the run's.")],
+    to: Annotated[Path, Parameter(help="Recipe file to write; its name becomes the run's name.")],
     *,
     data: Annotated[str, Parameter(help="Training records: .csv, .tsv, .json, .jsonl, .parquet or .txt, or hub:NAME.")],
     base: Annotated[str, Parameter(help="Model by folder, name, GGUF file or package:NAME.")],
     test: Annotated[str | None, Parameter(help="Test records.")] = None,
-    text: Annotated[str | None, Parameter(help="Column of the text that has a class. [default: by name]")] = None,
-    label: Annotated[str | None, Parameter(help="Column of its class or number.")] = None,
-    prompt: Annotated[str | None, Parameter(help="Column of what is asked.")] = None,
+    text: Annotated[
+        str | None, Parameter(help="Column of the text to classify. [default: by the column's name]")
+    ] = None,
+    label: Annotated[str | None, Parameter(help="Column of the class or number.")] = None,
+    prompt: Annotated[str | None, Parameter(help="Column of the prompt.")] = None,
     answer: Annotated[str | None, Parameter(help="Column of the answer.")] = None,
     columns: Annotated[
         list[str] | None,
@@ -145,7 +147,9 @@ def init(
 def check(
     name: str,
     *,
-    classes: Annotated[int, Parameter(help="Classes of a classification head; the data are not read.")] = 2,
+    classes: Annotated[
+        int, Parameter(help="Number of classes of a classification head; the command does not read the data.")
+    ] = 2,
     json: Json = False,
 ) -> None:
     """Put a recipe's method on its real model without weights: layers, parameters, memory of a training step.
@@ -175,7 +179,7 @@ def check(
 def schema(
     kind: Annotated[Literal["recipe", "study"], Parameter(help="The file that the schema is for.")],
 ) -> None:
-    """Print the JSON Schema of a recipe or a study: an editor completes and checks such YAML files by it.
+    """Print the JSON Schema of a recipe or a study, with which an editor completes and checks such YAML files.
 
     Example: `dual-lora schema recipe > recipe.schema.json`
 

@@ -14,14 +14,16 @@ USUAL = ("studies", "results", "benchmarks", "runs")
 def report(
     sources: Annotated[
         list[Path] | None,
-        Parameter(help=f"Files, or folders that are searched. [default: those of {', '.join(USUAL)}]"),
+        Parameter(help=f"Files, or folders to search. [default: those of {', '.join(USUAL)}]"),
     ] = None,
     /,
     *,
-    out: Annotated[Path, Parameter(help="The page; only a report is overwritten.")] = Path("report.html"),
-    title: Annotated[str, Parameter(help="Its heading.")] = "Dual LoRA: report",
+    out: Annotated[
+        Path, Parameter(help="HTML file to write; it may replace an earlier report, but no other file.")
+    ] = Path("report.html"),
+    title: Annotated[str, Parameter(help="Heading of the page.")] = "Dual LoRA: report",
     tables: Annotated[Path | None, Parameter(help="Folder for every table as CSV, Markdown and LaTeX.")] = None,
-    watch: Annotated[bool, Parameter(help="Write it again whenever a source changes; Ctrl-C ends.")] = False,
+    watch: Annotated[bool, Parameter(help="Write the page again whenever a source changes, until Ctrl-C.")] = False,
     json: Json = False,
 ) -> None:
     """Write one self-contained HTML page from runs, studies, analyses and the benchmark ledger.

@@ -28,13 +28,13 @@ def train(
     recipe: Annotated[str | None, Parameter(help="Recipe file, or the name of a shipped recipe.")] = None,
     *,
     out: Annotated[Path | None, Parameter(help="Folder of the run. [default: runs/NAME]")] = None,
-    resume: Annotated[bool, Parameter(help="Go on with the run in the folder.")] = False,
+    resume: Annotated[bool, Parameter(help="Continue the run in the folder.")] = False,
     overwrite: Annotated[bool, Parameter(help="Remove the run in the folder first.")] = False,
     analyze_every: Annotated[
         int | None,
         Parameter(
-            help="Steps between two looks at the adapter's signs, zeros and flips (analysis/live.jsonl in the run; "
-            "`dual-lora analyze` takes it up)."
+            help="Steps between two records of the adapter's signs, zeros and flips (analysis/live.jsonl in the run; "
+            "`dual-lora analyze` reads it)."
         ),
     ] = None,
     report_to: ReportTo = (),

@@ -24,11 +24,11 @@ def verify(
         Parameter(help="Compare it with an OpenAI-compatible server, by its URL."),
     ] = None,
     model: Annotated[
-        str | None, Parameter(help="The adapter's name on that server: what requests give as `model`.")
+        str | None, Parameter(help="The adapter's name on that server, as in the field `model` of a request.")
     ] = None,
     prompts: Annotated[
         str | None,
-        Parameter(help="Records, or a .txt with a prompt a line. [default: the fingerprint's, or the run's]"),
+        Parameter(help="Records, or a .txt file with one prompt a line. [default: the fingerprint's, or the run's]"),
     ] = None,
     timeout: Annotated[float, Parameter(help="Seconds that the server may take for each answer.")] = 60.0,
     base: Base = None,
@@ -36,7 +36,7 @@ def verify(
     device: Device = None,
     json: Json = False,
 ) -> None:
-    """Is an adapter on? Is it the one that was trained? Does what is served agree with it?
+    """Is an adapter on? Is it the one that was trained? Does the served model agree with it?
 
     Compares log-probabilities of single tokens. Exit status 0 if all is well, 1 if not.
 

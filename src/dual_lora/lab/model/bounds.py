@@ -84,6 +84,6 @@ def check_finite_weights(weights: Mapping[str, Any], what: str) -> None:
     if bad:
         raise UserError(
             f"{what} holds NaN or infinity in {len(bad)} of {len(weights)} weights (the first is {bad[0]}): its "
-            "training diverged or its file is damaged, and nothing that it computes is a result. Take an earlier "
+            "training diverged or its file is damaged, so its outputs are worthless. Take an earlier "
             "checkpoint, or train again with a lower train.learning_rate."
         )

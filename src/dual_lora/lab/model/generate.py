@@ -43,8 +43,8 @@ def check_writes(model: Any) -> None:
     """Raise UserError for PEFT's prompt learning, whose `generate` writes other tokens than its forward pass says."""
     if learns_prompts(model):
         raise UserError(
-            "Texts of prompt tuning, prefix tuning and p-tuning are not written here: with this PEFT and transformers "
-            "they are not what the trained model says. Measure loss or choice (evaluate.tasks)."
+            "A model with prompt tuning, prefix tuning or p-tuning generates no text here: with this PEFT and "
+            "transformers the text would not be the trained model's. Measure loss or choice (evaluate.tasks)."
         )
 
 
@@ -175,7 +175,8 @@ def _readable(tuned: Tuned, messages: Sequence[dict[str, Any]]) -> torch.Tensor:
     known = getattr(unwrapped(tuned.model).config.get_text_config(), "max_position_embeddings", None)
     if isinstance(known, int) and 0 < known <= ids.shape[1]:
         raise UserError(
-            f"The conversation has {ids.shape[1]:,} tokens, and the model reads {known:,}: ask less, or begin anew."
+            f"The conversation has {ids.shape[1]:,} tokens, but the model reads at most {known:,}: ask less, or clear "
+            "it."
         )
     return ids
 

@@ -136,7 +136,7 @@ def _check_language_model(path: str, kind: str, fresh: list[str]) -> None:
     if fresh:
         check_answers(path)
         raise UserError(
-            f"{path} is no causal language model: it holds no weights for {', '.join(fresh)}. To train it to tell "
+            f"{path} is no causal language model: it holds no weights for {', '.join(fresh)}. To train it to predict "
             "classes or numbers, set model.head to classification or regression."
         )
 

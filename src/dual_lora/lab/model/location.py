@@ -193,8 +193,8 @@ def check_searched(where: str, texts: list[Any]) -> None:
     for text in texts:
         if len(text) > LONGEST_PACKED or len(_REPEAT.findall(text)) > MOST_REPEATS or _NESTED.search(text):
             raise UserError(
-                f"{where}: {text[:100]!r} may be sought in a layer's name without an end: write names, or a regular "
-                f"expression of at most {MOST_REPEATS} repeats and none of a group."
+                f"{where}: the search for {text[:100]!r} in a layer's name might never end: write names, or a regular "
+                f"expression with at most {MOST_REPEATS} repeats and no repeated group."
             )
 
 

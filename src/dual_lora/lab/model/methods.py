@@ -70,9 +70,9 @@ def method_config(method: dict[str, Any], head: str, steps: int, fresh: list[str
             settings.setdefault("target_r", max(1, settings["init_r"] * 2 // 3))
     if settings.get("init_lora_weights") == "eva":
         raise UserError(
-            f"method {method['name']}: EVA's start needs a pass over the data before it (PEFT's "
-            "initialize_lora_eva_weights), which is not made here: it would train plain LoRA. Leave init_lora_weights "
-            "out, or train it with transformers' Trainer."
+            f"method {method['name']}: EVA's start needs a pass over the data before training (PEFT's "
+            "initialize_lora_eva_weights). This command makes none, so it would train plain LoRA. Leave "
+            "init_lora_weights out, or train it with transformers' Trainer."
         )
     if settings.get("init_lora_weights") == "lora_ga":
         from peft.tuners.lora.config import LoraGAConfig

@@ -32,8 +32,8 @@ def check_tokenizer_arguments(model: str, revision: str | None = None) -> None:
             if _is_outside(text, [model] + [HF_HUB_CACHE] * key.endswith("_file")):
                 raise UserError(
                     f"{name} of {model} names a file as {key}, {text[:200]}, which lies outside of its folder: "
-                    "what that holds would become a part of the tokenizer and of whatever is saved with it. Nothing "
-                    f"was read: take {key} out."
+                    "the file's content would become a part of the tokenizer and be saved with it. Nothing "
+                    f"was read: remove {key}."
                 )
 
 

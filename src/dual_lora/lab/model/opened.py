@@ -145,7 +145,7 @@ def _other_base(adapter: Path, part: ModelSection, base: str | None) -> dict[str
     if another:
         what = f"The weights of {part.path} are not those that {adapter} was trained on"
         if base is None:
-            raise UserError(f"{what}. Put them back, or give --base {part.path}, to take them all the same.")
+            raise UserError(f"{what}. Restore them, or give --base {part.path} to use them anyway.")
         warn(f"{what}.", stacklevel=4)
     else:
         warn_of_doubt(known, now, f"{adapter} was trained on")

@@ -73,13 +73,13 @@ def warn_of_doubt(before: object, now: dict[str, str], who: str) -> None:
     """Warn where nothing tells whether it is the base that `who` says, and of other values in its configuration."""
     if before and now and is_another(before, now) is None:
         warn(
-            f"Nothing tells whether the base model's weights are those that {who}: its files are of another kind "
-            "(safetensors, GGUF), or its tensors have other names.",
+            f"It cannot be checked whether the base model's weights are those that {who}: its files are of another "
+            "kind (safetensors, GGUF), or its tensors have other names.",
             stacklevel=3,
         )
     if found := other_settings(before, now):
         warn(
-            f"The base model's configuration is not the one that {who}: {', '.join(found)}. Put it back, if that "
+            f"The base model's configuration is not the one that {who}: {', '.join(found)}. Restore it if that "
             "changes what the model computes.",
             stacklevel=3,
         )

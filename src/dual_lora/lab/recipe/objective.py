@@ -1,4 +1,4 @@
-"""What training makes better: the answers that records give, preferred answers (DPO), or rewards (GRPO)."""
+"""What training optimizes: the answers that records give, preferred answers (DPO), or rewards (GRPO)."""
 
 from __future__ import annotations
 
@@ -15,22 +15,26 @@ Reward = Literal["exact_match", "contains", "pattern", "json"]
 class ObjectiveSection(Section):
     name: Literal["sft", "dpo", "grpo"] = Field(
         "sft",
-        description="sft: the records' answers; dpo: records with prompt, chosen and rejected; grpo: answers that the "
-        "model writes, by their rewards. dpo and grpo are TRL's trainers.",
+        description="sft: train on the records' answers; dpo: on records with prompt, chosen and rejected; grpo: on "
+        "answers that the model generates, by their rewards. TRL's trainers run dpo and grpo.",
     )
     beta: float | None = Field(
-        None, ge=0, description="dpo, grpo: how near the model stays to its base. Left out: 0.1 for dpo, 0 for grpo."
+        None,
+        ge=0,
+        description="dpo, grpo: weight of the penalty that keeps the model near its base. Left out: 0.1 for dpo, 0 for "
+        "grpo.",
     )
     rewards: list[Reward] = Field(
         ["exact_match"],
         min_length=1,
-        description="grpo: 1 or 0 each, added up. exact_match: the text, or what evaluate.extract takes of it, is the "
-        "record's answer; contains: the answer is a word in it; pattern: `pattern` is in it; json: it is JSON.",
+        description="grpo: rewards of 1 or 0, added up. exact_match: the generated text, or its match of "
+        "evaluate.extract, is the record's answer; contains: it contains the answer as a word; pattern: it matches "
+        "`pattern`; json: it is JSON.",
     )
-    pattern: str | None = Field(None, description="grpo, reward pattern: regular expression.")
-    completions: int = Field(8, ge=2, le=1000, description="grpo: answers that are written to one prompt.")
+    pattern: str | None = Field(None, description="grpo: regular expression of the reward pattern.")
+    completions: int = Field(8, ge=2, le=1000, description="grpo: answers generated for one prompt.")
     max_new_tokens: int = Field(128, ge=1, le=MOST, description="grpo: longest answer in tokens.")
-    temperature: float = Field(1.0, gt=0, description="grpo: of the answers that are drawn.")
+    temperature: float = Field(1.0, gt=0, description="grpo: sampling temperature of the answers.")
 
     @field_validator("rewards", mode="before", json_schema_input_type=Reward | list[Reward])
     @classmethod

@@ -38,10 +38,10 @@ class ModelSection(Section):
         description="Folder, hub name, GGUF file, or package:NAME for a model inside an installed package."
     )
     revision: str | None = Field(
-        None, description="Branch, tag or commit of a model on the hub; its main one if left out."
+        None, description="Branch, tag or commit of a model on the hub; left out: the main branch."
     )
     head: Literal["causal", "classification", "regression"] = Field(
-        "causal", description="Language model, or an encoder with a fresh head for classes or for one number."
+        "causal", description="Language model, or an encoder with a new head for classes or for one number."
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
@@ -51,8 +51,8 @@ class ModelSection(Section):
     )
     quantize: Quantize = Field(
         "none",
-        description="Pack the base's linear layers while it is loaded: nf4, fp4 and int8 by bitsandbytes, torchao-int8 "
-        "by torchao. Merging takes the base as it was before.",
+        description="Quantise the base's linear layers while it is loaded: nf4, fp4 and int8 by bitsandbytes, "
+        "torchao-int8 by torchao. Merging uses the unquantised base.",
     )
     attention: str | None = Field(
         None,
@@ -79,26 +79,28 @@ class DataSection(Section):
         "Several sources are joined by ' + '.",
     )
     test: str | None = Field(
-        None, description="Test records, named in the same way; of a data set on the hub with their split."
+        None, description="Test records, named as those of train; for a data set on the hub, name the split."
     )
     tests: dict[str, str] = Field(
         default_factory=dict,
-        description="In place of test: several test sets by name. Each is measured apart, and their mean is given.",
+        description="Instead of test: several test sets by name. Each has its own score, and the mean is given too.",
     )
     validation: str | None = Field(None, description="Validation records, named as those of test.")
     holdout: int = Field(
-        0, ge=0, description="With no validation records: take so many out of the training records, always the same."
+        0,
+        ge=0,
+        description="Without validation records: how many to take out of the training records, always the same.",
     )
     group: str | None = Field(
         None,
-        description="What belongs together, so that holdout takes all of it or nothing: prompt (records with the same "
-        "prompt or text), or a field of the records, e.g. document. Left out: every record by itself.",
+        description="Records that holdout keeps together: prompt (records with the same prompt or text), or a field of "
+        "the records, e.g. document, for records with the same value. Left out: every record by itself.",
     )
     overlap: int | Literal["all"] = Field(
         0,
         description="How many records of train, validation or test may have the same prompt (or text, or group) as a "
-        "record of another of the three. If there are more, a study is refused and a run warns. all: no limit, for "
-        "tasks of memorisation.",
+        "record of another of the three. If there are more, a study raises an error and a run warns. all: no limit, "
+        "for tasks of memorisation.",
     )
     format: Literal["auto", "chat", "instruction", "prompt", "facts", "text", "document", "preference"] = Field(
         "auto",
@@ -114,20 +116,22 @@ class DataSection(Section):
     )
     template: Literal["auto", "chat", "alpaca", "llm-adapters", "plain"] = Field(
         "auto",
-        description="How a prompt is written: the tokenizer's chat template, Alpaca's text, the same as LLM-Adapters "
-        "and DoRA write it (indented), or the prompt and a line break (plain).",
+        description="How a prompt is written: chat: by the tokenizer's chat template; alpaca: Alpaca's text; "
+        "llm-adapters: Alpaca's text indented, as LLM-Adapters and DoRA have it; plain: the prompt and a line break; "
+        "auto: chat, or plain if the tokenizer has no template.",
     )
     learn_prompt: bool = Field(
-        False, description="Training counts the prompt's tokens too, not the answer's alone; evaluation does not."
+        False, description="The training loss counts the prompt's tokens as well as the answer's. Evaluation does not."
     )
     choices: list[str] | None = Field(
         None,
-        description="Possible answers for the choice task; left out: the record's, or its 'Answer format: a/b' line.",
+        description="Possible answers for the choice task; left out: the record's choices, or its 'Answer format: a/b' "
+        "line.",
     )
     answers: Literal["label", "text"] = Field(
         "label",
-        description="Tasks whose prompt lists 'Answer1: ... Answer2: ...': answer with the label itself, or ask "
-        "the question alone and answer with the text that the label stands for.",
+        description="For prompts that list 'Answer1: ... Answer2: ...'. label: the prompt with its list, answered by "
+        "the label; text: the question without the list, answered by the text of that label.",
     )
     max_length: int = Field(
         512,
@@ -135,16 +139,17 @@ class DataSection(Section):
         le=MOST,
         description="Longest example in tokens; longer ones are left out (a classifier's texts are cut) and counted.",
     )
-    train_limit: int | None = Field(None, ge=1, description="Use only so many training records (seeded choice).")
+    train_limit: int | None = Field(None, ge=1, description="Use at most this many training records, chosen by seed.")
     test_limit: int | None = Field(
-        None, ge=1, description="Use only so many test or validation records (seeded choice)."
+        None, ge=1, description="Use at most this many test or validation records, chosen by seed."
     )
     test_prompts: int | None = Field(
         None,
         ge=1,
-        description="Use only so many different prompts of the test records, each with all its answers (references).",
+        description="Use at most this many different prompts of the test records, each with all its answers "
+        "(references).",
     )
-    seed: int = Field(0, description="Seed of holdout and limits; independent of the training seed.")
+    seed: int = Field(0, description="Seed for holdout and limits; independent of the training seed.")
 
     @field_validator("fields")
     @classmethod
@@ -194,18 +199,18 @@ class EvaluateSection(Section):
         "loss, bleu, nlg (BLEU, NIST, METEOR, ROUGE-L, CIDEr); empty: loss or classification.",
     )
     split: Literal["test", "validation", "train"] = Field("test", description="Which records of data are evaluated.")
-    base: bool = Field(True, description="Evaluate the untrained model as well, side by side.")
+    base: bool = Field(True, description="Evaluate the untrained model as well.")
     batch_size: int = Field(16, ge=1, le=MOST, description="Rows per forward pass.")
     max_new_tokens: int = Field(64, ge=1, le=MOST, description="Longest generated answer.")
     beams: int = Field(
-        1, ge=1, le=1000, description="Beams of the search for an answer; 1: greedy, whatever the model's own settings."
+        1, ge=1, le=1000, description="Beams of the beam search; 1: greedy, whatever the model's own settings."
     )
     length_penalty: float = Field(1.0, description="Beam search: above 0 favours longer answers.")
     no_repeat_ngram: int = Field(
         0,
         ge=0,
         le=MOST,
-        description="No n-gram of this length occurs twice in an answer (the prompt's may); 0: any may.",
+        description="No n-gram of this length occurs twice in an answer (n-grams of the prompt may); 0: no limit.",
     )
     extract: str | None = Field(
         None,
@@ -219,10 +224,10 @@ class EvaluateSection(Section):
     )
     forgetting: str | None = Field(
         None,
-        description="Text that is not the task's (a .txt line each, or records with a field text): how much its loss "
-        "rises from the base to the adapter. Language models only.",
+        description="Texts that do not belong to the task (the lines of a .txt file, or records with a field text). "
+        "Measures how much their loss rises from the base to the adapter. Language models only.",
     )
-    per_token: bool = Field(False, description="choice: mean instead of summed log-likelihood of a choice's tokens.")
+    per_token: bool = Field(False, description="choice: use the mean log-likelihood of a choice's tokens, not the sum.")
 
     @field_validator("tasks", mode="before", json_schema_input_type=Task | list[Task])
     @classmethod
@@ -247,13 +252,13 @@ class Recipe(Section):
     method: dict[str, Any] = Field(
         default_factory=lambda: {"name": "dual_lora", "r": 16},
         description="name: dual_lora, lora, dora, hira, ... (any PEFT method) or full; "
-        "every other key is a field of that method's PEFT configuration, e.g. --method.r 8. hira and loha take "
-        "fused: true as well, which computes PEFT's layers by this package's product (same numbers, faster).",
+        "every other key is a field of that method's PEFT configuration, e.g. --method.r 8. hira and loha also take "
+        "fused: true, which computes PEFT's layers by this package's product (same numbers, faster).",
     )
     data: DataSection = Field(default_factory=DataSection, description="Records and how they become prompts.")
     train: TrainSection = Field(default_factory=TrainSection, description="The training loop.")
     objective: ObjectiveSection = Field(
-        default_factory=ObjectiveSection, description="What training makes better: answers, preferences, rewards."
+        default_factory=ObjectiveSection, description="What training optimizes: answers, preferences or rewards."
     )
     evaluate: EvaluateSection = Field(default_factory=EvaluateSection, description="What is measured afterwards.")
     origin: Origin | None = Field(None, description="The source of each setting, and results that others report.")

@@ -26,45 +26,48 @@ class TrainSection(Section):
         0.05,
         ge=0,
         le=1,
-        description="Share of the steps over which the learning rate rises. Without effect under schedule: constant; "
-        "constant_with_warmup has it.",
+        description="Share of the steps over which the learning rate rises. Has no effect with schedule constant; use "
+        "constant_with_warmup.",
     )
-    max_grad_norm: float = Field(1.0, ge=0, description="Gradient norm is cut to this; 0 for never.")
+    max_grad_norm: float = Field(
+        1.0, ge=0, description="Largest gradient norm; larger gradients are scaled down to it. 0: no limit."
+    )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="Share of the target spread over the vocabulary.")
     autocast: Literal["auto", "none", "bf16", "fp16"] = Field(
         "none",
         description="Mixed precision of the training loop. auto: bf16 where this device is faster with it, none "
         "elsewhere.",
     )
-    seed: int = Field(0, ge=0, lt=2**32, description="Seed of the factors, the data order and dropout.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed for the factors, the data order and dropout.")
     optimizer: str = Field(
         "adamw_torch",
-        description="An optim name of transformers (adamw_torch, galore_adamw, ...), loraplus, or MODULE:FACTORY of "
-        "your own, which is called with groups of parameters and lr, as torch's are, and needs --allow-module.",
+        description="An optim name of transformers (adamw_torch, galore_adamw, ...), loraplus, or your own "
+        "MODULE:FACTORY. The factory is called like torch's optimizers, with parameter groups and lr, and needs "
+        "--allow-module.",
     )
     loraplus_ratio: float = Field(
         16.0, gt=0, description="optimizer loraplus: learning rate of B (and D) divided by that of A (and C)."
     )
     rates: dict[str, float] = Field(
         default_factory=dict,
-        description="Regular expression of parameter names: multiple of the learning rate; the first that fits counts.",
+        description="Regular expression of parameter names: multiple of the learning rate; the first match counts.",
     )
     gradient_checkpointing: bool = Field(False, description="Recompute activations in backward to save memory.")
-    log_every: int = Field(5, ge=1, description="Steps between two lines of metrics.jsonl.")
+    log_every: int = Field(5, ge=1, description="Steps between two lines in metrics.jsonl.")
     checkpoint_every: int = Field(100, ge=1, description="Steps between two checkpoints.")
-    keep_checkpoints: int = Field(1, ge=1, description="Newest complete checkpoints that are kept.")
+    keep_checkpoints: int = Field(1, ge=1, description="How many complete checkpoints to keep, the newest ones.")
     validate_every: int | None = Field(None, ge=1, description="Steps between two validation losses.")
     patience: int | None = Field(
         None,
         ge=1,
-        description="End the run after so many validations in a row without a lower loss. Needs validate_every.",
+        description="End the run after this many validations in a row without a lower loss. Needs validate_every.",
     )
     keep_best: bool = Field(
         False, description="Save the weights of the lowest validation loss, not the last ones. Needs validate_every."
     )
     arguments: dict[str, Any] = Field(
         default_factory=dict,
-        description="Further fields of transformers.TrainingArguments. A wrong name's error lists them.",
+        description="Further fields of transformers.TrainingArguments. The error for a wrong name lists them.",
     )
 
     @classmethod

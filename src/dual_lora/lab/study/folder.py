@@ -145,7 +145,7 @@ class StudyFolder:
                 ) from None
         elif (text := self.path / "study.yaml").is_file():
             if not any((self.path / name).exists() for name in ("state.sqlite", "runs", "results.json")):
-                raise UserError(f"{text} is not a study that was begun here, and would be lost: give another --out.")
+                raise UserError(f"{text} is not a study of this command and would be replaced: give another --out.")
             self.known.study = values_in(text)  # of an earlier version, or study.json was lost
         return self
 
@@ -173,8 +173,8 @@ class StudyFolder:
         if changed.keys() - (LONGER if longer else set()):
             raise UserError(
                 f"The {subject} changed since it was started in {self.path}: {', '.join(changed)}. A study keeps the "
-                "plan that it was begun with. Put it back, or give what is now a name of its own (or another --out); "
-                f"with --runs {quote(str(runs))} it takes over the finished runs that are part of both."
+                "plan with which it was started. Restore the plan, or give the changed study another name (or another "
+                f"--out); with --runs {quote(str(runs))} it takes over the finished runs that are part of both."
             )
         if changed:
             self.amend(f"Changed: {', '.join(changed)}.", runs, changed)

@@ -136,8 +136,8 @@ def _metric(study: Study, task: str, recipe: Recipe) -> str:
         )
     if search and tuned_by != metric and not search.why.strip():
         raise UserError(
-            f"tasks.{task} compares by {metric}, and the search goes by {tuned_by}: what is best by one may be worst "
-            f"by the other. Leave search.metric out to tune by {metric}, or say in search.why what speaks for it."
+            f"tasks.{task} compares by {metric}, but the search uses {tuned_by}: what is best by one may be worst "
+            f"by the other. Leave search.metric out to tune by {metric}, or give a reason in search.why."
         )
     return metric
 

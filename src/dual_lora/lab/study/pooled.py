@@ -79,7 +79,7 @@ def pooled(question: str, asked: Sequence[tuple[Results, str, str]], margin: flo
     metric = next(iter(kinds))[1]
     d = np.concatenate([own for own, *_ in parts])
     if len(d) < 2:
-        raise UserError(f"{question}: one seed says nothing about others.")
+        raise UserError(f"{question}: one seed gives no estimate for other seeds; at least two are needed.")
     item_error = sum(len(own) * error for own, error, *_ in parts) / len(d)
     seed_error = float(d.std(ddof=1)) / math.sqrt(len(d))
     items = min(items for _, _, items, *_ in parts)

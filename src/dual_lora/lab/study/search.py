@@ -52,24 +52,25 @@ class Search(Section):
 
     space: dict[str, Axis] = Field(description="Name (learning_rate, train.X or method.X): list of values, or a range.")
     trials: int | None = Field(None, ge=1, description="Trials of each method; left out: every point of the lists.")
-    metric: MetricName | None = Field(None, description="Goes by this metric; left out: the one that judges the task.")
+    metric: MetricName | None = Field(None, description="Metric of the search; left out: the task's metric.")
     why: str = Field("", description="Why the search uses another metric than the task's; needed only then.")
     extend: int = Field(
         2,
         ge=0,
-        description="While the best learning rate lies at an end of three or more, one beyond it is tried: so many.",
+        description="How many learning rates to add at most, one at a time: while the smallest or largest of three or "
+        "more is best, one beyond it is tried.",
     )
     holdout: int | None = Field(
         None, ge=1, description="Validation records taken out of training where a recipe has none."
     )
-    train: dict[str, Any] = Field(default_factory=dict, description="Laid over train in trials only, e.g. fewer steps.")
-    seed: int = Field(SEARCH_SEED, ge=0, description="Training seed of the trials; never one of the study's seeds.")
-    seeds: int = Field(
-        1, ge=1, le=MOST_RUNS, description="Each trial is run with so many seeds, from `seed` on; their mean decides."
+    train: dict[str, Any] = Field(
+        default_factory=dict, description="Fields that override train in trials only, e.g. fewer steps."
     )
+    seed: int = Field(SEARCH_SEED, ge=0, description="Training seed of the trials; never one of the study's seeds.")
+    seeds: int = Field(1, ge=1, le=MOST_RUNS, description="Seeds of each trial, from `seed` on; their mean decides.")
 
     decide: Decide = Field(
-        "mean", description="Of the seeds of a trial, what decides: their mean, or the worst of them."
+        "mean", description="How a trial's score follows from its seeds: their mean, or the worst of them."
     )
 
     @model_validator(mode="after")

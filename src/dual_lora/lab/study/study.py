@@ -76,8 +76,12 @@ class MethodEntry(BaseModel):
     name: str = Field("", description="Method or preset; left out: the entry's own key.")
     about: str = Field("", description="One sentence for tables and reports.")
     train: dict[str, Any] = Field(default_factory=dict, description="Fields of the recipe's train part.")
-    search: dict[str, Any] = Field(default_factory=dict, description="Its own search space, same number of trials.")
-    unmatched: bool = Field(False, description="Runs outside the budget (shown as such), e.g. full fine-tuning.")
+    search: dict[str, Any] = Field(
+        default_factory=dict, description="The method's own search space, with the same number of trials."
+    )
+    unmatched: bool = Field(
+        False, description="Run outside the budget, and marked so in the results, e.g. full fine-tuning."
+    )
     freeze: dict[str, float] = Field(
         default_factory=dict,
         description="Regular expression of parameter names: share of the steps after which they are frozen.",
@@ -103,26 +107,29 @@ class MethodEntry(BaseModel):
 
 
 class TaskEntry(Section):
-    """One task: a recipe and what is laid over it."""
+    """One task: a recipe and fields that override it."""
 
     recipe: str = Field(description="Shipped recipe or recipe file.")
     metric: MetricName | None = Field(
         None, description=f"One of {', '.join(METRICS)}; left out: the recipe's first evaluation."
     )
-    model: dict[str, Any] = Field(default_factory=dict, description="Laid over the recipe's model part.")
-    data: dict[str, Any] = Field(default_factory=dict, description="Laid over the recipe's data part.")
-    train: dict[str, Any] = Field(default_factory=dict, description="Laid over the recipe's train part.")
-    evaluate: dict[str, Any] = Field(default_factory=dict, description="Laid over the recipe's evaluate part.")
+    model: dict[str, Any] = Field(default_factory=dict, description="Fields that override the recipe's model part.")
+    data: dict[str, Any] = Field(default_factory=dict, description="Fields that override the recipe's data part.")
+    train: dict[str, Any] = Field(default_factory=dict, description="Fields that override the recipe's train part.")
+    evaluate: dict[str, Any] = Field(
+        default_factory=dict, description="Fields that override the recipe's evaluate part."
+    )
 
 
 class Budget(Section):
-    """What all methods get the same of."""
+    """What the study makes equal for all methods."""
 
     match: Literal["parameters", "time", "memory", "none"] = Field(
         "none",
-        description="parameters and memory: the rank is solved for; time: the number of steps; none: as written.",
+        description="parameters, memory: the study computes each rank; time: it computes the number of steps; none: as "
+        "written.",
     )
-    like: str | None = Field(None, description="The method whose need is the budget; it keeps its rank and steps.")
+    like: str | None = Field(None, description="The method that sets the budget; it keeps its rank and steps.")
     value: float | None = Field(
         None, gt=0, description="Instead of `like`: trainable parameters, seconds of training, or bytes of peak memory."
     )
@@ -140,24 +147,29 @@ class Study(Section):
     """A complete comparison."""
 
     name: str = Field(pattern=NAME, description="Name of the study and of its default output folder.")
-    question: str = Field("", description="What the study is to answer, in one sentence.")
+    question: str = Field("", description="The question that the study asks, in one sentence.")
     tasks: dict[str, TaskEntry] = Field(description="Recipes: a list of names, or name: {recipe: , metric: , ...}.")
     models: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
-        description="Name: what is laid over the recipe ({model: {path: ...}}); empty: the recipe's own.",
+        description="Name: fields that override the recipe's ({model: {path: ...}}); empty: the recipe's model.",
     )
-    overrides: dict[str, Any] = Field(default_factory=dict, description="Laid over every recipe.")
+    overrides: dict[str, Any] = Field(default_factory=dict, description="Fields that override every recipe's.")
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto",
-        description="What `auto` stands for in its recipes. auto: what is faster on the device that begins the study.",
+        description="The precision that `auto` means in the recipes. auto: the faster one on the device that begins "
+        "the study.",
     )
     methods: dict[str, MethodEntry] = Field(description="Name: the method and its fields.")
     sweep: dict[str, list[Any]] = Field(
-        default_factory=dict, description="train.X or method.X: values; every method is run with each of them."
+        default_factory=dict, description="train.X or method.X: values; the study runs every method with each of them."
     )
     reference: str = Field("", description="The method that all others are compared with; left out: the first.")
-    pairs: Literal["reference", "all"] = Field("reference", description="Comparisons that are made and corrected for.")
-    budget: Budget = Field(default_factory=lambda: Budget.model_validate({}), description="What is held equal.")
+    pairs: Literal["reference", "all"] = Field(
+        "reference", description="Which comparisons are made and corrected for: with the reference, or of all pairs."
+    )
+    budget: Budget = Field(
+        default_factory=lambda: Budget.model_validate({}), description="What the study makes equal for all methods."
+    )
     seeds: list[int] = Field(default=[1, 2, 3, 4, 5], description="Seeds of the final runs: a list, or how many.")
     subsets: Literal["one", "own"] = Field(
         "one",
@@ -167,9 +179,10 @@ class Study(Section):
     search: Search | None = Field(None, description="Tuning before the final runs, or `thorough`; left out: none.")
     margin: dict[str, float] = Field(
         default_factory=dict,
-        description="Metric: the difference that is too small to matter; one for all but forgetting; or `usual`.",
+        description="Metric: the difference that is too small to matter; one number for all metrics but forgetting; or "
+        "`usual`.",
     )
-    level: float = Field(0.05, gt=0, lt=0.5, description="Chance of any false alarm in the whole study.")
+    level: float = Field(0.05, gt=0, lt=0.5, description="Probability of any false alarm in the whole study.")
     power: float = Field(0.8, gt=0.5, lt=1, description="Power at which the minimum detectable effect is computed.")
     cost: bool = Field(True, description="Measure merge time and inference slow-down on each method's first seed.")
 

@@ -40,8 +40,8 @@ class ParamWrapper(DualLoraLayer):
         for field in ("dropout", "fan_in_fan_out"):
             if getattr(config, field):
                 raise ValueError(
-                    f"dual_lora.ParamWrapper does not work with {field}={getattr(config, field)!r}: the module uses "
-                    f"its parameter {parameter_name!r} in ways that are its own. Set {field} to its default for an "
+                    f"dual_lora.ParamWrapper does not work with {field}={getattr(config, field)!r}: only "
+                    f"the module knows how it uses its parameter {parameter_name!r}. Set {field} to its default for an "
                     "adapter with target_parameters, and use a second adapter for the other layers."
                 )
         super().__init__(base_layer, adapter_name, config=config, **kwargs)
@@ -75,8 +75,8 @@ class ParamWrapper(DualLoraLayer):
         dtype = self.get_param().dtype
         if not dtype.is_floating_point or dtype.itemsize == 1:
             raise ValueError(
-                f"Dual LoRA cannot add an update to the parameter {self.parameter_name!r} of {dtype}, which holds "
-                "numbers in a code of its own (a scale, a packing). Load the base model in bf16 or fp32."
+                f"Dual LoRA cannot add an update to the parameter {self.parameter_name!r} of {dtype}, which stores "
+                "encoded numbers (with a scale, or packed). Load the base model in bf16 or fp32."
             )
         return super()._matrix_shape()
 

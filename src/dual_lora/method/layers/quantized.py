@@ -126,8 +126,8 @@ class QuantizedLinear(Linear):
         y = self.quantization_backend.maybe_clone_base_result(base(x, *args, **kwargs))
         if torch.is_grad_enabled() and x.requires_grad and not y.requires_grad:
             raise RuntimeError(
-                f"The base layer {type(base).__name__} passes no gradient to its input, so that all adapters below it "
-                "would get wrong ones. Kernels of gptqmodel do so once they have been used without gradients: load "
+                f"The base layer {type(base).__name__} passes no gradient to its input, so all adapters below it "
+                "would get wrong gradients. Kernels of gptqmodel do so after a use without gradients: load "
                 "the model with the backend 'gptq_torch' (AWQ: 'torch_awq'), or train before you evaluate."
             )
         return y

@@ -28,8 +28,8 @@ class _FourBitRows:
         stored, meant = base.weight.dtype, getattr(base.weight, "quant_storage", torch.uint8)
         if stored not in (torch.uint8, meant):
             raise ValueError(
-                f"A 4-bit weight that is stored as {meant} was converted to {stored}, as by model.float() or .half(), "
-                "which its bits do not survive. Load the base model again, and convert other layers only."
+                f"A 4-bit weight that is stored as {meant} was converted to {stored}, for example by model.float() or "
+                ".half(), which destroys its bits. Load the base model again, and convert other layers only."
             )
         # As bytes: with `bnb_4bit_quant_storage` they lie in wider elements.
         self.packed, self.state = base.weight.data.view(-1).view(torch.uint8), base.weight.quant_state
