@@ -68,6 +68,7 @@ def what_the_reader_has(folder):
     write_records(folder / "my.jsonl", 1, 40)
     write_records(folder / "my-test.jsonl", 2, 8)
     (folder / "prompts.txt").write_text("a b c ?\nb c d ?\n")
+    (folder / "questions.jsonl").write_text('{"prompt": "Is ice cold?"}\n{"prompt": "Is fire cold?"}\n')
     with (folder / "scores.csv").open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["task", "method", "seed", "item", "score", "metric"])
@@ -117,4 +118,4 @@ def test_a_reader_s_commands_work_in_their_order(tmp_path):
                 if flag in words:
                     assert (tmp_path / words[words.index(flag) + 1]).exists(), f"{page}: {words}"
             ran.add(words[0])
-    assert ran == {"train", "evaluate", "generate", "merge", "verify", "judge", "analyze", "report"}
+    assert ran == {"train", "evaluate", "generate", "merge", "verify", "judge", "analyze", "report", "predict"}
