@@ -353,10 +353,10 @@ def test_a_loop_without_an_end(train, said, lm_values, tmp_path):
         {"sweep": {f"method.a{i}": [1] for i in range(30_000)}},
         {"search": {"space": {f"method.a{i}": {"low": 1, "high": 2} for i in range(20_000)}, "trials": 10_000}},
     ],
-    ids="seeds sweep grid trials search-seeds tasks models runs sweep-axes search-axes".split(),
+    ids=["seeds", "sweep", "grid", "trials", "search-seeds", "tasks", "models", "runs", "sweep-axes", "search-axes"],
 )
 def test_a_study_without_an_end(change_of):
-    with pytest.raises(UserError, match="expected at most|less than or equal to|1,000,000 points"):
+    with pytest.raises(UserError, match=r"expected at most|less than or equal to|1,000,000 points"):
         build_study({"name": "s", "tasks": ["boolq-smollm2"], "methods": ["lora"], **change_of})
 
 
