@@ -127,7 +127,8 @@ def _earlier_results(file: Path, told: str, expected: list[Names]) -> list[dict[
     way_out = "give --overwrite to begin anew, or another --out"
     if file.is_symlink() or (file.is_file() and has_second_name(file)):
         raise UserError(f"{file} is a link: remove it.")
-    begun, rest, whole = json_text({"of": told}), [], 0
+    begun, whole = json_text({"of": told}), 0
+    rest: list[dict[str, Any]] = []
     try:
         # Line by line, and none that is longer than a result: a file may seem to be larger than the disk.
         with regular(file, largest=2**40).open(encoding="utf-8", newline="\n") as lines:
@@ -159,8 +160,10 @@ def _is_row(row: Any, names: Names) -> bool:
     if not isinstance(row, dict) or {*row} != (_LABEL if names else _TEXT):
         return False
     said = row["predicted"]
+    if names is None:
+        return isinstance(said, float) and math.isfinite(said)
     if not names:
-        return isinstance(said, str if names is not None else float) and (names is not None or math.isfinite(said))
+        return isinstance(said, str)
     numbers = [row["probability"], *row["probabilities"].values()]
     known = {*row["probabilities"]} == {*names} and said in names
     return known and all(isinstance(number, int | float) and 0 <= number <= 1 for number in numbers)
