@@ -68,7 +68,7 @@ def what_the_reader_has(folder):
     write_records(folder / "my.jsonl", 1, 40)
     write_records(folder / "my-test.jsonl", 2, 8)
     (folder / "prompts.txt").write_text("a b c ?\nb c d ?\n")
-    (folder / "questions.jsonl").write_text('{"prompt": "Is ice cold?"}\n{"prompt": "Is fire cold?"}\n')
+    (folder / "questions.jsonl").write_text('{"instruction": "Is ice cold?"}\n{"instruction": "Is fire cold?"}\n')
     with (folder / "scores.csv").open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["task", "method", "seed", "item", "score", "metric"])

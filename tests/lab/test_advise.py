@@ -348,6 +348,9 @@ def test_the_pace_is_that_of_the_later_steps(tmp_path):
     assert first.record == pytest.approx(2.0 / 10)
     with pytest.raises(UserError, match="loss was not finite"):
         pace.measured([(ended[0][0], Outcome(key="a", status="diverged", seconds=1.0))], tmp_path)
+    for wrong in ({"seconds": -1e9}, {"evaluation_seconds": math.nan}, {"training": {"seconds": math.inf}}):
+        with pytest.raises(UserError, match=r"are none: remove a\.json"):  # a whole study would seem to take no time
+            pace.measured([(ended[0][0], Outcome(key="a", status="done", **(took | wrong)))], tmp_path)
 
 
 def recipe_file_of(folder):
@@ -605,4 +608,12 @@ def test_an_earlier_study_without_its_steps_is_an_error(train, letters, tmp_path
     values["overrides"] = {} if train is None else {"train": train}
     (tmp_path / "study.json").write_text(json.dumps({"format": "dual-lora study", "study": values}))
     with pytest.raises(UserError, match=r"of the steps of its runs, expected 1 or more.*another --out"):
+        plan(recipe, SOME, tmp_path)
+
+
+def test_an_earlier_study_with_more_seeds_than_any_look_has(letters, tmp_path):
+    recipe = recipe_file(letters, "earlier")
+    values = paired_study(recipe).model_dump(mode="json") | {"seeds": list(range(1, 501))}
+    (tmp_path / "study.json").write_text(json.dumps({"format": "dual-lora study", "study": values}))
+    with pytest.raises(UserError, match="has 500 seeds, expected at most 20"):
         plan(recipe, SOME, tmp_path)

@@ -1,5 +1,6 @@
 """What a stranger's recipe, adapter or data file may not do: hang, fill the memory, or end in a traceback."""
 
+import itertools
 import json
 import math
 import os
@@ -23,7 +24,8 @@ from dual_lora.lab.read import parse_yaml, read_json_lines, read_object
 from dual_lora.lab.recipe.read import build_recipe, read_recipe
 from dual_lora.lab.run.evaluate import evaluate
 from dual_lora.lab.run.train import run
-from dual_lora.lab.study.read import build_study
+from dual_lora.lab.study.plan import Plan
+from dual_lora.lab.study.read import build_study, read_study
 
 pytestmark = pytest.mark.timeout(120)  # what hangs is the failure
 TRAP = "(.|.)*x"  # two ways for each character: 2^n of them
@@ -260,7 +262,12 @@ MERGED = "a: &a {x: 1}\n" + "".join(
 )
 
 
-@pytest.mark.parametrize("text", [BOMB, MERGED, "a: &a [*a]", "[" * 5000], ids=["aliases", "merges", "itself", "deep"])
+ROW = "a0: &a0 {b0: 1}\n" + "".join(f"a{i}: &a{i} {{b{i}: 1, <<: *a{i - 1}}}\n" for i in range(1, 13_000))
+
+
+@pytest.mark.parametrize(
+    "text", [BOMB, MERGED, ROW, "a: &a [*a]", "[" * 5000], ids=["aliases", "merges", "row", "itself", "deep"]
+)
 def test_a_yaml_bomb(text, tmp_path):
     (tmp_path / "recipe.yaml").write_text(text)
     with pytest.raises(UserError, match=r"recipe\.yaml"):
@@ -341,12 +348,54 @@ def test_a_loop_without_an_end(train, said, lm_values, tmp_path):
         {"search": {"space": {f"method.a{i}": list(range(50)) for i in range(8)}}},
         {"search": {"space": {"learning_rate": [1e-3]}, "trials": 10**9}},
         {"search": {"space": {"learning_rate": [1e-3]}, "seeds": 10**9}},
+        {"tasks": [f"t{i}" for i in range(90_000)]},
+        {"tasks": {f"t{i}": "boolq-smollm2" for i in range(1500)}, "models": {f"m{i}": {} for i in range(1500)}},
+        {"sweep": {f"method.a{i}": [1] for i in range(30_000)}},
+        {"search": {"space": {f"method.a{i}": {"low": 1, "high": 2} for i in range(20_000)}, "trials": 10_000}},
     ],
-    ids=["seeds", "sweep", "grid", "trials", "search-seeds"],
+    ids=["seeds", "sweep", "grid", "trials", "search-seeds", "tasks", "models", "sweep-axes", "search-axes"],
 )
 def test_a_study_without_an_end(change_of):
-    with pytest.raises(UserError, match=r"0,?000"):
+    with pytest.raises(UserError, match=r"expected at most|less than or equal to|1,000,000 points"):
         build_study({"name": "s", "tasks": ["boolq-smollm2"], "methods": ["lora"], **change_of})
+
+
+@pytest.mark.parametrize(
+    ("change_of", "said"),
+    [
+        ({"sweep": {"train.weight_decay": [i / 1e4 for i in range(1001)]}}, "1,001 methods times tasks times models"),
+        (
+            {"search": {"space": {"learning_rate": [1e-3]}, "seeds": 9000}, "seeds": [*range(50_000, 95_000)]},
+            "54,000 runs",
+        ),
+    ],
+    ids=["methods", "runs"],
+)
+def test_a_plan_of_more_than_can_be_looked_at_in_minutes(change_of, said):
+    study = build_study({"name": "s", "tasks": ["boolq-smollm2"], "methods": ["lora"], **change_of})
+    with pytest.raises(UserError, match=f"{said}, expected at most"):
+        Plan.read(study)
+
+
+def test_of_a_large_grid_only_the_points_that_are_tried_are_made():
+    values = list(range(1000))
+    space = {"learning_rate": [1e-3, 1e-2], "train.batch_size": [1, 2, 3]}
+    methods = {f"m{i}": {"name": "lora", "search": {"method.a": values, "method.b": values}} for i in range(200)}
+    study = build_study({"name": "s", "tasks": ["x"], "methods": methods, "search": {"space": space}})
+    found = [tuple(point.values()) for point in study.search.points()]
+    assert found == list(itertools.product(*space.values()))  # in this order, which trials' keys do not depend on
+    assert len({tuple(point.values()) for point in study.search.points(methods["m0"]["search"])}) == 6
+
+
+def test_a_study_that_extends_itself_by_another_path(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.yaml").write_text("extends: sub/../a.yaml\nname: a")
+    with pytest.raises(UserError, match="in turn"):
+        read_study(tmp_path / "a.yaml")
+    for i in range(12):
+        (tmp_path / f"s{i}.yaml").write_text(f"extends: s{i + 1}.yaml\nname: a")
+    with pytest.raises(UserError, match="a row of more than 10 studies"):
+        read_study(tmp_path / "s0.yaml")
 
 
 def test_a_rank_rule_divides_by_no_zero():

@@ -79,6 +79,23 @@ def test_a_tokenizer_saved_by_an_older_transformers_is_read(base, secret, monkey
     assert load_tokenizer(str(base))("fire").input_ids
 
 
+@pytest.mark.parametrize(
+    ("templates", "said"),
+    [
+        ([{"name": "../../mine", "template": "x"}], "a chat template named '../../mine'"),
+        ([{"name": "default", "template": "x"}, {"name": "tool_use", "template": 5}], "tool_use of .* is no text"),
+        ([{"name": f"t{i}", "template": "x"} for i in range(1000)], "1,000 chat templates"),
+        ([{"name": "n" * 300, "template": "x"}], "a chat template named 'nnn"),
+        (7, "default of .* is no text"),
+    ],
+)
+def test_templates_that_could_not_be_saved_are_said_before_the_training(templates, said, base):
+    (base / "chat_template.jinja").unlink(missing_ok=True)
+    settings(base / "tokenizer_config.json", chat_template=templates)
+    with pytest.raises(UserError, match=said):
+        load_tokenizer(str(base))
+
+
 def test_an_adapter_s_tokenizer_is_the_base_s_where_it_names_a_file(lm_values, secret, tmp_path):
     run(build_recipe(lm_values), tmp_path / "run", progress=False)
     only_settings(tmp_path / "run/adapter", vocab=secret)

@@ -242,7 +242,11 @@ def test_class_names_are_where_people_look_for_them(classifier, call, tmp_path, 
         ['{"predicted": [1], "probability": 1, "probabilities": {}}'],
         ['{"predicted": "0", "probability": "x", "probabilities": {}}'],
         ['{"predicted": "0", "probability": 1, "probabilities": "x"}'],
-        ['{"predicted": "0", "probability": 1, "probabilities": {"0": 1}}'] * 21,
+        ['{"predicted": "0", "probability": 1, "probabilities": {"0": 1, "1": 0}}'] * 21,
+        ['{"predicted": "0", "probability": 1, "probabilities": {"0": 1, "a column of its own": 0}}'],
+        ['{"predicted": "=1+1", "probability": 1, "probabilities": {"0": 1, "1": 0}}'],
+        ['{"predicted": "0", "probability": NaN, "probabilities": {"0": NaN, "1": 0}}'],
+        ['{"predicted": "a text"}'],
     ],
 )
 def test_results_that_no_session_has_left_are_an_error(rows, classifier, sentences, call, tmp_path, monkeypatch):
@@ -250,6 +254,17 @@ def test_results_that_no_session_has_left_are_an_error(rows, classifier, sentenc
     (tmp_path / "out.csv.unfinished").write_text("\n".join(['{"of": "same"}', *rows]) + "\n")
     code, _, said = call("predict", classifier, sentences, "--out", tmp_path / "out.csv")
     assert code == 1
+    assert "the results so far, is damaged" in " ".join(said.split())
+
+
+def test_results_that_seem_to_be_larger_than_the_memory_are_not_read_whole(
+    classifier, sentences, call, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("dual_lora.lab.run.predict._inputs_digest", lambda *_: "same")
+    with (tmp_path / "out.csv.unfinished").open("w") as file:
+        file.write('{"of": "same"}\n')
+        file.truncate(2**36)  # which takes no room on the disk
+    said = call("predict", classifier, sentences, "--out", tmp_path / "out.csv")[2]
     assert "the results so far, is damaged" in " ".join(said.split())
 
 

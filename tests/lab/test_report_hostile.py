@@ -274,3 +274,23 @@ def test_a_source_that_takes_too_long_costs_only_itself(tmp_path, monkeypatch):
     said = report([material.write(tmp_path / "good"), run], tmp_path / "r.html")
     assert said.studies
     assert any("could not be shown within 0.5 seconds" in each for each in said.problems), said.problems
+
+
+def test_studies_that_take_too_long_together_cost_no_page(tmp_path, monkeypatch):
+    """Each alone has one task, so that nothing is compared over tasks."""
+    from dual_lora.lab.report import report as module
+
+    def of(task):
+        made = material.study()
+        one = next(m for m in made["methods"] if m["task"] == task)
+        seeds = [{**one["seeds"][0], "score": 0.5 + i / 1e4} for i in range(1000)]
+        names = ["lora", *(f"m{i}" for i in range(30))]
+        compared = next(c for c in made["comparisons"] if c["task"] == task)
+        methods = [{**one, "method": name, "seeds": seeds, "trials": []} for name in names]
+        return {**made, "comparisons": [compared], "methods": methods, "pareto": []}
+
+    monkeypatch.setattr(module, "SECONDS", 1.0)
+    monkeypatch.setattr(module, "study_sections", lambda *_, **__: [])
+    said = report([material.write_studies(tmp_path, of("boolq"), of("arc"))], tmp_path / "r.html")
+    assert said.studies == 2
+    assert said.problems == ["What all studies say together could not be shown within 1 seconds."]

@@ -90,6 +90,31 @@ def test_what_is_not_known_or_not_installed_is_named(monkeypatch):
         check_reports(["wandb"])
 
 
+@pytest.mark.parametrize("folder", ["wandb", ".wandb"])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[default]\nbase_url = https://evil.example\n", "sets base_url"),
+        ("[default]\nIdentity_Token_File: /home/you/.ssh/id\n", "sets identity_token_file"),
+        ("[other]\nentity = evil\n", "sets entity"),
+        ("[DEFAULT]\nx_extra_http_headers = {}\n", "sets x_extra_http_headers"),
+        ("no settings", "cannot be read"),
+        ("[default]\nmode = offline\nproject = mine\nbase_url = https://api.wandb.ai\n", ""),
+    ],
+)
+def test_settings_of_wandb_in_the_working_folder_say_not_where_it_sends(folder, text, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / "settings").write_text(text)
+    if not said:
+        assert check_reports(["wandb"]) == ("wandb",)
+        return
+    assert check_reports(["mlflow"]) == ("mlflow",)
+    with pytest.raises(UserError, match=said):
+        check_reports(["wandb"])
+
+
 def test_names_are_stable_and_leave_with_the_run(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_PROJECT", "mine")
     for name in ("WANDB_RUN_ID", "WANDB_RUN_GROUP", "MLFLOW_EXPERIMENT_NAME"):

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-MOST_MERGED = 100_000  # values of a mapping, what `<<` brings counted
+MOST_MERGED = 100_000  # values that `<<` brings, in all mappings together
 LONGEST = 1000  # digits of a whole number
 _INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
 _NUMBERS = {
@@ -30,6 +30,7 @@ class _Loader(yaml.SafeLoader):
     def __init__(self, stream: Any):
         super().__init__(stream)
         self._seen: set[int] = set()  # mappings; what another one merges comes again, with what it merged itself
+        self._merged = 0
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         if id(node) not in self._seen:
@@ -39,8 +40,10 @@ class _Loader(yaml.SafeLoader):
             )
             if twice := [name for name, count in names.items() if count > 1]:
                 self._refuse(f"it has the name {twice[0]!r:.100} twice", node)
+        before = len(node.value)
         super().flatten_mapping(node)
-        if len(node.value) > MOST_MERGED:
+        self._merged += max(0, len(node.value) - before)
+        if self._merged > MOST_MERGED:
             self._refuse("it merges too many values", node)
 
     def _refuse(self, why: str, node: yaml.Node) -> None:

@@ -188,6 +188,11 @@ def _check_same_question(whole: Study, folder: StudyFolder) -> None:
             f"{folder.path}/study.json says {begun!r:.100} of the steps of its runs, expected 1 or more: it was "
             "changed since it was begun. Give another --out."
         )
+    if len(known.seeds) > pace.LOOKS[-1]:
+        raise UserError(
+            f"{folder.path}/study.json has {len(known.seeds):,} seeds, expected at most {pace.LOOKS[-1]}: it was "
+            "changed since it was begun. Give another --out."
+        )
     if begun > now:
         raise UserError(
             f"The runs in {folder.path} have {begun} steps, and the recipe has {now} now. Give --out for a new study, "

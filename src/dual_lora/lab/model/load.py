@@ -22,7 +22,7 @@ from dual_lora.lab.model.location import (
     meant,
     nobody_answers,
 )
-from dual_lora.lab.model.named_files import check_tokenizer_arguments, check_whole_model
+from dual_lora.lab.model.named_files import check_templates, check_tokenizer_arguments, check_whole_model
 from dual_lora.lab.model.quantize import quantization_config
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ def load_tokenizer(path: str, location: Location | None = None) -> PreTrainedTok
         tokenizer = AutoTokenizer.from_pretrained(location.name, **location.arguments())
         if location.gguf_file and Version(transformers.__version__) < Version("5.20"):
             set_special_tokens(Path(location.name) / location.gguf_file, tokenizer)
+    check_templates(path, tokenizer.chat_template)
     if is_plain(tokenizer):
         tokenizer.init_kwargs.pop("auto_map", None)
     if tokenizer.pad_token is None:

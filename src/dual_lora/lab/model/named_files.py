@@ -21,6 +21,8 @@ _NO_FILES = re.compile(
     r"(tokenizer_file|special_tokens_map_file|name_or_path|auto_map|chat_template|content|.*_(tokens?|side|class|type))"
 )
 _LONGEST = 4096  # characters of a path
+_TEMPLATE = re.compile(r"[\w\-][\w.\-]{0,99}")
+MOST_TEMPLATES = 100
 
 
 def check_tokenizer_arguments(model: str, revision: str | None = None) -> None:
@@ -35,6 +37,19 @@ def check_tokenizer_arguments(model: str, revision: str | None = None) -> None:
                     "the file's content would become a part of the tokenizer and be saved with it. Nothing "
                     f"was read: remove {key}."
                 )
+
+
+def check_templates(model: str, templates: Any) -> None:
+    """Raise UserError for chat templates that could not be saved with a run, which would be said at its end: their
+    names become files."""
+    named = templates if isinstance(templates, dict) else {} if templates is None else {"default": templates}
+    if len(named) > MOST_TEMPLATES:
+        raise UserError(f"{model} has {len(named):,} chat templates, expected at most {MOST_TEMPLATES}.")
+    for name, text in named.items():
+        if not isinstance(name, str) or not _TEMPLATE.fullmatch(name):
+            raise UserError(f"{model} has a chat template named {name!r:.200}, expected letters, digits, '_' and '-'.")
+        if not isinstance(text, str):
+            raise UserError(f"The chat template {name} of {model} is no text: {text!r:.100}.")
 
 
 def check_whole_model(model: str, revision: str | None = None) -> None:

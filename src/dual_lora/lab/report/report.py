@@ -128,7 +128,12 @@ def build_page(material: Material, title: str) -> Page:
                 sections += made
                 whole += [(name, content)] if found is material.studies else []
     of_one = next((section.source for section in sections if section.group == "Verdicts"), None) if alone else None
-    sections += [*(overview_sections(whole) if len(whole) > 1 else []), *overall_sections(whole, of_one)]
+    try:
+        with ended_after(SECONDS):
+            sections += [*(overview_sections(whole) if len(whole) > 1 else []), *overall_sections(whole, of_one)]
+    except (Late, Exception) as error:
+        why = f"within {SECONDS:g} seconds" if isinstance(error, Late) else f"({described(error)[:200]})"
+        material.problems.append(f"What all studies say together could not be shown {why}.")
     sections.sort(key=lambda section: ORDER.index(section.group))
     made_at = time.strftime("Made on %Y-%m-%d at %H:%M:%S")
     sources = dict.fromkeys(section.source for section in sections if section.source)

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,15 @@ from dual_lora.lab.model.load import quiet
 from dual_lora.lab.model.opened import Tuned
 from dual_lora.lab.model.weights import folder_digest
 from dual_lora.lab.progress import Bar
-from dual_lora.lab.read import has_second_name, lines_of, parse_json, regular
+from dual_lora.lab.read import has_second_name, parse_json, regular
 from dual_lora.lab.recipe.schema import DataSection, EvaluateSection
 from dual_lora.lab.run.choice import score_choice
 from dual_lora.lab.run.results_file import check_columns, check_out, unfinished_of, write_rows
 from dual_lora.lab.run.scoring import Asked, class_rows
 
+Names = Sequence[str] | None
 _TEXT, _LABEL = {"predicted"}, {"predicted", "probability", "probabilities"}  # fields of a result
+LONGEST = 10_000_000  # characters of a result
 BATCHES = 8  # at a time: their rows are sorted by length, computed, and then written
 
 
@@ -78,7 +80,7 @@ def predict(
     told = _inputs_digest(tuned, records, data, spec, variant)
     if overwrite:
         unfinished.unlink(missing_ok=True)
-    done = _earlier_results(unfinished, told, len(examples))
+    done = _earlier_results(unfinished, told, _names_of(tuned, data, examples))
     earlier = len(done)
     ask = _asker(tuned, data, spec)
     size = spec.batch_size * BATCHES
@@ -114,43 +116,64 @@ def predict(
     )
 
 
-def _earlier_results(file: Path, told: str, most: int) -> list[dict[str, Any]]:
-    """The results of an earlier session, at most so many; what a kill has cut off is removed from the file. Raises
-    UserError for a file that no session has left."""
+def _earlier_results(file: Path, told: str, expected: list[Names]) -> list[dict[str, Any]]:
+    """The results of an earlier session; what a kill has cut off is removed from the file. Raises UserError for a file
+    that no session has left.
+
+    expected: of each record the names that its probabilities have.
+    """
     if not file.exists() and not file.is_symlink():
         return []
     way_out = "give --overwrite to begin anew, or another --out"
     if file.is_symlink() or (file.is_file() and has_second_name(file)):
         raise UserError(f"{file} is a link: remove it.")
+    begun, whole = json_text({"of": told}), 0
+    rest: list[dict[str, Any]] = []
     try:
-        text = regular(file, largest=2**40).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
+        # Line by line, and none that is longer than a result: a file may seem to be larger than the disk.
+        with regular(file, largest=2**40).open(encoding="utf-8", newline="\n") as lines:
+            first = lines.readline(LONGEST)
+            if not first.endswith("\n") and not begun.startswith(first):
+                raise ValueError("it was not begun here")
+            same = not first.endswith("\n") or parse_json(first)["of"] == told
+            while same and (line := lines.readline(LONGEST)).endswith("\n"):
+                row = parse_json(line)
+                if len(rest) == len(expected) or not _is_row(row, expected[len(rest)]):
+                    raise ValueError("its results are none")
+                rest.append(row)
+                whole += len(line.encode())
+            if same and len(line) == LONGEST:
+                raise ValueError("a line has no end")
+    except OSError as error:
         raise UserError(f"{file}, the results so far, cannot be read ({error}): {way_out}.") from None
-    whole, begun = text[: text.rfind("\n") + 1], json_text({"of": told})
-    first, rest = {"of": told}, []
-    try:
-        if whole:
-            first, *rest = [parse_json(line) for line in lines_of(whole)]
-        elif not begun.startswith(text):
-            raise ValueError("it was not begun here")
-        same = first["of"] == told
-        if same and not (len(rest) <= most and all(map(_is_row, rest))):
-            raise ValueError("its results are none")
     except (ValueError, TypeError, KeyError, AttributeError):
         raise UserError(f"{file}, the results so far, is damaged: {way_out}.") from None
     if not same:
         raise UserError(f"{file} holds results of other records, another model or other settings: {way_out}.")
     with file.open("r+", encoding="utf-8") as held:
-        held.truncate(len(whole.encode()) if rest else 0)
+        held.truncate(len(first.encode()) + whole if rest else 0)
     return rest
 
 
-def _is_row(row: Any) -> bool:
+def _is_row(row: Any, names: Names) -> bool:
     """Whether a line of the file is a result, as `_asker` makes it."""
-    if not isinstance(row, dict) or not isinstance(row.get("predicted"), str | float):
+    if not isinstance(row, dict) or {*row} != (_LABEL if names else _TEXT):
         return False
-    numbers = [row["probability"], *row["probabilities"].values()] if len(row) > 1 else []
-    return {*row} in (_TEXT, _LABEL) and all(isinstance(number, int | float) for number in numbers)
+    said = row["predicted"]
+    if names is None:
+        return isinstance(said, float) and math.isfinite(said)
+    if not names:
+        return isinstance(said, str)
+    numbers = [row["probability"], *row["probabilities"].values()]
+    known = {*row["probabilities"]} == {*names} and said in names
+    return known and all(isinstance(number, int | float) and 0 <= number <= 1 for number in numbers)
+
+
+def _names_of(tuned: Tuned, data: DataSection, examples: list[Example]) -> list[Names]:
+    """Of each record the names that its probabilities have, () for a text, None for a number."""
+    if tuned.classes:
+        return [None if tuned.classes == [VALUE] else tuned.classes] * len(examples)
+    return [example.choices if data.choices else () for example in examples]
 
 
 def _inputs_digest(

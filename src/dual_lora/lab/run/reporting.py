@@ -3,6 +3,7 @@
 No recipe can ask for it: a recipe may come from somebody else, and most of these send what a run logs over the network.
 """
 
+import configparser
 import contextlib
 import hashlib
 import importlib
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dual_lora.lab.errors import UserError, suggest
+from dual_lora.lab.read import regular
 
 PROJECT = "dual-lora"
 PACKAGES = {
@@ -23,6 +25,9 @@ PACKAGES = {
     "tensorboard": ("tensorboard", "tensorboardX"),
     "trackio": ("trackio",),
 }
+# What `wandb init` and `wandb offline` leave in a working folder, but for the entity: anything, or this alone.
+OF_WANDB = {"mode": None, "disabled": None, "project": None, "base_url": "https://api.wandb.ai"}
+LARGEST_SETTINGS = 100_000  # bytes
 
 
 def check_reports(names: Sequence[str]) -> tuple[str, ...]:
@@ -34,7 +39,29 @@ def check_reports(names: Sequence[str]) -> tuple[str, ...]:
             raise UserError(
                 f"--report-to {name} needs the package {PACKAGES[name][0]}: `pip install {PACKAGES[name][0]}`."
             )
+    if "wandb" in names:
+        _check_wandb(Path(os.environ.get("WANDB_DIR") or ".").expanduser())
     return tuple(dict.fromkeys(names))
+
+
+def _check_wandb(root: Path) -> None:
+    """Raise UserError where the working folder has settings of W&B that say where it sends, or what: the folder may be
+    a stranger's, and W&B reads them by itself."""
+    for file in (root / "wandb" / "settings", root / ".wandb" / "settings"):
+        if not os.path.lexists(file):
+            continue
+        held = configparser.ConfigParser(interpolation=None)
+        try:
+            held.read_string(regular(file, LARGEST_SETTINGS).read_text(encoding="utf-8"))
+        except (OSError, ValueError, configparser.Error) as error:
+            raise UserError(f"{file}, which W&B would read, cannot be read: {error}.") from None
+        given = {**held.defaults(), **{name: value for part in held.sections() for name, value in held[part].items()}}
+        if others := [name for name, value in given.items() if OF_WANDB.get(name, "") not in (None, value)]:
+            raise UserError(
+                f"{file} sets {others[0]}, and W&B would go by it: where it sends, under which name, or what. Nothing "
+                "was sent. If it is yours, say so in the environment (such as WANDB_BASE_URL or WANDB_ENTITY) and take "
+                "it out of that file."
+            )
 
 
 @contextlib.contextmanager

@@ -111,7 +111,8 @@ def _drawn(runs: NDArray[np.float64], random: np.random.Generator) -> NDArray[np
 
 def _shares(runs: int, random: np.random.Generator) -> NDArray[np.float64]:
     """Of each draw of so many runs the share of every run, [DRAWS, runs]."""
-    return np.asarray((_picked(runs, random)[..., None] == np.arange(runs)).mean(1))
+    places = _picked(runs, random) + runs * np.arange(DRAWS)[:, None]
+    return np.bincount(places.ravel(), minlength=DRAWS * runs).reshape(DRAWS, runs) / runs
 
 
 def _picked(runs: int, random: np.random.Generator) -> NDArray[np.int64]:

@@ -31,6 +31,8 @@ from dual_lora.lab.study.job import Settings
 from dual_lora.lab.study.study import PRESETS, MethodEntry, Study
 
 Scenario = tuple[str, str]  # the names of a model and a task
+MOST_CELLS = 1000  # methods times tasks times models: each is built once, to count its parameters
+MOST_RUNS = 50_000
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ def lay_out(plan: Plan, scale: Scale | None = None) -> list[Cell]:
 
 def _written(study: Study) -> dict[Scenario, Recipe]:
     """The recipe of every model with every task, with `auto` where it says so."""
+    _check_size(study)
     recipes = {}
     for model, over_model in (study.models or {"": {}}).items():
         for task, entry in study.tasks.items():
@@ -85,6 +88,19 @@ def _written(study: Study) -> dict[Scenario, Recipe]:
                     over = Recipe.merged(over, {"data": {"holdout": study.search.holdout}})
             recipes[model, task] = recipe_with(values, over, where)
     return recipes
+
+
+def _check_size(study: Study) -> None:
+    """Raise UserError where few lines ask for more than can be planned in minutes."""
+    cells = len(study.variants()) * study.scenarios
+    trials = study.search.count * study.search.seeds if study.search else 0
+    what = {"methods times tasks times models": (cells, MOST_CELLS)}
+    what["runs"] = cells * (trials + len(study.seeds)), MOST_RUNS
+    for name, (asked, most) in what.items():
+        if asked > most:
+            raise UserError(
+                f"{study.name} has {asked:,} {name}, expected at most {most:,}: make several studies of it."
+            )
 
 
 def _resolved(name: str, entry: MethodEntry) -> MethodEntry:

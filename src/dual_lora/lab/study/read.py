@@ -12,6 +12,8 @@ from dual_lora.lab.recipe.read import shipped_recipes
 from dual_lora.lab.study.search import Search
 from dual_lora.lab.study.study import Budget, Study, TaskEntry
 
+MOST_EXTENDED = 10
+
 
 def shipped_studies() -> dict[str, Path]:
     """Name → file of the studies that the package carries."""
@@ -29,7 +31,7 @@ def read_study(source: str | Path | Study) -> Study:
     values = values_in(path)
     if not {"tasks", "methods", "extends"} & set(values) and {"model", "method", "data"} & set(values):
         raise UserError(_is_a_recipe(str(source)))
-    values = _extended(values, path, [path])
+    values = _extended(values, path, [path.resolve()])
     study = build_study(values, str(path))
     for task in study.tasks.values():  # a recipe may lie in the study's folder
         if not Path(task.recipe).is_file() and (beside := path.parent / task.recipe).is_file():
@@ -66,9 +68,11 @@ def _extended(values: dict[str, Any], path: Path, seen: list[Path]) -> dict[str,
         return values
     name = str(values["extends"])
     base = _study_file(name, path.parent / name)
-    if base in seen:
+    if base.resolve() in seen:
         raise UserError(f"{path} extends {name}, which extends {path.name} in turn: leave one of them out.")
-    below = _extended(values_in(base), base, [*seen, base])
+    if len(seen) > MOST_EXTENDED:
+        raise UserError(f"{path} is the end of a row of more than {MOST_EXTENDED} studies that extend each other.")
+    below = _extended(values_in(base), base, [*seen, base.resolve()])
     over = {key: value for key, value in values.items() if key != "extends"}
     theirs, ours = below.get("methods"), over.get("methods")
     if isinstance(theirs, dict) and isinstance(ours, dict):

@@ -17,6 +17,7 @@ from dual_lora.lab.study.metrics import METRICS, sign
 
 SEARCH_SEED = 1000
 MOST_RUNS = 10_000  # of one kind that a study may ask for
+MOST_AXES = 100  # settings that are varied together
 RATE = "train.learning_rate"
 
 
@@ -93,17 +94,19 @@ class Search(Section):
 
     def points(self, own: dict[str, Any] | None = None) -> list[dict[str, Any]]:
         """The trials' settings, {dotted name: value}; `own` is a method's own space."""
+        if len(own or self.space) > MOST_AXES:
+            raise ValueError(f"the space has {len(own or self.space):,} settings, expected at most {MOST_AXES}")
         space = {dotted(name): _axis(axis) for name, axis in (own or self.space).items()}
         lists = {name: axis for name, axis in space.items() if isinstance(axis, list)}
         if len(lists) < len(space):
             return _spread_points(space, self.count)
-        if math.prod(map(len, lists.values())) > 100 * MOST_RUNS:
+        held = math.prod(map(len, lists.values()))
+        if held > 100 * MOST_RUNS:
             raise ValueError(f"the space has more than {100 * MOST_RUNS:,} points, use ranges (low, high)")
-        grid = [dict(zip(lists, point, strict=True)) for point in itertools.product(*lists.values())]
-        if len(grid) < self.count:
-            raise ValueError(f"{self.count} trials wanted, but the space holds only {len(grid)} points")
-        chosen = random.Random(0).sample(range(len(grid)), self.count)
-        return [grid[i] for i in sorted(chosen)]
+        if held < self.count:
+            raise ValueError(f"{self.count} trials wanted, but the space holds only {held} points")
+        chosen = random.Random(0).sample(range(held), self.count)
+        return [_point(lists, number) for number in sorted(chosen)]
 
 
 def _axis(axis: Any) -> Axis:
@@ -114,6 +117,15 @@ def _axis(axis: Any) -> Axis:
     if not isinstance(axis, list) or not axis:
         raise ValueError(f"{axis!r} is no search axis: expected a list of values or {{low: , high: }}")
     return axis
+
+
+def _point(lists: dict[str, list[Any]], number: int) -> dict[str, Any]:
+    """The point of this number in the grid of all values, the last name's changing first; the others are not made."""
+    found: dict[str, Any] = {}
+    for name, values in reversed(lists.items()):
+        number, at = divmod(number, len(values))
+        found[name] = values[at]
+    return {name: found[name] for name in lists}
 
 
 def _spread_points(space: dict[str, Axis], wanted: int) -> list[dict[str, Any]]:

@@ -30,10 +30,10 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from dual_lora.lab.errors import UserError, suggest
 from dual_lora.lab.patterns import compiled
-from dual_lora.lab.read import parse_yaml
+from dual_lora.lab.read import parse_yaml, repeated
 from dual_lora.lab.recipe.schema import NAME, Recipe, Section
 from dual_lora.lab.study.metrics import METRICS
-from dual_lora.lab.study.search import MOST_RUNS, MetricName, Search, dotted
+from dual_lora.lab.study.search import MOST_AXES, MOST_RUNS, MetricName, Search, dotted
 
 # Methods that need more than a PEFT configuration, besides those that `methods.ALIASES` knows.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -193,10 +193,8 @@ class Study(Section):
             value = [value]
         if isinstance(value, list):
             names = [Path(str(name)).stem for name in value]
-            if twice := [name for name in names if names.count(name) > 1]:
-                raise ValueError(
-                    f"two tasks are called {twice[0]!r}: write them as NAME: RECIPE, each with its own name"
-                )
+            if (twice := repeated(names)) is not None:
+                raise ValueError(f"two tasks are called {twice!r}: write them as NAME: RECIPE, each with its own name")
             return {name: {"recipe": str(recipe)} for name, recipe in zip(names, value, strict=True)}
         return (
             {k: {"recipe": v} if isinstance(v, str) else v for k, v in value.items()}
@@ -261,8 +259,7 @@ class Study(Section):
                 raise ValueError(f"margin {margin} for {metric}: expected a positive number, in the metric's unit")
         if self.budget.like is not None and self.budget.like not in self.methods:
             raise ValueError(f"budget.like is {self.budget.like!r}.{suggest(self.budget.like, self.methods)}")
-        if (count := len(self.methods) * math.prod(map(len, self.sweep.values()))) > MOST_RUNS:
-            raise ValueError(f"the sweep makes {count:,} methods, expected at most {MOST_RUNS:,}")
+        self._check_size()
         variants = self.variants()
         if self.reference and self.reference not in variants:
             raise ValueError(
@@ -276,10 +273,24 @@ class Study(Section):
                     raise ValueError(f"methods.{name}.search: {error}; every method gets the same number") from None
         return self
 
+    def _check_size(self) -> None:
+        """Raise ValueError where few lines ask for more than can be written down; `plan` has bounds of what is run."""
+        if len(self.sweep) > MOST_AXES:
+            raise ValueError(f"the sweep varies {len(self.sweep):,} settings, expected at most {MOST_AXES}")
+        methods = len(self.methods) * math.prod(map(len, self.sweep.values()))
+        if (cells := methods * self.scenarios) > MOST_RUNS:
+            of = f"methods times tasks times models are {cells:,}"
+            raise ValueError(f"{of}, expected at most {MOST_RUNS:,}: make several studies of it")
+
     @property
     def recipes(self) -> set[str]:
         """The recipes of the tasks."""
         return {task.recipe for task in self.tasks.values()}
+
+    @property
+    def scenarios(self) -> int:
+        """How many tasks there are, each with each model."""
+        return len(self.tasks) * max(1, len(self.models))
 
     @property
     def baseline(self) -> str:
