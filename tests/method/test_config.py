@@ -6,12 +6,13 @@ import json
 import re
 
 import pytest
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_config, get_peft_model
 from tiny import Mlp, adapted, layer, layers, llama
 from torch import nn
 
 from dual_lora import DualLoraConfig
 from dual_lora.core.reference import Form
+from dual_lora.method.patterns import layer_options
 
 
 def test_help_describes_every_field():
@@ -101,11 +102,37 @@ def test_names_of_lora_are_understood():
     assert (config.alpha, config.dropout) == (32, 0.1)
     assert DualLoraConfig(alpha=32, lora_alpha=16).alpha == 32
     assert DualLoraConfig(lora_alpha=16, alpha_pattern={"q": 4}).alpha_pattern == {"q": 8}
-    assert DualLoraConfig(alpha_pattern={"q": 4}).alpha_pattern == {"q": 8}
     config = DualLoraConfig(alpha=16, alpha_pattern={"q": 4})
     assert config.alpha_pattern == dataclasses.replace(config, dropout=0.1).alpha_pattern == {"q": 4}
-    config = DualLoraConfig(alpha_pattern={"q": 4})
-    assert config.alpha_pattern == dataclasses.replace(config, dropout=0.1).alpha_pattern == {"q": 8}
+
+
+def test_a_pattern_without_alpha_has_loras_numbers_however_it_comes(tmp_path):
+    pattern = {"q": 4}
+    given = DualLoraConfig(alpha_pattern=pattern)
+    assigned, entered, set_later, taken_back = (DualLoraConfig() for _ in range(4))
+    assigned.alpha_pattern = pattern
+    entered.alpha_pattern["q"] = 4
+    set_later.alpha_pattern = taken_back.alpha_pattern = pattern
+    set_later.lora_alpha = 16
+    taken_back.alpha, taken_back.alpha = 40, None
+    given.save_pretrained(tmp_path)
+    configs = [
+        *(given, assigned, entered, set_later, taken_back, copy.deepcopy(given)),
+        get_peft_config({"peft_type": "DUAL_LORA", "alpha_pattern": pattern}),
+        DualLoraConfig(**given.to_dict()),
+        DualLoraConfig(**given.to_dict() | {"lora_alpha": 16}),
+        DualLoraConfig(**LoraConfig(alpha_pattern=pattern).to_dict()),
+        dataclasses.replace(given, dropout=0.1),
+        dataclasses.replace(given, lora_alpha=16),
+        dataclasses.replace(DualLoraConfig(), alpha_pattern=pattern),
+        DualLoraConfig.from_pretrained(tmp_path),
+    ]
+    assert [layer_options(config, "q") for config in configs] == [(4, 4, 8)] * len(configs)
+    both = DualLoraConfig(lora_alpha=16, alpha_pattern=pattern)
+    assert DualLoraConfig(**both.to_dict() | {"lora_alpha": 16}) == both
+    with pytest.warns(UserWarning, match=r"next to alpha=32 \(lora_alpha=16\): its numbers count as `alpha`, 2 times"):
+        both.alpha_pattern = pattern
+    assert layer_options(both, "q") == (4, 4, 4)
 
 
 def test_a_start_that_is_written_later_brings_its_sigma_and_its_warm_up():
@@ -282,7 +309,7 @@ def test_an_older_configuration_means_what_it_meant(tmp_path, saved):
     }
     (tmp_path / "adapter_config.json").write_text(json.dumps(values))
     config = DualLoraConfig.from_pretrained(tmp_path)
-    assert (config.form, config.alpha_pattern) == (Form(saved.get("ste", "clip")), {"q": 3})
+    assert (config.form, layer_options(config, "q")) == (Form(saved.get("ste", "clip")), (4, 4, 3))
     assert (config.init_weights, config.warmup_steps, config.default_alpha(4, 4)) == ("paper", 50, 16)
     (tmp_path / "adapter_config.json").write_text(json.dumps(values | {"init_weights": "zero"}))
     config = DualLoraConfig.from_pretrained(tmp_path)

@@ -14,6 +14,7 @@ from peft.utils import PeftType
 from ..core.reference import Form, Magnitude, Ste
 from . import lora_fields
 from .config_checks import PAPER_WARMUP, check_frozen, check_share, check_warmup, is_positive, of_format_1
+from .lora_fields import LORA_ALPHA
 from .ranks import Rank, ranks_of, split_rank
 from .saved import check_file
 
@@ -30,9 +31,6 @@ EARLIER_ALPHA = 2.0
 
 STD, EARLIER_STD = 0.1, 0.02
 """σ by default: of C and D with the default start, and of earlier versions and the paper's start."""
-
-LORA_ALPHA = 2.0
-"""α for each unit of LoRA's `lora_alpha`, at equal strength."""
 
 
 @dataclass
@@ -251,6 +249,8 @@ class DualLoraConfig(PeftConfig):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As usual; ranks and start stay consistent: a new r1 or r2 changes `r`, a start has its σ and warm-up."""
+        if vars(self).get("_complete") and name in ("alpha", "alpha_pattern"):
+            lora_fields.keep_units(self, name, value)
         if not vars(self).get("_complete") or name not in ("r", "r1", "r2", "init_weights", "init_std", "warmup_steps"):
             super().__setattr__(name, value)
             return
@@ -326,7 +326,7 @@ def _by_loras_names(init: Any) -> Any:
     def wrapped(self: Any, *args: Any, **options: Any) -> None:
         if options.get("peft_type") and "format_version" not in options and "init_std" in options:
             options = of_format_1(options)
-        init(self, *args, **lora_fields.translated(options, own, LORA_ALPHA))
+        init(self, *args, **lora_fields.translated(options, own))
 
     signature = inspect.signature(init)  # PEFT looks there for what a saved configuration may hold
     theirs = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in lora_fields.names() - own]
