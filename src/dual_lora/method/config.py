@@ -292,8 +292,8 @@ class DualLoraConfig(PeftConfig):
         return cls(**{"ste": "clip"} | options | {"init_weights": "paper", "warmup_steps": warmup_steps})
 
     def default_alpha(self, r1: int, r2: int) -> float:
-        """α of a layer of these ranks where none is set."""
-        return (ALPHA if self.starts_like_lora else EARLIER_ALPHA) * (r1 + r2)
+        """α of a layer of these ranks where none is set: the same if a start is left out, as weights will be loaded."""
+        return (EARLIER_ALPHA if self.init_weights in ("paper", "zero") else ALPHA) * (r1 + r2)
 
     lora_alpha = property(
         lambda self: (self.default_alpha(self.r1, self.r2) if self.alpha is None else self.alpha) / LORA_ALPHA,
@@ -313,7 +313,7 @@ class DualLoraConfig(PeftConfig):
             self.ste,
             self.magnitude_activation,
             self.direction_activation,
-            live_zero=self.starts_like_lora or self.init_weights == "zero",
+            live_zero=self.init_weights != "paper",
             plain=self.plain_rank,
         ).check()
 

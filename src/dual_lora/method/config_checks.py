@@ -72,4 +72,6 @@ def of_format_1(saved: dict[str, Any]) -> dict[str, Any]:
         saved = saved | {"alpha_pattern": scaled(saved.get("alpha_pattern"), 1 / LORA_ALPHA) or {}}
     if saved.get("init_weights", True) is True:
         return saved | {"init_weights": "paper"}
+    if saved["init_weights"] is False:  # whose strength and whose gradients are the paper's, without its warm-up
+        return saved | {"init_weights": "paper", "warmup_steps": 0}
     return saved | {"warmup_steps": None}  # which played no part
