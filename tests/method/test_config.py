@@ -6,12 +6,22 @@ import json
 import re
 
 import pytest
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from tiny import Mlp, adapted, layer, layers, llama
+import torch
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_config,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from tiny import Mlp, adapted, layer, layers, llama, points, train, trainable
 from torch import nn
 
 from dual_lora import DualLoraConfig
 from dual_lora.core.reference import Form
+from dual_lora.method.patterns import layer_options
 
 
 def test_help_describes_every_field():
@@ -101,11 +111,50 @@ def test_names_of_lora_are_understood():
     assert (config.alpha, config.dropout) == (32, 0.1)
     assert DualLoraConfig(alpha=32, lora_alpha=16).alpha == 32
     assert DualLoraConfig(lora_alpha=16, alpha_pattern={"q": 4}).alpha_pattern == {"q": 8}
-    assert DualLoraConfig(alpha_pattern={"q": 4}).alpha_pattern == {"q": 8}
     config = DualLoraConfig(alpha=16, alpha_pattern={"q": 4})
     assert config.alpha_pattern == dataclasses.replace(config, dropout=0.1).alpha_pattern == {"q": 4}
-    config = DualLoraConfig(alpha_pattern={"q": 4})
-    assert config.alpha_pattern == dataclasses.replace(config, dropout=0.1).alpha_pattern == {"q": 8}
+
+
+def test_a_pattern_without_alpha_has_loras_numbers_however_it_comes(tmp_path):
+    pattern = {"q": 4}
+    given = DualLoraConfig(alpha_pattern=pattern)
+    assigned, entered, set_later, taken_back = (DualLoraConfig() for _ in range(4))
+    assigned.alpha_pattern = pattern
+    entered.alpha_pattern["q"] = 4
+    set_later.alpha_pattern = taken_back.alpha_pattern = pattern
+    set_later.lora_alpha = 16
+    taken_back.alpha, taken_back.alpha = 40, None
+    given.save_pretrained(tmp_path)
+    configs = [
+        *(given, assigned, entered, set_later, taken_back, copy.deepcopy(given)),
+        get_peft_config({"peft_type": "DUAL_LORA", "alpha_pattern": pattern}),
+        DualLoraConfig(**given.to_dict()),
+        DualLoraConfig(**given.to_dict() | {"lora_alpha": 16}),
+        DualLoraConfig(**LoraConfig(alpha_pattern=pattern).to_dict()),
+        dataclasses.replace(given, dropout=0.1),
+        dataclasses.replace(given, lora_alpha=16),
+        dataclasses.replace(DualLoraConfig(), alpha_pattern=pattern),
+        DualLoraConfig.from_pretrained(tmp_path),
+    ]
+    assert [layer_options(config, "q") for config in configs] == [(4, 4, 8)] * len(configs)
+    both = DualLoraConfig(lora_alpha=16, alpha_pattern=pattern)
+    assert DualLoraConfig(**both.to_dict() | {"lora_alpha": 16}) == both
+    with pytest.warns(UserWarning, match=r"next to alpha=32 \(lora_alpha=16\): its numbers count as `alpha`, 2 times"):
+        both.alpha_pattern = pattern
+    assert layer_options(both, "q") == (4, 4, 4)
+
+
+def test_weights_that_are_loaded_act_and_train_the_same_where_the_start_was_left_out():
+    source, target = (adapted(init_weights=start) for start in (True, False))
+    train(source, 3, loss=lambda: source.base_model.model.second(points(6) @ torch.ones(12, 16)).square().mean())
+    assert not layer(source).dual_lora_B["default"].any(), "one layer's B is zero, as that of an expert without tokens"
+    set_peft_model_state_dict(target, get_peft_model_state_dict(source))
+    for model in (source, target):
+        model(points()).square().mean().backward()
+    assert torch.equal(target(points()), source(points()))
+    for own, theirs in zip(trainable(target), trainable(source), strict=True):
+        assert torch.equal(own.grad, theirs.grad)
+    assert layer(target).dual_lora_B["default"].grad.any()
 
 
 def test_a_start_that_is_written_later_brings_its_sigma_and_its_warm_up():
@@ -209,7 +258,7 @@ def test_patterns_written_later_mean_what_they_mean_when_they_are_loaded(tmp_pat
     assert layer(again).r == layer(model).r == {"default": 6}
 
 
-@pytest.mark.parametrize(("start", "share"), [(True, 4), ("paper", 2), ("zero", 2), (False, 2)])
+@pytest.mark.parametrize(("start", "share"), [(True, 4), ("paper", 2), ("zero", 2), (False, 4)])
 def test_alpha_defaults_to_a_share_of_the_ranks_of_each_layer(start, share):
     model = adapted(r=8, rank_pattern={"second": 4}, init_weights=start)
     first, second = layers(model).values()
@@ -282,12 +331,13 @@ def test_an_older_configuration_means_what_it_meant(tmp_path, saved):
     }
     (tmp_path / "adapter_config.json").write_text(json.dumps(values))
     config = DualLoraConfig.from_pretrained(tmp_path)
-    assert (config.form, config.alpha_pattern) == (Form(saved.get("ste", "clip")), {"q": 3})
+    assert (config.form, layer_options(config, "q")) == (Form(saved.get("ste", "clip")), (4, 4, 3))
     assert (config.init_weights, config.warmup_steps, config.default_alpha(4, 4)) == ("paper", 50, 16)
-    (tmp_path / "adapter_config.json").write_text(json.dumps(values | {"init_weights": "zero"}))
-    config = DualLoraConfig.from_pretrained(tmp_path)
-    assert config.form == Form(saved.get("ste", "clip"), live_zero=True)
-    assert (config.warmup_steps, config.default_alpha(4, 4)) == (None, 16)
+    for start, steps in (("zero", None), (False, 0)):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(values | {"init_weights": start}))
+        config = DualLoraConfig.from_pretrained(tmp_path)
+        assert config.form == Form(saved.get("ste", "clip"), live_zero=start == "zero")
+        assert (config.warmup_steps, config.default_alpha(4, 4)) == (steps, 16)
 
 
 @pytest.mark.parametrize("r", [2, 8, 16])

@@ -39,6 +39,8 @@ class Renamed(nn.Module):
 
 def config(**options) -> DualLoraConfig:
     usual = {"direction_activation": "frozen", "magnitude_activation": "identity", "init_weights": False}
+    if "alpha" not in options:
+        usual["lora_alpha"] = 6
     return DualLoraConfig(r=6, target_modules=["first", "second"], **(usual | options))
 
 

@@ -56,7 +56,7 @@ CASES = {
 def test_value_gradients_and_merge(name):
     make, shape, call = CASES[name]
     base = make()
-    model, layer = adapted(base, call, ste="identity")
+    model, layer = adapted(base, call, ste="identity", alpha=8.0)
     layers = [m for m in model.modules() if hasattr(m, "dual_lora_scale")]
     doubles = {m: Factors(*(f.detach().double().requires_grad_() for f in m.factors("default"))) for m in layers}
     x = torch.randn(shape)

@@ -54,6 +54,7 @@ class ReadsFromAfar(nn.Module):
     def __init__(self):
         super().__init__()
         self.by_alias, self.by_property, self.by_module, self.by_name, self.other = (nn.Linear(6, 6) for _ in range(5))
+        self.first_of_two, self.second_of_two, self.chosen, self.spare = (nn.Linear(6, 6) for _ in range(4))
         self.blocks = nn.ModuleList(nn.ModuleDict({"read": nn.Linear(6, 6), "called": nn.Linear(6, 6)}) for _ in "ab")
         self.inner = Inner()
 
@@ -72,6 +73,9 @@ class ReadsFromAfar(nn.Module):
         x = nn.functional.linear(x, self.by_name.weight)
         for k, block in enumerate(self.blocks):
             x = block["called"](x @ block["read"].weight) + k
+        x = x @ sum(layer.weight for layer in (self.first_of_two, self.second_of_two))
+        layer = self.chosen if len(x) else self.spare
+        x = x @ layer.weight
         return x @ self.inner.deep.weight
 
 
@@ -84,6 +88,7 @@ class Inner(nn.Module):
 def test_a_weight_is_found_by_whatever_name_it_is_read():
     torch.manual_seed(0)
     names = ["by_alias", "by_property", "by_module", "by_name", "other", "read", "called", "deep"]
+    names += ["first_of_two", "second_of_two", "chosen", "spare"]
     model = adapted(ReadsFromAfar(), target_modules=names, init_weights=False, r=4)
     kinds = {name.rpartition(".")[2]: type(m) for name, m in layers(model).items()}
     assert {name for name, kind in kinds.items() if kind is ReadLinear} == set(names) - {"other", "called"}

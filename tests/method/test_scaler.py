@@ -139,7 +139,8 @@ def test_a_scale_that_nobody_knows_of_makes_another_method_of_the_clip_alone(ste
 def test_a_scaler_in_fp16(half):
     """Known, it changes nothing but rounding; and none is needed, as PEFT's examples train."""
     base = Mlp()
-    model = adapted(base.half() if half else base, target_modules=["first", "second"], init_weights=False)
+    options = dict(target_modules=["first", "second"], init_weights=False, alpha=8.0)
+    model = adapted(base.half() if half else base, **options)
     x = points(64).half() if half else points(64)
 
     def run(model, scale=None):

@@ -139,6 +139,13 @@ def all_but_the_last_frozen(model):
     rounds(model, AdamW(trainable(model)))
 
 
+def a_rate_of_zero_for_the_factors_or_for_one_of_them(model):
+    one, others = ([p for n, p in model.named_parameters() if p.requires_grad and ("_B" in n) == b] for b in (1, 0))
+    still, head = {"params": one, "lr": 0.0}, {"params": [torch.nn.Parameter(torch.ones(1))]}
+    rounds(model, AdamW([still | {"params": one + others}, head]), steps=2)
+    rounds(model, AdamW([still, {"params": others}]))
+
+
 def skipping(fused=False, wrapped=False):
     """Two of five steps, by a gradient scaler."""
 
@@ -182,7 +189,7 @@ LOOPS = {
     "ZeRO": lambda m: deepspeed(m, flattened=True),
     **{way.__name__.replace("_", " "): way for way in (
         steps_that_fail, another_on_new_gradients_in_the_same_tensors, the_one_that_holds_the_first_factor,
-        all_but_the_last_frozen, zero_redundancy, deepspeed,
+        all_but_the_last_frozen, a_rate_of_zero_for_the_factors_or_for_one_of_them, zero_redundancy, deepspeed,
     )},
 }  # fmt: skip
 

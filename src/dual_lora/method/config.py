@@ -14,6 +14,7 @@ from peft.utils import PeftType
 from ..core.reference import Form, Magnitude, Ste
 from . import lora_fields
 from .config_checks import PAPER_WARMUP, check_frozen, check_share, check_warmup, is_positive, of_format_1
+from .lora_fields import LORA_ALPHA
 from .ranks import Rank, ranks_of, split_rank
 from .saved import check_file
 
@@ -30,9 +31,6 @@ EARLIER_ALPHA = 2.0
 
 STD, EARLIER_STD = 0.1, 0.02
 """σ by default: of C and D with the default start, and of earlier versions and the paper's start."""
-
-LORA_ALPHA = 2.0
-"""α for each unit of LoRA's `lora_alpha`, at equal strength."""
 
 
 @dataclass
@@ -252,6 +250,8 @@ class DualLoraConfig(PeftConfig):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As usual; ranks and start stay consistent: a new r1 or r2 changes `r`, a start has its σ and warm-up."""
+        if vars(self).get("_complete") and name in ("alpha", "alpha_pattern"):
+            lora_fields.keep_units(self, name, value)
         if not vars(self).get("_complete") or name not in ("r", "r1", "r2", "init_weights", "init_std", "warmup_steps"):
             super().__setattr__(name, value)
             return
@@ -293,8 +293,8 @@ class DualLoraConfig(PeftConfig):
         return cls(**{"ste": "clip"} | options | {"init_weights": "paper", "warmup_steps": warmup_steps})
 
     def default_alpha(self, r1: int, r2: int) -> float:
-        """α of a layer of these ranks where none is set."""
-        return (ALPHA if self.starts_like_lora else EARLIER_ALPHA) * (r1 + r2)
+        """α of a layer of these ranks where none is set: the same if a start is left out, as weights will be loaded."""
+        return (EARLIER_ALPHA if self.init_weights in ("paper", "zero") else ALPHA) * (r1 + r2)
 
     lora_alpha = property(
         lambda self: (self.default_alpha(self.r1, self.r2) if self.alpha is None else self.alpha) / LORA_ALPHA,
@@ -314,7 +314,7 @@ class DualLoraConfig(PeftConfig):
             self.ste,
             self.magnitude_activation,
             self.direction_activation,
-            live_zero=self.starts_like_lora or self.init_weights == "zero",
+            live_zero=self.init_weights != "paper",
             plain=self.plain_rank,
         ).check()
 
@@ -327,7 +327,7 @@ def _by_loras_names(init: Any) -> Any:
     def wrapped(self: Any, *args: Any, **options: Any) -> None:
         if options.get("peft_type") and "format_version" not in options and "init_std" in options:
             options = of_format_1(options)
-        init(self, *args, **lora_fields.translated(options, own, LORA_ALPHA))
+        init(self, *args, **lora_fields.translated(options, own))
 
     signature = inspect.signature(init)  # PEFT looks there for what a saved configuration may hold
     theirs = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in lora_fields.names() - own]

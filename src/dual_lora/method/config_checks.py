@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from .lora_fields import LORA_ALPHA, scaled
+
 PAPER_WARMUP = 50
 
 
@@ -66,6 +68,10 @@ def is_positive(value: Any) -> bool:
 
 def of_format_1(saved: dict[str, Any]) -> dict[str, Any]:
     """What a configuration that an earlier version has saved says in the present format."""
+    if saved.get("alpha") is None:  # its pattern had α's numbers all the same
+        saved = saved | {"alpha_pattern": scaled(saved.get("alpha_pattern"), 1 / LORA_ALPHA) or {}}
     if saved.get("init_weights", True) is True:
         return saved | {"init_weights": "paper"}
+    if saved["init_weights"] is False:  # whose strength and whose gradients are the paper's, without its warm-up
+        return saved | {"init_weights": "paper", "warmup_steps": 0}
     return saved | {"warmup_steps": None}  # which played no part

@@ -186,7 +186,7 @@ class FactorsLayer(Warmup, Strength, Seeds, nn.Module, BaseTunerLayer):
                 continue
             if letter == "A" and config.starts_like_lora:
                 self._draw_A(factor)
-            elif letter == "B" and config.form.live_zero:  # by which a zero B trains
+            elif letter == "B" and config.init_weights and config.form.live_zero:  # by which a zero B trains
                 nn.init.zeros_(factor)
             else:
                 nn.init.normal_(factor, std=std)

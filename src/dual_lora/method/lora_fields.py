@@ -9,6 +9,11 @@ from typing import Any
 
 from peft import LoraConfig
 
+from .._warning import warn
+
+LORA_ALPHA = 2.0
+"""α for each unit of LoRA's `lora_alpha`, at equal strength."""
+
 _DEFAULTS = {f.name: f.default_factory() if f.default_factory is not MISSING else f.default for f in fields(LoraConfig)}
 PLAIN_STARTS = (True, "gaussian")  # B = 0, A at random: as this method begins
 
@@ -38,23 +43,38 @@ def names() -> set[str]:
     return set(_DEFAULTS)
 
 
-def translated(options: dict[str, Any], own: set[str], alpha_for_each: float) -> dict[str, Any]:
+def scaled(pattern: Any, unit: float) -> Any:
+    """A pattern of α in another unit. What is no number, or no pattern, is refused later, as it stands."""
+    if not isinstance(pattern, dict):
+        return pattern
+    return {name: unit * alpha if type(alpha) in (int, float) else alpha for name, alpha in pattern.items()}
+
+
+def keep_units(config: Any, name: str, value: Any) -> None:
+    """Before `alpha` or `alpha_pattern` of a configuration is written: the pattern's numbers mean what they meant."""
+    if name == "alpha" and (value is None) != (config.alpha is None):
+        unit = 1 / LORA_ALPHA if value is None else LORA_ALPHA
+        vars(config)["alpha_pattern"] = scaled(config.alpha_pattern, unit)
+    elif name == "alpha_pattern" and config.alpha is not None and value != config.alpha_pattern:
+        warn(
+            f"alpha_pattern={value!r} is written next to alpha={config.alpha:g} (lora_alpha="
+            f"{config.alpha / LORA_ALPHA:g}): its numbers count as `alpha`, {LORA_ALPHA:g} times LoRA's. Given "
+            "together with `lora_alpha`, in one call, they count as LoRA's.",
+            stacklevel=4,
+        )
+
+
+def translated(options: dict[str, Any], own: set[str]) -> dict[str, Any]:
     """The options of `DualLoraConfig` for what may be options of `LoraConfig`.
 
-    own: the names that `DualLoraConfig` has itself. alpha_for_each: α for each unit of `lora_alpha`.
+    own: the names that `DualLoraConfig` has itself. Next to no `alpha` its pattern has LoRA's numbers as it is.
     Raises ValueError for what means another method, and for two names of one thing with two values.
     """
     result = {name: value for name, value in options.items() if name in own or name not in _DEFAULTS}
-    lora_alpha, pattern = options.get("lora_alpha"), options.get("alpha_pattern")
-    saved = {"peft_type", "format_version"} & set(options)  # by this class, whose pattern is in units of α
-
-    def ours(alpha: Any) -> Any:  # what is no number is refused later, as it stands
-        return alpha_for_each * alpha if type(alpha) in (int, float) else alpha
-
-    if lora_alpha is not None:
-        _set(result, "alpha", ours(lora_alpha), "lora_alpha", lora_alpha)
-    if isinstance(pattern, dict) and (lora_alpha is not None or (options.get("alpha") is None and not saved)):
-        result["alpha_pattern"] = {name: ours(alpha) for name, alpha in pattern.items()}
+    if (lora_alpha := options.get("lora_alpha")) is not None:
+        _set(result, "alpha", scaled({"": lora_alpha}, LORA_ALPHA)[""], "lora_alpha", lora_alpha)
+        if "alpha_pattern" in options and options.get("alpha") is None:
+            result["alpha_pattern"] = scaled(options["alpha_pattern"], LORA_ALPHA)
     if options.get("lora_dropout") is not None:
         _set(result, "dropout", options["lora_dropout"], "lora_dropout", options["lora_dropout"])
     if (start := options.get("init_lora_weights")) is not None:

@@ -7,6 +7,7 @@ from peft.utils.other import get_pattern_key
 from .._warning import warn
 from ..core.tokens import AUTO, EXACT
 from .config import DualLoraConfig
+from .lora_fields import LORA_ALPHA
 from .ranks import ranks_of
 
 
@@ -15,8 +16,9 @@ def layer_options(config: DualLoraConfig, key: str) -> tuple[int, int, float]:
     rank = _fitting("rank_pattern", config.rank_pattern, key)
     r1, r2 = ranks_of([config.r1, config.r2] if rank is None else rank, one_group=config.one_group)  # type: ignore[list-item]
     alpha = _fitting("alpha_pattern", config.alpha_pattern, key)
-    alpha = config.alpha if alpha is None else alpha
-    return r1, r2, config.default_alpha(r1, r2) if alpha is None else alpha
+    if config.alpha is None:  # then the pattern has LoRA's numbers
+        return r1, r2, config.default_alpha(r1, r2) if alpha is None else LORA_ALPHA * alpha
+    return r1, r2, config.alpha if alpha is None else alpha
 
 
 def sampling_of(config: DualLoraConfig, key: str) -> float:

@@ -3,7 +3,8 @@
 An adapter's step counter is the optimizer that holds its first trainable factor in the order B, A, D, C. After one of
 its steps a layer whose factor has got a gradient is counted; a layer that the data never reach stays at λ = 0. Of steps
 inside a step (a wrapper's, a subclass's, ZeroRedundancyOptimizer's) one counts, as do those of two optimizers on one
-gradient. A step at a learning rate of 0 moves nothing and counts nothing, nor does one that a gradient scaler skips.
+gradient. A step at a learning rate of 0 (of the factors' groups) moves nothing and counts nothing, nor does one that a
+gradient scaler skips.
 Updates without a torch.optim.Optimizer are counted by `count_step`.
 
 Adapters without a warm-up cost a step nothing.
@@ -149,13 +150,15 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if (skipped is not None and bool(skipped)) or all(group.get("lr") == 0 for group in groups):
         return
     held = {id(p) for group in groups for p in group["params"]}
+    still = {id(p) for group in groups if group.get("lr") == 0 for p in group["params"]}
     for layer in list(warming):
         for adapter in [*layer.dual_lora_left]:
             A, B, C, D = layer._stored(adapter)
-            # The first that trains, or has before another adapter was chosen.
-            first = next((f for f in (B, A, D, C) if f.requires_grad or f.grad is not None), None)
-            if first is not None and id(first) in held and first.grad is not None:
-                _count(layer, adapter, optimizer, first.grad)
+            # Those that train, or have before another adapter was chosen.
+            those = [f for f in (B, A, D, C) if f.requires_grad or f.grad is not None]
+            moved = those and id(those[0]) in held and not still.issuperset(map(id, those))
+            if moved and those[0].grad is not None:
+                _count(layer, adapter, optimizer, those[0].grad)
         if not layer.dual_lora_left:
             warming.discard(layer)
     for one in list(watch_training.watches):

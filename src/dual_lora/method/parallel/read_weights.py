@@ -1,8 +1,8 @@
 """Whose weights the code of a module's class reads, in place of calling them: Mamba's `dt_proj`, LFM2's convolutions.
 
-It is read off the source: `self.proj.weight` and `self.block.proj.weight`, by another name (`proj = self.proj`, a loop
-over `self.layers`, an item, `getattr`), in methods and properties, and of a module that a property returns. Code that
-is given the module itself (`product(self.proj, x)`) is not followed.
+It is read off the source: `self.proj.weight` and `self.block.proj.weight`, by other names (`proj = self.proj`, a loop
+over `self.layers` or over `(self.a, self.b)`, a choice of two, an item, `getattr`), in methods and properties, and of a
+module that a property returns. Code that is given the module itself (`product(self.proj, x)`) is not followed.
 """
 
 import ast
@@ -35,19 +35,19 @@ def weights_read_by(kind: type[nn.Module]) -> frozenset[Path]:
     if kind.__module__.startswith("torch.nn"):
         return frozenset()
     paths: set[Path] = set()
-    returned: dict[str, Path] = {}
+    returned: dict[str, set[Path]] = {}
     for base in (base for base in kind.__mro__ if base.__module__.split(".")[0] != "torch"):
         read, by_properties = _in_class(base)
         paths |= read
         returned = by_properties | returned
-    return frozenset(returned[path[0]] + path[1:] if path[0] in returned else path for path in paths)
+    return frozenset(first + path[1:] for path in paths for first in returned.get(path[0], {path[:1]}))
 
 
 @functools.cache
-def _in_class(base: type) -> tuple[frozenset[Path], dict[str, Path]]:
+def _in_class(base: type) -> tuple[frozenset[Path], dict[str, set[Path]]]:
     """What a class's own methods read, and the modules that its properties return."""
     paths: set[Path] = set()
-    returned: dict[str, Path] = {}
+    returned: dict[str, set[Path]] = {}
     for name, found in vars(base).items():
         function = inspect.unwrap(getattr(found, "fget", None) or getattr(found, "func", found))
         if not inspect.isfunction(function) or name in _SETTING_UP:
@@ -55,9 +55,10 @@ def _in_class(base: type) -> tuple[frozenset[Path], dict[str, Path]]:
         if _says_weight(function.__code__) and (tree := _tree(function)) is not None:
             paths |= _reads(tree)
         elif not inspect.isfunction(found) and (tree := _tree(function)) is not None:
-            for node in (node for node in ast.walk(tree) if isinstance(node, ast.Return)):
-                if path := _Names(tree).path(node.value):
-                    returned[name] = path
+            names = _Names(tree)
+            returns = (names.paths(node.value) for node in ast.walk(tree) if isinstance(node, ast.Return))
+            if modules := set().union(*returns) - {()}:
+                returned[name] = modules
     return frozenset(paths), returned
 
 
@@ -84,15 +85,15 @@ def _reads(tree: ast.FunctionDef) -> set[Path]:
         elif isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.Is | ast.IsNot):
             looked_at |= {id(node.left), *map(id, node.comparators)}
     written = {id(n) for n in ast.walk(tree) if isinstance(getattr(n, "ctx", None), ast.Store | ast.Del)}
-    paths = {names.path(n) for n in ast.walk(tree) if id(n) not in looked_at | written}
-    return {path[:-1] for path in paths if path and len(path) > 1 and path[-1] == "weight"}
+    paths = (path for n in ast.walk(tree) if id(n) not in looked_at | written for path in names.paths(n))
+    return {path[:-1] for path in paths if len(path) > 1 and path[-1] == "weight"}
 
 
 class _Names:
     """What the local names of a function stand for, as far as it is a module below `self`."""
 
     def __init__(self, tree: ast.FunctionDef):
-        self.known: dict[str, Path] = {tree.args.args[0].arg: ()}
+        self.known: dict[str, set[Path]] = {tree.args.args[0].arg: {()}}
         for _ in range(2):  # a name may be given after it is used, in a loop
             for node in ast.walk(tree):
                 if isinstance(node, ast.Assign) and len(node.targets) == 1:
@@ -106,8 +107,8 @@ class _Names:
         if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple) and len(target.elts) == len(value.elts):
             for one, its in zip(target.elts, value.elts, strict=True):
                 self._give(one, its)
-        elif isinstance(target, ast.Name) and (path := self.path(value)):
-            self.known[target.id] = path
+        elif isinstance(target, ast.Name):
+            self._add(target.id, self.paths(value))
 
     def _give_items(self, target: ast.expr, items: ast.expr) -> None:
         if isinstance(items, ast.Call) and isinstance(items.func, ast.Name):
@@ -122,22 +123,30 @@ class _Names:
             if items.func.attr in ("values", "items", "children"):
                 last = target.elts[-1] if isinstance(target, ast.Tuple) else target
                 self._give_items(last, items.func.value)
-        elif isinstance(target, ast.Name) and (path := self.path(items)):
-            self.known[target.id] = (*path, ANY)
+        elif isinstance(target, ast.Name) and isinstance(items, ast.Tuple | ast.List):
+            self._add(target.id, set().union(*map(self.paths, items.elts)))
+        elif isinstance(target, ast.Name):
+            self._add(target.id, {(*path, ANY) for path in self.paths(items)})
 
-    def path(self, node: ast.AST | None) -> Path | None:
-        """The path that an expression stands for."""
+    def _add(self, name: str, paths: set[Path]) -> None:
+        """One name may stand for several modules, one after the other."""
+        if paths := paths - {()}:
+            self.known[name] = self.known.get(name, set()) | paths
+
+    def paths(self, node: ast.AST | None) -> set[Path]:
+        """The paths that an expression may stand for."""
         if isinstance(node, ast.Name):
-            return self.known.get(node.id)
+            return self.known.get(node.id, set())
+        if isinstance(node, ast.IfExp):
+            return self.paths(node.body) | self.paths(node.orelse)
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "getattr":
             return self._below(node.args[0], _name_in(node.args[1]))
         if isinstance(node, ast.Attribute):
             return self._below(node.value, node.attr)
-        return self._below(node.value, _name_in(node.slice)) if isinstance(node, ast.Subscript) else None
+        return self._below(node.value, _name_in(node.slice)) if isinstance(node, ast.Subscript) else set()
 
-    def _below(self, node: ast.AST, name: str) -> Path | None:
-        path = self.path(node)
-        return None if path is None else (*path, name)
+    def _below(self, node: ast.AST, name: str) -> set[Path]:
+        return {(*path, name) for path in self.paths(node)}
 
 
 def _name_in(name: ast.expr) -> str:
