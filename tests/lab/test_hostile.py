@@ -399,7 +399,7 @@ def test_a_study_that_extends_itself_by_another_path(tmp_path):
 
 
 def test_a_rank_rule_divides_by_no_zero():
-    from dual_lora.lab.study.study import rank_denominator, rank_rule
+    from dual_lora.lab.study.rank_rule import rank_denominator, rank_rule
 
     assert rank_rule("2r", 8, "x") == 16
     assert rank_rule("r/2", 8, "x") == 4

@@ -20,9 +20,9 @@ from dual_lora.lab.study import plan
 from dual_lora.lab.study.budget import Scale, solve_rank
 from dual_lora.lab.study.cell import final_jobs, trial_jobs
 from dual_lora.lab.study.job import data_digest, settings_in_words
+from dual_lora.lab.study.rank_rule import rank_rule
 from dual_lora.lab.study.read import build_study, read_study, shipped_studies
 from dual_lora.lab.study.search import Search, choose
-from dual_lora.lab.study.study import rank_rule
 
 MINIMAL = {"name": "s", "tasks": ["boolq-smollm2"], "methods": {"lora": {"r": 8}, "dual_lora": {"r": 8}}}
 

@@ -17,7 +17,8 @@ from dual_lora.lab.progress import in_words
 from dual_lora.lab.recipe.schema import DataSection, ModelSection, Recipe
 from dual_lora.lab.study.cell import Cell, Size, fields_at, probe_job, rank_field
 from dual_lora.lab.study.job import Job, Outcome, Training, data_digest
-from dual_lora.lab.study.study import MethodEntry, Study, rank_denominator
+from dual_lora.lab.study.rank_rule import rank_denominator
+from dual_lora.lab.study.study import MethodEntry, Study
 
 _LINEAR = ("Linear", "Conv1D")  # torch's and transformers' names
 # Dual LoRA's fields that no tensor's shape needs; frozen signs have no C and D.

@@ -8,8 +8,9 @@ from dual_lora.lab.recipe.read import changed
 from dual_lora.lab.recipe.schema import Recipe, spelled
 from dual_lora.lab.study import metrics
 from dual_lora.lab.study.job import Job, Kind, Outcome, Settings, Split, cell_name, data_digest
+from dual_lora.lab.study.rank_rule import rank_rule
 from dual_lora.lab.study.search import beyond, choose, dotted
-from dual_lora.lab.study.study import MethodEntry, Study, rank_rule
+from dual_lora.lab.study.study import MethodEntry, Study
 
 # The field that sets a method's size, where it is not "r".
 RANK_FIELDS = {

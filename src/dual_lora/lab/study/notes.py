@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from dual_lora.lab.study import metrics
 from dual_lora.lab.study.cell import Ended, Finished
 from dual_lora.lab.study.job import Settings, cell_name, task_name
+from dual_lora.lab.study.rank_rule import rank_rule
 from dual_lora.lab.study.rows import AmendmentRow, MethodRow, Results, UntrainedRow
 from dual_lora.lab.study.search import RATE, Search, mean_scores
-from dual_lora.lab.study.study import Study, rank_rule
+from dual_lora.lab.study.study import Study
 from dual_lora.lab.study.verdicts import percent
 
 

@@ -21,14 +21,12 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from dual_lora.lab.errors import UserError, suggest
+from dual_lora.lab.errors import suggest
 from dual_lora.lab.patterns import compiled
 from dual_lora.lab.read import parse_yaml, repeated
 from dual_lora.lab.recipe.schema import NAME, Recipe, Section
@@ -328,34 +326,3 @@ def with_settings(entry: MethodEntry, settings: dict[str, Any], key: str) -> Met
         else:
             values[field] = value
     return MethodEntry.model_validate(values)
-
-
-_NUMBER = r"0*[1-9]\d*(?:\.\d+)?|0*\.\d*[1-9]\d*|0+\.\d*[1-9]\d*"  # above 0
-_RANK_RULE = re.compile(
-    rf"^\s*(?:(?P<times>{_NUMBER})\s*\*?\s*)?(?:(?P<root>sqrt)\s*\(\s*r\s*\)|r)\s*(?:/\s*(?P<over>{_NUMBER}))?\s*$"
-)
-_LONGEST_RULE = 50  # characters
-
-
-def _rule(value: Any) -> re.Match[str] | None:
-    return _RANK_RULE.match(value) if isinstance(value, str) and len(value) <= _LONGEST_RULE else None
-
-
-def rank_rule(value: Any, rank: int | None, where: str) -> Any:
-    """`2r`, `r/2` or `8 sqrt(r)` in a field becomes that function of the rank; anything else stays what it is."""
-    match = _rule(value)
-    if not match:
-        return value
-    if rank is None:
-        raise UserError(f"{where} is {value!r}, but the method has no rank: give it one (r: 16), or write a number.")
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 0 < rank < 10**9:
-        raise UserError(f"{where} is {value!r}, and the rank is {rank!r}: expected a whole number of bearable size.")
-    base = math.sqrt(rank) if match["root"] else rank
-    result = base * float(match["times"] or 1) / float(match["over"] or 1)
-    return int(result) if result == int(result) else result
-
-
-def rank_denominator(values: Iterable[Any], least: int) -> int:
-    """The rank has to be a multiple of this, so that every rank rule among the values gives a whole number."""
-    rules = map(_rule, values)
-    return math.lcm(least, *(max(1, int(float(m["over"]))) for m in rules if m and m["over"]))
