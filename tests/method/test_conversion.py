@@ -75,7 +75,7 @@ def test_the_reported_error_is_that_of_the_truncated_svd():
 @pytest.mark.parametrize("rank", [3, 0.9], ids=["rank", "energy"])
 def test_products_are_those_of_pefts_own_conversion(rank):
     """Which takes our layers as well, and differs in how it writes ranks down."""
-    model = adapted(gpt2(), ["c_attn", "c_proj"])
+    model = adapted(gpt2(), ["c_attn", "c_proj"], alpha=8.0)
     ours = quietly(model, rank).state_dict
     _, theirs = peft.convert_to_lora(model, rank=rank)
     for name in layers(model):
