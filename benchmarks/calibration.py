@@ -359,7 +359,7 @@ def page_tables(work: int) -> dict[str, str]:
     grid = (SEEDS, ITEMS, SEED_SQUARES, ITEM_SQUARES)
     tried = list(rules.worst_levels(600 * work, np.random.default_rng(600), *grid))  # drawn by itself
     return {
-        "rules": table(("rule", *(f"S = {seeds}" for seeds in SEEDS), "what of it"), tried),
+        "rules": table(("rule", *(f"S = {seeds}" for seeds in SEEDS), "comment"), tried),
         "families": table(families.HEAD, list(families.worst(200 * work, np.random.default_rng(0)))),
         "crossed": table(
             ("seeds", "ρ", *WORST), grouped(crossed(studies, random), lambda r: (r[0], f"{r[1]:g}"))
