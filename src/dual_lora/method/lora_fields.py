@@ -43,11 +43,11 @@ def names() -> set[str]:
     return set(_DEFAULTS)
 
 
-def scaled(pattern: Any, unit: float) -> Any:
-    """A pattern of α in another unit. What is no number, or no pattern, is refused later, as it stands."""
-    if not isinstance(pattern, dict):
-        return pattern
-    return {name: unit * alpha if type(alpha) in (int, float) else alpha for name, alpha in pattern.items()}
+def scaled(alphas: Any, unit: float) -> Any:
+    """A number of α, or a pattern of them, in another unit. What is neither is refused later, as it stands."""
+    if isinstance(alphas, dict):
+        return {name: scaled(alpha, unit) for name, alpha in alphas.items()}
+    return unit * alphas if type(alphas) in (int, float) else alphas
 
 
 def keep_units(config: Any, name: str, value: Any) -> None:
@@ -72,7 +72,7 @@ def translated(options: dict[str, Any], own: set[str]) -> dict[str, Any]:
     """
     result = {name: value for name, value in options.items() if name in own or name not in _DEFAULTS}
     if (lora_alpha := options.get("lora_alpha")) is not None:
-        _set(result, "alpha", scaled({"": lora_alpha}, LORA_ALPHA)[""], "lora_alpha", lora_alpha)
+        _set(result, "alpha", scaled(lora_alpha, LORA_ALPHA), "lora_alpha", lora_alpha)
         if "alpha_pattern" in options and options.get("alpha") is None:
             result["alpha_pattern"] = scaled(options["alpha_pattern"], LORA_ALPHA)
     if options.get("lora_dropout") is not None:

@@ -38,8 +38,8 @@ def check_unpacked(file: Path) -> None:
 
 
 def check_no_views(file: Path) -> None:
-    """Raise UserError for a file with a tensor of more numbers than it holds. Nothing of it is copied."""
-    check_unpacked(file)
+    """Raise UserError for a file, which `check_unpacked` let pass, with a tensor of more numbers than it holds. Nothing
+    of it is copied."""
     held = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     for tensor in _tensors_in(held):
         if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():

@@ -134,11 +134,12 @@ def trial_jobs(study: Study, cell: Cell, outcome: Callable[[Job], Outcome | None
 def final_jobs(study: Study, cell: Cell, settings: Settings) -> list[Job]:
     """The runs that are compared, with the settings that the search chose."""
     over = _override(cell, settings)
-    drawn = [{"data": {"seed": seed}} if study.subsets == "own" else {} for seed in study.seeds]
-    return [
-        _job(cell, "final", seed, over | own, cell.metric, "test", settings, cost=study.cost and i == 0)
-        for i, (seed, own) in enumerate(zip(study.seeds, drawn, strict=True))
-    ]
+    jobs = []
+    for i, seed in enumerate(study.seeds):
+        drawn = {"data": {"seed": seed}} if study.subsets == "own" else {}
+        cost = study.cost and i == 0
+        jobs.append(_job(cell, "final", seed, over | drawn, cell.metric, "test", settings, cost=cost))
+    return jobs
 
 
 def probe_job(study: Study, cell: Cell, rank: int | None = None) -> Job:

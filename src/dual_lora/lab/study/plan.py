@@ -32,7 +32,7 @@ from dual_lora.lab.study.study import PRESETS, MethodEntry, Study
 
 Scenario = tuple[str, str]  # the names of a model and a task
 MOST_CELLS = 1000  # methods times tasks times models: each is built once, to count its parameters
-MOST_RUNS = 50_000
+MOST_IN_ALL = 50_000  # runs, of tuning and final ones
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def _check_size(study: Study) -> None:
     cells = len(study.variants()) * study.scenarios
     trials = study.search.count * study.search.seeds if study.search else 0
     what = {"methods times tasks times models": (cells, MOST_CELLS)}
-    what["runs"] = cells * (trials + len(study.seeds)), MOST_RUNS
+    what["runs"] = cells * (trials + len(study.seeds)), MOST_IN_ALL
     for name, (asked, most) in what.items():
         if asked > most:
             raise UserError(
@@ -205,11 +205,13 @@ def _keep_test_apart(study: Study, task: str, recipe: Recipe, metric: str) -> st
 def _check_subsets(study: Study, task: str, recipe: Recipe) -> None:
     """Raise UserError where seeds cannot draw training records of their own and share the test records."""
     data = recipe.data
-    if study.subsets == "own" and data.train_limit is None:
+    if study.subsets != "own":
+        return
+    if data.train_limit is None:
         raise UserError(
             f"tasks.{task}: subsets: own needs data.train_limit, the number of training records that each seed draws."
         )
-    if study.subsets == "own" and (data.test_limit or data.test_prompts):
+    if data.test_limit or data.test_prompts:
         name = "test_limit" if data.test_limit else "test_prompts"
         raise UserError(
             f"tasks.{task}: subsets: own draws by data.seed, and data.{name} draws the test records by it too, so that "
