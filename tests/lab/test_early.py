@@ -41,7 +41,7 @@ def here(tmp_path):
     ("more", "message"),
     [
         ("--out used", "The output folder used is not empty"),
-        ("--method.rank 4", "method dual_lora has no field 'rank'"),
+        ("--method.rank 4", "method dual_lora has no field 'rank'. Did you mean 'r'?"),
         ("--method.name lora --method.lora_alhpa 4", "Did you mean 'lora_alpha'?"),
         ("--data.train trian.jsonl", "Did you mean 'train.jsonl'?"),
         ("--data.train odd.csv", "odd.csv, line 2: fields question, reply fit no format"),
