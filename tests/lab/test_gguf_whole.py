@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.model import read_gguf
 from dual_lora.lab.model.load import check_whole, load_model
+from dual_lora.lab.model.read_gguf import reader_of
 from dual_lora.lab.recipe.schema import ModelSection
 
 gguf = pytest.importorskip("gguf")
@@ -40,6 +42,40 @@ def written(file, tensors=(), scaling=None):
     writer.write_tensors_to_file()
     writer.close()
     return ModelSection(path=str(file))
+
+
+@pytest.mark.parametrize("order", ["LITTLE", "BIG"])
+def test_the_quick_reader_reads_what_gguf_reads(order, tmp_path):
+    written(tmp_path / "m.gguf")
+    writer = gguf.GGUFWriter(tmp_path / "more.gguf", "llama", endianess=getattr(gguf.GGUFEndian, order))
+    writer.add_array("texts", ["", "ä", "\N{GREEK SMALL LETTER MU}" * 300])
+    writer.add_array("numbers", [1, 2, 3])
+    writer.add_tensor("one", torch.arange(6.0).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    for file in tmp_path.glob("*.gguf"):
+        theirs, ours = gguf.GGUFReader(file), reader_of(file)
+        assert list(ours.fields) == list(theirs.fields)
+        for name, field in theirs.fields.items():
+            assert (ours.fields[name].types, ours.fields[name].data) == (field.types, field.data), name
+            assert [part.tolist() for part in ours.fields[name].parts] == [part.tolist() for part in field.parts], name
+            assert ours.fields[name].contents() == field.contents(), name
+        assert [t.data.tolist() for t in ours.tensors] == [t.data.tolist() for t in theirs.tensors]
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "Q6_K"])
+def test_rows_are_unpacked_to_the_same_numbers(kind, monkeypatch):
+    monkeypatch.setattr(read_gguf, "_AT_ONCE", 700)  # bytes: several groups, the last of them a shorter one
+    kind = gguf.GGMLQuantizationType[kind]
+    size = gguf.GGML_QUANT_SIZES[kind][1]
+    packed = torch.randint(0, 60, (3, 17, 2 * size), dtype=torch.uint8).numpy()  # as half precision: finite
+    theirs = gguf.quants.dequantize(packed, kind)
+    with read_gguf.read_once():
+        ours = gguf.quants.dequantize(packed, kind)
+    assert ours.shape == theirs.shape
+    assert (ours == theirs).all()
 
 
 @pytest.mark.parametrize("head", ["causal", "classification"])
