@@ -68,7 +68,7 @@ def takes_part(kind, test):
 
 @pytest.fixture
 def fixed_order():
-    """torch adds the gradient of a gather (`weight[index]`, as batched experts use it) by atomics on several threads."""
+    """torch adds a gather's gradient (`weight[index]`, as in batched experts) by atomics on several threads."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     yield
