@@ -39,6 +39,12 @@ def launched(strategy, processes, recipe, out, *more):
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+def dying_worker(line, *_):
+    """In place of a study's worker: it takes a job and dies, as it does when memory is full."""
+    line.recv()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 class Forked:
     """`dual-lora ARGUMENTS` in a fork of this process; what it prints goes into two files of `folder`."""
 
