@@ -58,7 +58,13 @@ def golden(request):
 
 @pytest.fixture(autouse=True)
 def _seed():
+    """One seed, and as many threads after the test as before: every later test of the process would have others."""
     torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    yield
+    left = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    assert left == threads, f"the test leaves {left} threads, and found {threads}"
 
 
 @pytest.hookimpl(tryfirst=True)

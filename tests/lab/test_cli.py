@@ -1,9 +1,6 @@
 """The command line as a person meets it: help at once, one sentence for an error, one line of JSON."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
@@ -229,15 +226,6 @@ def test_error_with_json_is_one_line_of_json(call):
     code, out, _ = call("train", "nosuch", "--json")
     assert code == 1
     assert "nosuch" in json.loads(out)["error"]
-
-
-def test_debug_shows_the_traceback():
-    done = subprocess.run(
-        [sys.executable, "-m", "dual_lora.lab.cli", "train", "nosuch", "--debug"], capture_output=True, text=True,
-        env=os.environ,
-    )  # fmt: skip
-    assert done.returncode != 0
-    assert "Traceback" in done.stderr
 
 
 def test_names_that_look_like_markup_are_shown_as_they_are(capsys, monkeypatch):

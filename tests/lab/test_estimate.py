@@ -272,18 +272,21 @@ class TestMemory:
 class TestSharding:
     options = tiny(layers=6)
 
-    def peaks(self, method, strategy, n):
-        options = self.options.with_method(method)
-        return memory_of(options, simulate(options), n, strategy)
+    @pytest.fixture(scope="class")
+    def full(self):
+        return simulate(self.options.with_method("full"))
 
-    def test_who_holds_what(self):
-        one = self.peaks("full", "ddp", 1)
-        assert all(self.peaks("full", s, 1) == one for s in ("fsdp2", "zero1", "zero2", "zero3"))
-        ddp, fsdp = self.peaks("full", "ddp", 4), self.peaks("full", "fsdp2", 4)
+    def test_who_holds_what(self, full):
+        def peaks(strategy, n):
+            return memory_of(self.options.with_method("full"), full, n, strategy)
+
+        one = peaks("ddp", 1)
+        assert all(peaks(s, 1) == one for s in ("fsdp2", "zero1", "zero2", "zero3"))
+        ddp, fsdp = peaks("ddp", 4), peaks("fsdp2", 4)
         assert ddp.trained == one.trained == 4 * fsdp.trained
         assert ddp.optimizer == 4 * fsdp.optimizer
         assert ddp.peak == one.peak + one.trained  # the buckets
-        zero1, zero2, zero3 = (self.peaks("full", f"zero{k}", 4) for k in (1, 2, 3))
+        zero1, zero2, zero3 = (peaks(f"zero{k}", 4) for k in (1, 2, 3))
         master = (one.optimizer + one.trained) / 4
         assert [z.optimizer for z in (zero1, zero2, zero3)] == [master] * 3
         assert zero2.phases["step"] == zero1.phases["step"] - one.trained * 3 / 4
@@ -297,12 +300,11 @@ class TestSharding:
         memory = memory_of(options, step, 2, "fsdp2")
         assert memory.gathered == outside + 3 * (step.block_weights + step.block_trained)
 
-    def test_wrong_input(self):
-        step = simulate(self.options)
+    def test_wrong_input(self, full):
         with pytest.raises(UserError, match="Did you mean 'fsdp2'"):
-            memory_of(self.options, step, 2, "fsdp")
+            memory_of(self.options, full, 2, "fsdp")
         with pytest.raises(UserError, match="devices is 0"):
-            memory_of(self.options, step, 0)
+            memory_of(self.options, full, 0)
 
 
 @EXPERTS

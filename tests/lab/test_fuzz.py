@@ -72,6 +72,12 @@ def values(lm_values):
 
 
 @pytest.fixture
+def no_fingerprint(monkeypatch):
+    """What is trained on a stranger's recipe or records needs none."""
+    monkeypatch.setattr("dual_lora.lab.verify.fingerprint.leave", lambda *_: None)
+
+
+@pytest.fixture
 def source(values, tmp_path):
     """A finished run, with its checkpoint and its scores."""
     run(build_recipe(values), tmp_path / "source", progress=False)
@@ -128,7 +134,7 @@ RECIPE += [
 ]
 
 
-def test_recipes(values):
+def test_recipes(values, no_fingerprint):
     def check(data):
         Path("recipe.yaml").write_bytes(data)
         attempt("recipe", ["train", "recipe.yaml", "--out", fresh(), "--json"], Path.cwd())
@@ -228,7 +234,7 @@ def test_adapters(source):
     fuzzed(30, st.tuples(written(config, "json", extra), st.sampled_from(commands)), check)
 
 
-def test_data(values):
+def test_data(values, no_fingerprint):
     records = json.loads(Path(values["data"]["train"]).read_text())[:3]
     chat = [{"messages": [{"role": "user", "content": "is"}, {"role": "assistant", "content": "red"}], "tools": []}] * 3
     text = [{"text": "is red", "label": "1"}, {"text": "is blue", "label": "0"}]

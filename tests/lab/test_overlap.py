@@ -156,3 +156,17 @@ def test_shipped_recipes_declare_what_their_data_share():
     assert shared(held) == [], "E2E is split by prompt"
     by_line = held.model_copy(update={"group": None})
     assert [found.found for found in shared(by_line)] == [50], "as the published studies had it"
+
+
+def test_a_file_that_has_changed_is_read_again(tmp_path):
+    """Sets that were looked through are not read again, unless a file is another one by its size or time."""
+    train, test = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
+    line = '{"prompt": "%s", "answer": "x"}\n'
+    train.write_text(line % "a")
+    test.write_text(line % "b")
+    data = DataSection(train=str(train), test=str(test))
+    assert shared(data) == []
+    train.write_text(line % "a" + line % "b")
+    assert [each.of for each in shared(data)] == ["test"]
+    test.unlink()
+    assert shared(data) == []

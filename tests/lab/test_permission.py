@@ -1,9 +1,9 @@
 """A module that a file names is imported only if a person has named it too, whatever the command."""
 
+import io
 import json
 import os
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -159,7 +159,9 @@ def test_a_model_s_own_code_is_never_run_unasked(trap, tiny_lm, tmp_path):
 
 
 @pytest.mark.parametrize("command", [["generate", "MODEL", "x"], ["estimate", "RECIPE"]], ids=lambda given: given[0])
-def test_a_line_that_is_piped_in_is_no_answer_about_a_models_own_code(command, trap, tiny_lm, questions, tmp_path):
+def test_a_line_that_is_piped_in_is_no_answer_about_a_models_own_code(
+    command, trap, tiny_lm, questions, tmp_path, call, monkeypatch
+):
     """transformers asks whether to run it, and took the first line of whatever came through a pipe."""
     base = shutil.copytree(tiny_lm, tmp_path / "base")
     config = json.loads((base / "config.json").read_text())
@@ -173,11 +175,11 @@ def test_a_line_that_is_piped_in_is_no_answer_about_a_models_own_code(command, t
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
     given = [{"MODEL": str(base), "RECIPE": str(tmp_path / "recipe.yaml")}.get(part, part) for part in command]
-    called = [sys.executable, "-m", "dual_lora.lab.cli", *given]
-    surroundings = {**os.environ, "HF_HOME": str(tmp_path / "hub")}
-    done = subprocess.run(called, input="y\n" * 5, capture_output=True, text=True, check=False, env=surroundings)
-    assert done.returncode == 1
-    assert "Its own code was not run: give the command at a terminal" in done.stderr
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 5))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "hub"))
+    code, _, told = call(*given)
+    assert code == 1
+    assert "Its own code was not run: give the command at a terminal" in " ".join(told.split())
     assert not trap.exists()
 
 

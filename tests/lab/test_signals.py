@@ -3,14 +3,12 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import psutil
 import pytest
 import tiny_study
-from processes import ENVIRONMENT, launched
+from processes import Forked, forked_together, launched
 
 from dual_lora.lab.files.folder import WHOLE, RunFolder
 from dual_lora.lab.interrupt import SIGNALS, Stopped, on_signals, stop_at_once
@@ -82,7 +80,7 @@ def wait_for(there, process, seconds=400):
     while not there():
         assert process.poll() is None, process.communicate()
         if time.time() > end:
-            for one in (process, *psutil.Process(process.pid).children(recursive=True)):
+            for one in (*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)):
                 one.kill()
             pytest.fail("the command has not come so far")
         time.sleep(0.05)
@@ -96,13 +94,11 @@ def test_any_command_ends_with_the_status_of_the_signal(number, call, monkeypatc
     assert "Interrupted" in err
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.long)])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_train_ends_with_the_status_of_the_signal(number, lm_values, tmp_path, write_recipe):
     lm_values["train"] |= {"steps": 5000, "checkpoint_every": 5000}
     recipe, out = write_recipe(lm_values), tmp_path / "run"
-    command = [sys.executable, "-m", "dual_lora.lab.cli", "train", recipe, "--out", out, "--json"]
-    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = Forked(["train", recipe, "--out", out, "--json"], tmp_path / "said")
     wait_for(lambda: (out / "metrics.jsonl").is_file() and (out / "metrics.jsonl").stat().st_size, process)
     process.send_signal(number)
     printed, errors = process.communicate(timeout=300)
@@ -110,19 +106,18 @@ def test_train_ends_with_the_status_of_the_signal(number, lm_values, tmp_path, w
     assert "Traceback" not in errors
     result = json.loads(printed)
     assert result["state"] == json.loads((out / "record.json").read_text())["state"] == "interrupted"
+    assert 0 < result["steps"] < 5000
     assert (out / f"checkpoints/checkpoint-{result['steps']}" / WHOLE).is_file()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("executor", ["serial", pytest.param("process", marks=pytest.mark.long)])
 def test_compare_saves_the_checkpoints_of_its_runs(executor, tmp_path):
     study = tiny_study.write_study(tmp_path / "study", search=None, seeds=2)
     recipe = tmp_path / "study/letters.yaml"
     recipe.write_text(recipe.read_text().replace("steps: 4", "steps: 20000").replace("every: 2", "every: 20000", 1))
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "dual_lora.lab.cli", "compare", study, "--out", out, "--executor", executor]
-    command += ["--workers", "1"] if executor == "process" else []
-    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    workers = ["--workers", "1"] if executor == "process" else []
+    process = Forked(["compare", study, "--out", out, "--executor", executor, *workers], tmp_path / "said")
     wait_for(lambda: any(m.stat().st_size for m in out.glob("runs/*/metrics.jsonl")), process)
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGTERM)
@@ -136,17 +131,20 @@ def test_compare_saves_the_checkpoints_of_its_runs(executor, tmp_path):
     assert not run_folder.with_name(f"{run_folder.name}.json").exists(), "an interrupted run is no outcome"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("to", ["launcher", pytest.param("one worker", marks=pytest.mark.long)])
+@pytest.mark.parametrize("to", ["one worker", pytest.param("launcher", marks=pytest.mark.long)])
 def test_all_processes_stop_after_the_same_step(to, lm_values, write_recipe, tmp_path):
     lm_values["method"] = {"name": "dual_lora", "r": 4}
     lm_values["train"] |= {"steps": 5000, "batch_size": 2, "checkpoint_every": 5000}
     recipe, out = write_recipe(lm_values), tmp_path / "run"
-    process = launched("ddp", 2, recipe, out)
-    wait_for(lambda: (out / "metrics.jsonl").is_file() and (out / "metrics.jsonl").stat().st_size, process)
-    workers = [p for p in psutil.Process(process.pid).children(recursive=True) if "--out" in p.cmdline()]
-    (process if to == "launcher" else workers[-1]).send_signal(signal.SIGTERM)
-    process.communicate(timeout=300)
+    if to == "launcher":
+        processes = [launched("ddp", 2, recipe, out)]
+    else:
+        processes = forked_together(["train", recipe, "--out", out], tmp_path)
+    written = out / "metrics.jsonl"
+    wait_for(lambda: written.is_file() and written.stat().st_size, processes[0])
+    processes[-1].send_signal(signal.SIGTERM)
+    for process in processes:
+        process.communicate(timeout=300)
     (checkpoint,) = out.glob(f"checkpoints/*/{WHOLE}")
     assert len(list(checkpoint.parent.glob("rng_state_*"))) == 2
     assert json.loads((out / "record.json").read_text())["state"] == "interrupted"

@@ -134,6 +134,11 @@ def test_rank_is_solved_for_rising_and_falling_sizes():
     assert solve_rank(lambda r: 100_000 // r, 1000, 1, 4096) == 100
     assert solve_rank(rising, 10**9, 1, 64) == 64
     assert solve_rank(rising, 1, 2, 64) == 2
+    asked = []
+    assert solve_rank(lambda r: asked.append(r) or rising(r), rising(24), 2, 64, 24) == 24
+    assert asked == [24], "the rank that the target comes from"
+    for first in (10, 7, 80):  # of another size, no multiple, too large
+        assert solve_rank(rising, 1234, 4, 64, first) == 12
 
 
 def test_of_sizes_that_fall_on_the_whole_only_the_nearest_that_was_asked_counts():

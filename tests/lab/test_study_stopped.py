@@ -17,6 +17,7 @@ import pytest
 
 pytest.importorskip("peft")
 
+from processes import dying_worker
 from tiny_study import SHORT, die, ended, figures, in_child, job, outcomes, write_study
 
 from dual_lora.lab import permission
@@ -129,13 +130,17 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("what", DAMAGED)
+def test_damaged_run_is_no_outcome(what, whole, copy_of_whole):
+    key = damaged(what, whole, copy_of_whole)
+    assert read_outcome(copy_of_whole / "runs", key) is None
+    assert bool(damage(copy_of_whole / "runs", key)) == (what != "no outcome"), "what is not there yet is no damage"
+
+
+@pytest.mark.parametrize("what", ["no outcome", "half of the scores"])
 def test_damaged_run_is_done_again_alone_and_said(what, whole, tiny, copy_of_whole, capsys):
     """One file of one run is damaged or deleted: that run alone is done again, with the same result."""
-    before, (part, text) = outcomes(copy_of_whole), DAMAGED[what]
-    key = whole["methods"][0]["seeds"][0]["key"]
-    file = copy_of_whole / "runs" / f"{key}{part}.json"
-    file.unlink() if text is None else file.write_text(text)
-    assert read_outcome(copy_of_whole / "runs", key) is None
+    before = outcomes(copy_of_whole)
+    key = damaged(what, whole, copy_of_whole)
     results = compare(tiny / "study.yaml", copy_of_whole)
     now = outcomes(copy_of_whole)
     assert [n for n in now if now[n] != before[n]] == [f"{key}.json"]
@@ -143,6 +148,15 @@ def test_damaged_run_is_done_again_alone_and_said(what, whole, tiny, copy_of_who
     said = " ".join(capsys.readouterr().err.split())
     assert ("That run alone is done again: lora on letters, seed 1." in said) == (what != "no outcome")
     assert not damage(copy_of_whole / "runs", key)
+
+
+def damaged(what, whole, folder):
+    """Damage a file of one run; returns the run's key."""
+    part, text = DAMAGED[what]
+    key = whole["methods"][0]["seeds"][0]["key"]
+    file = folder / "runs" / f"{key}{part}.json"
+    file.unlink() if text is None else file.write_text(text)
+    return key
 
 
 def test_a_file_that_never_ends_is_no_outcome(tmp_path):
@@ -297,22 +311,16 @@ def test_processes_give_the_same_results_and_end_with_the_main_process(tiny, who
     assert figures(json.loads((out / "results.json").read_text())) == figures(whole)
 
 
-@pytest.mark.slow
 def test_killed_worker_is_named(tiny, tmp_path, monkeypatch):
     """The process of one run dies, as it does when memory is full."""
     study = write_study(tiny, search=None, seeds=1, methods={"lora": {"r": 4}})
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     folder = tmp_path / "out"
-    monkeypatch.setattr(executors, "_work", _dying_worker)
+    monkeypatch.setattr(executors, "_work", dying_worker)  # of a module that imports nothing heavy
     results = compare(study, folder, executor="process", workers=2, progress=False)
     assert not results["complete"]
     assert len(results["failed"]) == 2  # the base's among them
     assert "killed by signal 9" in results["failed"][0]
-
-
-def _dying_worker(line, *_):
-    line.recv()
-    die()
 
 
 def test_a_ray_that_does_not_start_raises_a_clear_error(tmp_path, monkeypatch):

@@ -5,9 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -15,6 +12,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from processes import forked_together
 from safetensors.torch import load_file, save_file
 from tiny_study import die, in_child
 from transformers import AutoTokenizer, LlamaConfig, RobertaConfig, RobertaModel
@@ -352,38 +350,16 @@ def test_two_processes_train_what_one_trains(lm_values, tmp_path, write_recipe):
     lm_values["train"] |= {"batch_size": 4, "validate_every": 3}
     alone = run(build_recipe(lm_values), tmp_path / "one", progress=False)
     lm_values["train"] |= {"batch_size": 2}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "dual_lora.lab.cli"]
-    arguments = ["train", str(write_recipe(lm_values)), "--out", str(tmp_path / "two"), "--json"]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    both = json.loads(done.stdout)  # one line: only the first process speaks
+    first, second = forked_together(["train", write_recipe(lm_values), "--out", tmp_path / "two", "--json"], tmp_path)
+    (printed, _), (nothing, _) = said = first.communicate(), second.communicate()
+    assert first.returncode == second.returncode == 0, said
+    assert nothing == "", "only the first process speaks"
+    both = json.loads(printed)
     assert both["state"] == "finished"
     assert both["validation_loss"] == pytest.approx(alone.validation_loss, rel=1e-4), "11 rows in batches of 2 x 5"
     one, two = adapter_of(tmp_path / "one"), adapter_of(tmp_path / "two")
     for name in one:
         torch.testing.assert_close(one[name], two[name], atol=1e-4, rtol=1e-3)
-
-
-@pytest.mark.slow
-def test_ctrl_c_saves_a_checkpoint_and_resume_goes_on(lm_values, tmp_path, write_recipe):
-    lm_values["train"] |= {"steps": 2000, "checkpoint_every": 1000}
-    out = tmp_path / "run"
-    command = [sys.executable, "-m", "dual_lora.lab.cli", "train", str(write_recipe(lm_values)), "--out", str(out)]
-    with subprocess.Popen([*command, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:  # fmt: skip
-        deadline = time.time() + 120
-        while not (out / "metrics.jsonl").is_file() or not (out / "metrics.jsonl").read_text():
-            assert time.time() < deadline
-            assert process.poll() is None, process.stderr.read()
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        printed, errors = process.communicate(timeout=120)
-    assert process.returncode == 130, errors
-    assert "Traceback" not in errors
-    result = json.loads(printed)
-    assert result["state"] == "interrupted"
-    assert 0 < result["steps"] < 2000
-    assert (out / f"checkpoints/checkpoint-{result['steps']}" / WHOLE).is_file()
 
 
 def test_examples_that_are_too_long_are_counted(lm_values, tmp_path, questions):

@@ -50,13 +50,15 @@ def test_right_server_by_the_fingerprint_alone(kind, run_folder, tuned, tmp_path
     assert {path for path, _, _ in asked} <= {"/v1/completions", "/v1/chat/completions"}
 
 
+STRENGTHS = [(0.0, "off"), (2.0, "merged twice"), (0.5, "λ below 1"), (1.5, "other scale"), (3.0, "other scale")]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("strength", "word"),
-    [(0.0, "off"), (2.0, "merged twice"), (0.5, "λ below 1"), (1.5, "other scale"), (3.0, "other scale")],
+    ("strength", "word", "own"), [*((*each, False) for each in STRENGTHS), (2.0, "merged twice", True)]
 )
-@pytest.mark.parametrize("own", [False, True])
 def test_wrong_strengths(kind, strength, word, own, run_folder, tuned, questions):
+    """own: the user's prompts, which take the base here; how a strength is told does not depend on the prompts."""
     prompts = str(questions / "test.json") if own else None
     with strengths(tuned.model, lambda _: strength), served(tuned.model, tuned.tokenizer, kind) as (url, _):
         report = judged(run_folder, url, prompts=prompts)

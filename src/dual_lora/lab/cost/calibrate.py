@@ -127,13 +127,17 @@ def cost_of(known: dict[str, Any], method: str, dtype: str, width: float) -> Cos
 
 
 def rough_cost() -> Cost:
-    """A guess by the speed of plain products, for a machine that was not calibrated.
+    """A guess by the speed of plain products, for a machine that was not calibrated; measured once in a process.
 
     On a CPU in processor time, one thread times their number: what else runs at this moment does not count.
     """
+    return _rough_cost(torch.get_num_threads())
+
+
+@functools.cache
+def _rough_cost(threads: int) -> Cost:
     on_gpu = this_device() == "gpu"
     device, clock = ("cuda", time.perf_counter) if on_gpu else ("cpu", time.process_time)
-    threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
         a, b = torch.randn(512, 1024, device=device), torch.randn(1024, 1024, device=device)

@@ -1,14 +1,17 @@
 """Records that stand in two of train, validation and test: what is asked there may have been learned by heart."""
 
+import functools
 from typing import NamedTuple
 
 from dual_lora.lab.data.examples import item_of, load_split
 from dual_lora.lab.data.formats import Example
+from dual_lora.lab.data.records import find
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.recipe.schema import DataSection
 
 WORDS = {"train": "training", "validation": "validation", "test": "test"}
 PAIRS = (("validation", "test"), ("test", "train"), ("validation", "train"))
+Stamp = tuple[str, int, int]
 
 
 class Shared(NamedTuple):
@@ -26,7 +29,16 @@ class Shared(NamedTuple):
 
 
 def shared(data: DataSection) -> list[Shared]:
-    """What the sets share, as the recipe uses them. Sets that are not there, or on a hub, are left out."""
+    """What the sets share, as the recipe uses them. Sets that are not there, or on a hub, are left out.
+
+    The runs of a study ask for the same records again and again: these are read once, until a file changes.
+    """
+    return list(_shared(data.model_dump_json(), _stamps(data)))
+
+
+@functools.lru_cache(maxsize=64)
+def _shared(section: str, stamps: tuple[Stamp | None, ...]) -> tuple[Shared, ...]:
+    data = DataSection.model_validate_json(section)
     sets = {split: found for split in WORDS if (found := _records(data, split))}
     known = {split: set().union(*map(_every, examples)) for split, examples in sets.items()}
     counted = [
@@ -34,7 +46,21 @@ def shared(data: DataSection) -> list[Shared]:
         for of, among in PAIRS
         if of in sets and among in sets
     ]
-    return [each for each in counted if each.found]
+    return tuple(each for each in counted if each.found)
+
+
+def _stamps(data: DataSection) -> tuple[Stamp | None, ...]:
+    """Path, size and time of each file; None for what is not there."""
+
+    def stamp(source: str) -> Stamp | None:
+        try:
+            stat = (path := find(source).resolve()).stat()
+        except (UserError, OSError):
+            return None
+        return str(path), stat.st_size, stat.st_mtime_ns
+
+    sources = filter(None, [data.train, data.validation, data.test, *data.tests.values()])
+    return tuple(stamp(one.strip()) for source in sources for one in source.split(" + "))
 
 
 def undeclared(data: DataSection, found: list[Shared] | None = None) -> str:

@@ -148,12 +148,16 @@ def _routed(base: Any) -> int:
     return sum(p.numel() // p.shape[0] * min(chosen, p.shape[0]) for p in experts)
 
 
-def solve_rank(size: Callable[[int], int], target: float, step: int, top: int) -> int:
+def solve_rank(size: Callable[[int], int], target: float, step: int, top: int, first: int | None = None) -> int:
     """The rank (a multiple of `step`, at most `top`) whose size is nearest to the target.
+
+    first: the rank that the target comes from. A method that has just the target there is asked for no other.
 
     Sizes should rise or fall with the rank all the way. RandLoRA's fall on the whole only, and LoKr's end in a plateau:
     of all that were asked the nearest counts, of equal ones that of the smallest rank.
     """
+    if first and first % step == 0 and first <= top and size(first) == target:
+        return first
     known: dict[int, int] = {}
 
     def at(multiple: int) -> int:
@@ -201,7 +205,9 @@ def fit_parameters(study: Study, scale: Scale, cell: Cell, target: float | None)
     if rank is None and field_name:
         step = rank_step(entry)
         top = max(study.budget.max_rank, step)
-        rank = solve_rank(lambda r: set_rank(cell, r, scale).trainable, target, step, top)
+        like = study.methods.get(study.budget.like or "")
+        first = next((r for name in ("r", "init_r") if type(r := like.fields.get(name)) is int), None) if like else None
+        rank = solve_rank(lambda r: set_rank(cell, r, scale).trainable, target, step, top, first)
     size = set_rank(cell, rank, scale)
     cell.mismatch = size.trainable / target - 1
     found = f"the nearest is {size.trainable:,} at {field_name} {rank}" if field_name else f"it has {size.trainable:,}"
