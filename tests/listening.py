@@ -10,8 +10,8 @@ def listening(handler):
     """A server whose requests `handler`, a class of BaseHTTPRequestHandler, answers; its `address` is http://…."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.address = f"http://127.0.0.1:{server.server_port}"
-    # It looks for its end every so many seconds: half of one, unless told, for each server.
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    # It looks every half second whether to stop, unless told otherwise.
+    thread = threading.Thread(target=server.serve_forever, args=[0.01], daemon=True)
     thread.start()
     try:
         yield server

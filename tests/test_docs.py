@@ -152,8 +152,9 @@ def looking():
     for page, line in dict.fromkeys(lines):
         program, *words = shlex.split(line, comments=True) or [""]
         if program == "dual-lora" and only_looks(words):
-            # Many seconds of simulated steps, which `test_estimate_command` has with smaller models.
-            long = [pytest.mark.long] if words[0] == "estimate" or "--on" in words else []
+            # Many seconds of simulated steps, which test_estimate_command and test_paper have with smaller models.
+            simulates = words[0] == "estimate" or "--on" in words or words[:2] == ["recipes", "check"]
+            long = [pytest.mark.long] if simulates else []
             yield pytest.param(words, id=f"{name_of(page)}: {' '.join(words)}", marks=long)
 
 

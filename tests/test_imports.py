@@ -14,7 +14,7 @@ import pytest
 
 import dual_lora
 from dual_lora._warning import warn
-from forked import forking
+from forked import before_peft
 
 ROOT = Path(dual_lora.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
@@ -208,28 +208,9 @@ def test_one_file_builds_models_without_weights():
     assert built == [ROOT / "lab" / "model" / "empty.py"]
 
 
-def python(code):
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-@pytest.fixture(scope="module")
-def before_peft():
-    """Function: runs code in a process that has what PEFT imports, but neither PEFT nor this package."""
-    first = "from transformers import BloomPreTrainedModel\nassert not {'peft', 'dual_lora'} & set(sys.modules)"
-    with forking(first) as run:
-
-        def checked(code):
-            status, said = run(code)
-            assert status == 0, said
-            return said
-
-        yield checked
-
-
 def test_import_is_light():
-    loaded = python("import sys, dual_lora; print(*sys.modules)").split()
+    command = [sys.executable, "-c", "import sys, dual_lora; print(*sys.modules)"]
+    loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     assert "dual_lora" in loaded
     heavy = {"torch", "peft", "transformers", "numpy", "triton", "accelerate", "safetensors", "dual_lora.method"}
     assert not heavy & set(loaded)
@@ -247,7 +228,7 @@ def test_import_is_light():
         "import transformers, dual_lora; from peft import PeftConfig; import peft",
     ],
 )
-def test_the_method_is_registered_in_whatever_order(code, before_peft):
+def test_the_method_is_registered_in_whatever_order(code):
     before_peft(
         f"{code}\n"
         "kind = peft.utils.PeftType.DUAL_LORA\n"
@@ -264,15 +245,19 @@ def test_the_method_is_registered_in_whatever_order(code, before_peft):
 def test_every_module_can_be_the_first_one():
     """Whoever imports PEFT first has the method registered there and then, in the middle of that module's own import.
 
-    A server imports `serving` like that. `core` imports torch alone, `method` imports PEFT before its modules, and what
-    registers reads nothing of the laboratory: `test_imports_point_inwards` sees to the first and the last.
+    That asks again only for what `method` reads, whose own modules import PEFT first: one of them stands for all, and
+    two that a server begins with for `serving`, which `method` does not read (`test_imports_point_inwards`).
     """
-    unloaded = "for name in [name for name in sys.modules if name.split('.')[0] == 'peft']:\n    del sys.modules[name]"
-    names = [name for name in FILES if ring(name) in ("", "verify", "serving")] + ["dual_lora.method.layer"]
-    with forking(f"import peft\n{unloaded}") as run:
-        failed = {name: said for name in names if (said := run(f"import {name}, peft\npeft.PeftType.DUAL_LORA"))[0]}
-    assert not failed
-    assert {"dual_lora.serving.vllm_endpoint", "dual_lora.verify.numbers"} <= set(names)
+    read, names = {"dual_lora.method.registration"}, set()
+    while read - names:
+        names |= read
+        read = {other for name in names for other in READ_OF[name] if other}
+    names = {name for name in names if ring(name) in ("", "verify")}
+    assert {"dual_lora._warning", "dual_lora.verify.numbers"} <= names
+    for name in sorted(
+        names | {f"dual_lora.{name}" for name in ("method.layer", "serving.vllm", "serving.vllm_endpoint")}
+    ):
+        before_peft(f"import {name}, peft\npeft.PeftType.DUAL_LORA")
 
 
 def test_registering_twice_is_harmless():
@@ -288,7 +273,7 @@ def test_registering_twice_is_harmless():
 
 
 @pytest.mark.slow
-def test_a_method_of_that_name_in_peft_itself_is_left_alone(before_peft):
+def test_a_method_of_that_name_in_peft_itself_is_left_alone():
     before_peft(
         "import warnings\n"
         "from peft.utils import PeftType\n"
@@ -346,7 +331,7 @@ def test_version_is_the_installed_one():
 @pytest.mark.slow
 def test_core_and_method_import_without_the_extras():
     names = [dotted(p) for p in MODULES if ring(dotted(p)) != "lab" and "kernels" not in p.parts]
-    python(
+    before_peft(
         "import sys\n"
         f"sys.modules.update(dict.fromkeys({EXTRAS!r}))\n"  # None: it cannot be imported
         f"for name in {names!r}:\n"
@@ -356,7 +341,7 @@ def test_core_and_method_import_without_the_extras():
 
 
 @pytest.mark.slow
-def test_a_question_for_peft_before_it_is_imported_does_not_lose_the_method(before_peft):
+def test_a_question_for_peft_before_it_is_imported_does_not_lose_the_method():
     ask = "import dual_lora; from importlib.util import find_spec; find_spec('peft'); import peft; "
     assert before_peft(ask + "print('DUAL_LORA' in peft.PeftType.__members__)").split()[-1] == "True"
 
@@ -383,9 +368,7 @@ def test_the_warning_comes_with_peft_and_before_the_method_is_registered():
         "tested.NEWEST_PEFT = (0, 1)\n"
         "from dual_lora.method import registration\n"
     )
-    done = subprocess.run([sys.executable, "-W", "always", "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("is newer than the newest one") == 1
+    assert before_peft(code).count("is newer than the newest one") == 1
 
 
 def test_what_is_installed_here_was_tested():

@@ -131,7 +131,7 @@ os.environ["CI"] = "true"
 x, weight, bias, factors = gaussian()
 x, weight = (t.detach().T.contiguous().T for t in (x, weight))
 adapters = [Adapter(f, torch.tensor(0.5), Form()) for f in (factors, gaussian()[3])]
-function = torch.no_grad()(lambda x: dual_lora_linear(2 * x, weight, bias, adapters))
+function = torch.no_grad()(lambda x: dual_lora_linear(x, weight, bias, adapters))
 torch.testing.assert_close(torch.compile(function, fullgraph=True)(x), function(x))
 """
 
@@ -139,7 +139,10 @@ torch.testing.assert_close(torch.compile(function, fullgraph=True)(x), function(
 @pytest.mark.slow
 @pytest.mark.parametrize("ci", [pytest.param("", marks=pytest.mark.long), "true"], ids=["set later", "set before"])
 def test_where_ci_is_set_inductor_takes_the_operator_all_the_same(ci, tmp_path):
-    """PyTorch refuses there what has a decomposition; with an empty cache, so that Inductor is asked."""
+    """PyTorch refuses there what has a decomposition; with an empty cache, so that Inductor is asked.
+
+    The operator alone, so that Inductor has no C++ to compile.
+    """
     here = Path(__file__).parent
     paths = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "CI": ci, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": paths}

@@ -3,7 +3,6 @@
 import ast
 import importlib.util
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ pytest.importorskip("triton", minversion="3.4", reason="the Triton kernels need 
 import kernels_package
 from dual_lora.core import blocked, reference
 from dual_lora.core.blocked import Needs
+from forked import before_peft
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -71,18 +71,16 @@ def test_it_imports_what_the_format_allows(folder):
 
 def test_it_registers_no_operator(folder):
     """Two versions at once: the names of torch.ops are those of the process."""
-    code = (
+    file = folder / "torch-ext" / kernels_package.MODULE / "__init__.py"
+    before_peft(
         "import importlib.util, sys, torch\n"
         "before = set(torch._C._dispatch_get_all_op_names())\n"
-        "spec = importlib.util.spec_from_file_location('other', sys.argv[1])\n"
+        f"spec = importlib.util.spec_from_file_location('other', {str(file)!r})\n"
         "module = sys.modules['other'] = importlib.util.module_from_spec(spec)\n"
         "spec.loader.exec_module(module)\n"
         "assert not [n for n in set(torch._C._dispatch_get_all_op_names()) - before if 'dual' in n or 'other' in n]\n"
         "assert not [n for n in sys.modules if n.partition('.')[0] == 'dual_lora']\n"
     )
-    file = folder / "torch-ext" / kernels_package.MODULE / "__init__.py"
-    done = subprocess.run([sys.executable, "-c", code, file], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 def test_both_places_hold_the_same_files_and_the_digests_are_theirs(folder):

@@ -45,7 +45,8 @@ def plain(case):
 @both_ways
 @pytest.mark.parametrize("form", FORMS, ids=name_of)
 def test_every_form(form, deterministic):
-    case = make_case(T=33, O=63, I=100, forms=[form])
+    """In a part of one tile: several tiles, below, know no form."""
+    case = make_case(T=33, O=20, I=40, forms=[form])
     assert_close(ours(case, deterministic=deterministic), truth(case), torch.float32, name_of(form))
 
 
@@ -59,11 +60,11 @@ def test_ranks(ranks, deterministic):
 
 @pytest.mark.slow
 def test_rank_256():
-    case = make_case(T=20, O=63, I=100, ranks=[(256, 200)])
+    case = make_case(T=20, O=20, I=40, ranks=[(256, 200)])
     assert_relative_rule(ours(case), plain(case), truth(case))
 
 
-@pytest.mark.parametrize(("T", "O", "I"), [(1, 63, 577), (100, 577, 63), (64, 1, 100), (31, 100, 1), (32, 64, 64)])
+@pytest.mark.parametrize(("T", "O", "I"), [(1, 63, 200), (100, 200, 63), (64, 1, 100), (31, 100, 1), (32, 64, 64)])
 def test_shapes(T, O, I):
     case = make_case(T=T, O=O, I=I)
     assert_relative_rule(ours(case), plain(case), truth(case), f"T {T}, {O}x{I}")
@@ -71,7 +72,7 @@ def test_shapes(T, O, I):
 
 @pytest.mark.parametrize("form", FORMS[::5], ids=name_of)
 def test_half_precision_inputs(form):
-    case = make_case(T=33, O=63, I=100, low=torch.float16, forms=[form])
+    case = make_case(T=33, O=20, I=40, low=torch.float16, forms=[form])
     if DEVICE == "cpu":
         assert_relative_rule(ours(case), plain(case), truth(case), name_of(form))
     # On the matrix units ∂P, ∂Q and the factors have 11 bits, as the inputs do.
@@ -137,7 +138,7 @@ def from_G(case, adapters, routed=None, **options):
 @both_ways
 @pytest.mark.parametrize("form", FORMS[::5], ids=name_of)
 def test_a_gradient_that_is_there_already(form, deterministic):
-    case = make_case(T=33, O=63, I=100, forms=[form])
+    case = make_case(T=33, O=20, I=40, forms=[form])
     got = from_G([case], adapters_of(case), deterministic=deterministic)
     assert_close(got, truth(case), torch.float32, name_of(form))
 
@@ -186,7 +187,7 @@ def test_torch_s_flag_picks_the_variant(flag):
 
 
 def test_deterministic_gives_the_same_bits_twice():
-    case = make_case(T=100, O=200, I=130)
+    case = make_case(T=100, O=70, I=70)
     first, second = ours(case, deterministic=True), ours(case, deterministic=True)
     for name, g in first.items():
         assert torch.equal(g, second[name]), name

@@ -1,24 +1,17 @@
-"""One process of a distributed run: trains a tiny model and writes what it saw. Started by test_distributed.py.
-
-usage: distributed_worker.py KIND FOLDER STEPS [RESUME]    KIND: single, ddp, fsdp2, zero0 … zero3
-"""
+"""One process of a distributed run: trains a tiny model and writes what it saw. Called by test_distributed.py."""
 
 import json
 import os
-import sys
 from pathlib import Path
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch
 import torch.distributed as dist
+from peft import PeftModel, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
 
-torch.set_num_threads(1)
-
-from peft import PeftModel, get_peft_model  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
-
-from dual_lora import DualLoraConfig, DualLoraLayer  # noqa: E402
+from dual_lora import DualLoraConfig, DualLoraLayer
 
 BATCH, LENGTH, VOCABULARY = 4, 9, 100
 
@@ -38,9 +31,8 @@ def batches(start, stop):
 
 
 def main(kind, folder, steps, resume=None):
+    """kind: single, ddp, fsdp2, zero0 … zero3; the last ones in a process of a group. resume: an earlier folder."""
     rank, world = (0, 1) if kind == "single" else (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
-    if kind != "single":
-        dist.init_process_group("gloo")
     model = base_model()
     done = 0
     if resume:
@@ -98,7 +90,6 @@ def main(kind, folder, steps, resume=None):
         Path(folder, "seen.json").write_text(json.dumps(seen))
     if kind != "single":
         dist.barrier()
-        dist.destroy_process_group()
 
 
 def full_state(kind, model):
@@ -113,7 +104,3 @@ def full_state(kind, model):
         with deepspeed.zero.GatheredParameters([p for p in model.parameters() if p.requires_grad]):
             return {k: v.clone() for k, v in model.state_dict().items() if "dual_lora_" in k}
     return model.state_dict()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), *sys.argv[4:])

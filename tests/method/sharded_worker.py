@@ -1,6 +1,4 @@
-"""One process of a model that is sharded by tensor parallelism. Started by test_sharded.py with torchrun.
-
-usage: sharded_worker.py FOLDER CASE…
+"""One process of a model that is sharded by tensor parallelism. Called by test_sharded.py.
 
 Every process also computes the same thing whole, by itself, and compares. A case that has passed leaves a file.
 """
@@ -8,32 +6,27 @@ Every process also computes the same thing whole, by itself, and compares. A cas
 import copy
 import json
 import os
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-
-torch.set_num_threads(1)
-
-from peft import PeftModel, get_peft_model  # noqa: E402
-from torch import nn  # noqa: E402
-from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
-from torch.distributed.tensor import Replicate, Shard  # noqa: E402
-from torch.distributed.tensor.parallel import (  # noqa: E402
+from peft import PeftModel, get_peft_model
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     PrepareModuleInput,
     RowwiseParallel,
     SequenceParallel,
     parallelize_module,
 )
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM  # noqa: E402
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from dual_lora import DualLoraConfig, DualLoraLayer, composed_weights  # noqa: E402
-from dual_lora.core import tokens  # noqa: E402
-from dual_lora.core import whole as small  # noqa: E402
+from dual_lora import DualLoraConfig, DualLoraLayer, composed_weights
+from dual_lora.core import tokens
+from dual_lora.core import whole as small
 
 RANK = int(os.environ["RANK"])
 STEPS = 3
@@ -497,11 +490,12 @@ CASES = {
 }
 
 
-if __name__ == "__main__":
-    dist.init_process_group("gloo")
-    mesh, folder = init_device_mesh("cpu", (2,)), Path(sys.argv[1])
-    for case in sys.argv[2:]:
+def main(folder, cases):
+    mesh = init_device_mesh("cpu", (2,))
+    import time
+
+    for case in cases:
+        print(case, time.process_time())
         CASES[case](mesh, folder)
         dist.barrier()
         (folder / f"{case}.passed").touch()
-    dist.destroy_process_group()

@@ -103,8 +103,8 @@ def test_nothing_is_saved_as_an_adapter(tmp_path):
     assert not (tmp_path / "empty" / "adapter_model.safetensors").exists()
 
 
-def actor(model, x, before, after, results):
-    model.eval()
+def actor(models, x, before, after, results):
+    model = models.get().eval()
     with torch.no_grad():
         results.put(model(x).tolist())
         before.set()
@@ -117,10 +117,11 @@ def test_an_actor_sees_what_the_learner_trains():
     """Nothing that was composed is kept of tensors that processes share."""
     model, x = trained(), points()
     model.share_memory()
-    context = torch.multiprocessing.get_context("spawn")
-    before, after, results = context.Event(), context.Event(), context.Queue()
-    process = context.Process(target=actor, args=(model, x, before, after, results))
+    context = torch.multiprocessing.get_context("fork")  # what is sent is pickled all the same
+    before, after, models, results = context.Event(), context.Event(), context.Queue(), context.Queue()
+    process = context.Process(target=actor, args=(models, x, before, after, results))
     process.start()
+    models.put(model)
     assert before.wait(120)
     first = torch.tensor(results.get(timeout=60))
     train(model, 5, optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0))

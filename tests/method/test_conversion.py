@@ -2,8 +2,6 @@
 
 import copy
 import json
-import subprocess
-import sys
 import warnings
 
 import peft
@@ -14,6 +12,7 @@ from tiny import bert, gpt2, layers, llama, logits, tokens
 from torch import nn
 
 from dual_lora import DualLoraConfig, convert_to_lora, save_as_lora
+from forked import before_peft
 
 
 def adapted(base, targets, **options):
@@ -151,11 +150,11 @@ def test_conversion_is_of_the_present_lambda():
 
 
 PLAIN = """
-import sys, json, torch
+import sys, torch
 sys.modules["dual_lora"] = None
 from peft import AutoPeftModelForCausalLM
-model = AutoPeftModelForCausalLM.from_pretrained(sys.argv[1]).eval()
-print(json.dumps(model(torch.tensor(json.loads(sys.argv[2]))).logits.tolist()))
+model = AutoPeftModelForCausalLM.from_pretrained({folder!r}).eval()
+print("logits", model(torch.tensor({tokens})).logits.tolist())
 """
 
 
@@ -166,10 +165,9 @@ def test_plain_peft_reads_the_folder_without_this_package(tmp_path):
 
     model = adapted(LlamaForCausalLM.from_pretrained(tmp_path / "base"), ["q_proj", "up_proj"], task_type="CAUSAL_LM")
     save_as_lora(tmp_path / "lora", model, 1.0)
-    arguments = [str(tmp_path / "lora"), json.dumps(tokens().tolist())]
-    done = subprocess.run([sys.executable, "-c", PLAIN, *arguments], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    torch.testing.assert_close(torch.tensor(json.loads(done.stdout)), logits(model), atol=1e-4, rtol=1e-4)
+    said = before_peft(PLAIN.format(folder=str(tmp_path / "lora"), tokens=tokens().tolist()))
+    found = torch.tensor(json.loads(said.rpartition("logits ")[2]))
+    torch.testing.assert_close(found, logits(model), atol=1e-4, rtol=1e-4)
 
 
 def test_no_warning_where_nothing_is_lost():

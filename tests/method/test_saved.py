@@ -2,8 +2,6 @@
 
 import copy
 import json
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -29,6 +27,7 @@ from tiny import (
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from dual_lora import DualLoraConfig, DualLoraWarning
+from forked import before_peft
 
 
 def train_llama(model, steps):
@@ -232,9 +231,11 @@ def test_truncated_through_transformers(variant, folders, way):
 
 def test_transformers_imports_after_this_package():
     """What looks at files is put in place while transformers is being imported, when PEFT cannot be."""
-    script = "import dual_lora\nfrom transformers import Trainer\nimport transformers.integrations.peft as p\n"
+    script = "import sys\nfor name in [name for name in sys.modules if name.partition('.')[0] == 'transformers']:\n"
+    script += "    del sys.modules[name]\n"
+    script += "import dual_lora\nfrom transformers import Trainer\nimport transformers.integrations.peft as p\n"
     script += "assert p.PeftAdapterMixin.load_adapter.__wrapped__"
-    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True)
+    before_peft(script)
 
 
 def test_foreign_tensors_through_transformers(variant, folders):

@@ -2,14 +2,11 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-WORKER = Path(__file__).with_name("sharded_worker.py")
+from forked import two_processes
+
 CASES = [
     "torch",
     "identity",
@@ -35,11 +32,9 @@ pytestmark = pytest.mark.slow
 def run(tmp_path_factory):
     """(folder that the cases wrote into, what was printed) of one launch; it ends with the first case that fails."""
     folder = tmp_path_factory.mktemp("sharded")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [*launch, str(WORKER), str(folder), *CASES]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
-    return folder, done.stdout[-1000:] + done.stderr[-6000:]
+    code = f"from pathlib import Path\nfrom sharded_worker import main\nmain(Path({str(folder)!r}), {CASES!r})"
+    _, printed = two_processes(code, folder / "meeting")
+    return folder, printed[-6000:]
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -50,8 +50,11 @@ def unpickled(model):
     return pickle.loads(pickle.dumps(model))  # noqa: S301 - our own
 
 
-@pytest.mark.parametrize("copied", [lambda model: model, copy.deepcopy, unpickled], ids=["itself", "copy", "unpickled"])
-@pytest.mark.parametrize("way", WRITTEN)
+@pytest.mark.parametrize(
+    ("way", "copied"),
+    [*((way, lambda model: model) for way in WRITTEN), ("item", copy.deepcopy), ("update", unpickled)],
+    ids=[*WRITTEN, "of a copy", "unpickled"],
+)
 def test_a_strength_written_as_for_lora_acts_compiled_too(way, copied):
     """`layer.scaling[adapter] = …` is how much code sets a LoRA's. The graph stays the one that it was."""
     torch._dynamo.reset()
