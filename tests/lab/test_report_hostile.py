@@ -242,6 +242,19 @@ def run_of(folder, items=(), **metrics):
     return folder
 
 
+@pytest.mark.parametrize(
+    "name", ["record.json", "metrics.jsonl", "evaluation/a/result.json", "evaluation/a/items.jsonl"]
+)
+def test_a_hard_link_in_a_run_shows_no_file_of_the_user(name, tmp_path):
+    run = run_of(tmp_path / "theirs", tuned={"a": 1.0})
+    (run / name).unlink(missing_ok=True)
+    (mine := tmp_path / "mine").write_text(json.dumps({"step": 1, "examples": SECRET, "split": SECRET, "metrics": {}}))
+    os.link(mine, run / name)
+    said = report([run, material.write(tmp_path / "good")], tmp_path / "r.html")
+    assert any("it is a hard link" in problem for problem in said.problems), said.problems
+    assert SECRET not in (tmp_path / "r.html").read_text()
+
+
 def test_few_values_make_no_endless_table(tmp_path):
     """Each row has a column of its own: a thousand of them are a million cells."""
     good = material.write(tmp_path / "good")
