@@ -23,7 +23,7 @@ from dual_lora.lab.model.location import (
     nobody_answers,
 )
 from dual_lora.lab.model.named_files import check_templates, check_tokenizer_arguments, check_whole_model
-from dual_lora.lab.model.quantize import quantization_config
+from dual_lora.lab.model.quantize import check_packed, quantization_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -99,6 +99,8 @@ def load_model(part: ModelSection, num_labels: int | None = None, device: str | 
         arguments["num_labels"] = num_labels
     with _clear_errors(part.path), quiet(), quick_reading(location):
         model, info = factory.from_pretrained(location.name, output_loading_info=True, **arguments)
+        if packed:
+            check_packed(part, packed, model)
         if is_plain(model):
             vars(model.config).pop("auto_map", None)
         if location.gguf_file:
