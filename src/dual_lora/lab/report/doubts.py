@@ -12,7 +12,7 @@ LISTED = 3
 
 
 def doubts(results: Results) -> list[str]:
-    """What is stored otherwise than the figures beside it give, in a sentence; nothing where all agree."""
+    """What does not follow from the figures in the same file, in a sentence; nothing where all agree."""
     if not results["comparisons"]:
         return []
     try:
