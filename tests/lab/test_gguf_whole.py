@@ -157,24 +157,21 @@ def test_numbers_of_a_header_have_the_bounds_of_a_configuration(field, said, tmp
 
 def test_two_threads_that_read_leave_gguf_as_it_was(tmp_path):
     file, theirs = written(tmp_path / "m.gguf").path, gguf.GGUFReader
-    inside, go_on = threading.Event(), threading.Event()
+    entered, may_leave = ([threading.Event(), threading.Event()] for _ in range(2))
 
-    def first():
+    def read(which):
         with read_gguf.read_once(file):
-            inside.set()
-            go_on.wait(10)
+            entered[which].set()
+            may_leave[which].wait(30)
 
-    def second():
-        with read_gguf.read_once(file):
-            pass
-
-    threads = [threading.Thread(target=first), threading.Thread(target=second)]
+    threads = [threading.Thread(target=read, args=(which,)) for which in range(2)]
     threads[0].start()
-    inside.wait(10)
+    assert entered[0].wait(30)
     threads[1].start()
-    go_on.set()
-    for thread in threads:
-        thread.join(10)
+    entered[1].wait(0.5)  # it waits for the first one; else it would put back what the first one has put there
+    for thread, event in zip(threads, may_leave, strict=True):
+        event.set()
+        thread.join(30)
     with read_gguf.read_once(file), read_gguf.read_once(file):
         assert gguf.GGUFReader is not theirs
     assert gguf.GGUFReader is theirs
