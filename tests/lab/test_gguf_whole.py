@@ -1,10 +1,14 @@
 """A GGUF file of which transformers leaves something out is not read as another model."""
 
+import struct
+import threading
+
 import pytest
 import torch
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model import read_gguf
+from dual_lora.lab.model.empty import load_config
 from dual_lora.lab.model.load import check_whole, load_model
 from dual_lora.lab.model.read_gguf import reader_of
 from dual_lora.lab.recipe.schema import ModelSection
@@ -16,11 +20,11 @@ FIELDS = {
 }  # fmt: skip
 
 
-def written(file, tensors=(), scaling=None):
-    """A Llama of one layer, with further tensors [numbers] and a scaling of positions."""
+def written(file, tensors=(), scaling=None, **fields):
+    """A Llama of one layer, with further tensors [numbers] and a scaling of positions. fields: in place of FIELDS."""
     words = ["<s>", "</s>", "a", "b", "ab"]
     writer = gguf.GGUFWriter(file, "llama")
-    for name, value in FIELDS.items():
+    for name, value in (FIELDS | fields).items():
         getattr(writer, f"add_{name}")(value)
     if scaling:
         writer.add_rope_scaling_type(scaling)
@@ -66,13 +70,13 @@ def test_the_quick_reader_reads_what_gguf_reads(order, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "Q6_K"])
-def test_rows_are_unpacked_to_the_same_numbers(kind, monkeypatch):
+def test_rows_are_unpacked_to_the_same_numbers(kind, monkeypatch, tmp_path):
     monkeypatch.setattr(read_gguf, "_AT_ONCE", 700)  # bytes: several groups, the last of them a shorter one
     kind = gguf.GGMLQuantizationType[kind]
     size = gguf.GGML_QUANT_SIZES[kind][1]
     packed = torch.randint(0, 60, (3, 17, 2 * size), dtype=torch.uint8).numpy()  # as half precision: finite
     theirs = gguf.quants.dequantize(packed, kind)
-    with read_gguf.read_once():
+    with read_gguf.read_once(written(tmp_path / "m.gguf").path):
         ours = gguf.quants.dequantize(packed, kind)
     assert ours.shape == theirs.shape
     assert (ours == theirs).all()
@@ -108,3 +112,66 @@ def test_a_copy_of_tied_embeddings_is_no_further_weight(tmp_path):
 def test_what_transformers_leaves_out_is_said(more, said, head, tmp_path):
     with pytest.raises(UserError, match=said):
         load_model(written(tmp_path / "more.gguf", **more).model_copy(update={"head": head}), 2)
+
+
+def with_list(kind, count, values=b""):
+    """A header's last field, with a list of this many values."""
+    return struct.pack("<Q1sIIQ", 1, b"x", 9, kind, count) + values
+
+
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [
+        (with_list(0, 2**40), "values in lists"),  # gguf goes on past the end of the file, where nothing has a size
+        (with_list(8, 2**63), "values in lists"),
+        (with_list(9, 2**63), "values in lists"),
+        (with_list(0, 5_000_000, bytes(5_000_000)), "values in lists"),  # 100 bytes of memory for each
+        (with_list(8, 1, struct.pack("<Q", 110_000) + bytes(110_000)), "squared letters in a list"),
+        (struct.pack("<Q20sIf", 20, b"llama.rope.dimension", 6, 1), "20,000,000,000 fields"),
+    ],
+)
+def test_a_header_that_asks_for_much_is_refused_before_it_is_read(field, said, tmp_path):
+    fields = 20_000_000_000 if "fields" in said else 2
+    named = struct.pack("<Q20sIQ5s", 20, b"general.architecture", 8, 5, b"llama")
+    (tmp_path / "m.gguf").write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 0, fields) + named + field)
+    for read in (lambda: load_model(ModelSection(path=str(tmp_path))), lambda: load_config(str(tmp_path))):
+        with pytest.raises(UserError, match=said):
+            read()
+
+
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [
+        ("block_count", r"its header has llama\.block_count 1,000,000,000, expected at most 1,000"),
+        ("feed_forward_length", r"llama\.feed_forward_length 1,000,000,000, expected at most 1,000,000"),
+        ("expert_count", "expected at most 10,000"),
+        ("context_length", "expected at most 20,000,000"),
+    ],
+)
+def test_numbers_of_a_header_have_the_bounds_of_a_configuration(field, said, tmp_path):
+    part = written(tmp_path / "m.gguf", **{field: 10**9})
+    for read in (lambda: load_model(part), lambda: load_config(part.path)):
+        with pytest.raises(UserError, match=said):
+            read()
+
+
+def test_two_threads_that_read_leave_gguf_as_it_was(tmp_path):
+    file, theirs = written(tmp_path / "m.gguf").path, gguf.GGUFReader
+    entered, may_leave = ([threading.Event(), threading.Event()] for _ in range(2))
+
+    def read(which):
+        with read_gguf.read_once(file):
+            entered[which].set()
+            may_leave[which].wait(30)
+
+    threads = [threading.Thread(target=read, args=(which,)) for which in range(2)]
+    threads[0].start()
+    assert entered[0].wait(30)
+    threads[1].start()
+    entered[1].wait(0.5)  # it waits for the first one; else it would put back what the first one has put there
+    for thread, event in zip(threads, may_leave, strict=True):
+        event.set()
+        thread.join(30)
+    with read_gguf.read_once(file), read_gguf.read_once(file):
+        assert gguf.GGUFReader is not theirs
+    assert gguf.GGUFReader is theirs

@@ -249,6 +249,16 @@ def test_push_uploads_the_known_files_and_nothing_of_this_machine(copy, hub, tmp
     assert str(tiny_lm) in (adapter / "adapter_config.json").read_text()  # the run's own file stays as it is
 
 
+@pytest.mark.parametrize("name", ["vocab.txt", "tokenizer_config.json", "adapter_model.safetensors", "README.md"])
+def test_push_takes_no_hard_link_to_a_file_of_the_user(name, copy, tmp_path):
+    """An archive that is unpacked in the home folder makes one to any file there."""
+    (copy / "adapter" / name).unlink(missing_ok=True)
+    (tmp_path / "secret").write_text("{}")
+    os.link(tmp_path / "secret", copy / "adapter" / name)
+    with pytest.raises(UserError, match=rf"{name} has a second name elsewhere"), prepared(copy, "me/warm"):
+        pass
+
+
 def test_push_asks_and_says_what_is_wrong(copy, hub, tmp_path):
     asked = push(hub, copy, "me/warm", "--base-model", "org/tiny", tmp_path=tmp_path)
     assert asked.returncode == 1

@@ -1,6 +1,7 @@
 """A base in 4 or 8 bits: packed while it is loaded, trained on, opened again, and whole again in a merge."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -55,6 +56,21 @@ def test_layers_are_packed_and_the_head_is_not(kind, wide_lm):
         near, exact = (model(ids).logits.float() for model in (loaded.model, plain))
     assert not torch.equal(near, exact)
     assert (near - exact).norm() < 0.3 * exact.norm()
+
+
+@pytest.mark.parametrize(
+    ("own", "asked"),
+    [({"load_in_8bit": True}, "nf4"), ({"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, "nf4"),
+     ({"load_in_4bit": True}, "int8")],
+)  # fmt: skip
+def test_a_base_that_is_packed_in_another_way_is_not_taken_for_what_was_asked(own, asked, wide_lm, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    base = shutil.copytree(wide_lm, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes"} | own
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=f"model.quantize is {asked}, and .* says in its own config.json how it is"):
+        load_model(ModelSection(path=str(base), quantize=asked))
 
 
 @pytest.mark.parametrize("kind", KINDS)

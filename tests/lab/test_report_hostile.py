@@ -1,8 +1,10 @@
 """A stranger's file costs the report no more than itself, and the page overwrites nothing that is no report."""
 
+import html
 import json
 import os
 import re
+from pathlib import Path
 
 import pytest
 import report_material as material
@@ -240,6 +242,50 @@ def run_of(folder, items=(), **metrics):
     (folder / "evaluation/a/result.json").write_text(json.dumps(result))
     (folder / "evaluation/a/items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
     return folder
+
+
+@pytest.mark.parametrize(
+    "name", ["record.json", "metrics.jsonl", "evaluation/a/result.json", "evaluation/a/items.jsonl"]
+)
+def test_a_hard_link_in_a_run_shows_no_file_of_the_user(name, tmp_path):
+    run = run_of(tmp_path / "theirs", tuned={"a": 1.0})
+    (run / name).unlink(missing_ok=True)
+    (mine := tmp_path / "mine").write_text(json.dumps({"step": 1, "examples": SECRET, "split": SECRET, "metrics": {}}))
+    os.link(mine, run / name)
+    said = report([run, material.write(tmp_path / "good")], tmp_path / "r.html")
+    assert any("it is a hard link" in problem for problem in said.problems), said.problems
+    assert SECRET not in (tmp_path / "r.html").read_text()
+
+
+WHOLE = Path(__file__).parents[2] / "results/studies/quick/results.json"
+
+
+def first(**parts):
+    """Changes the first comparison."""
+    return lambda study: study["comparisons"][0].update(parts)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda study: None, None),
+        (first(verdict="significantly better"), "is called significantly better, and by its figures it is"),
+        (first(p_holm=1e-9), "the interval or p of"),
+        (first(low=0.5), "the interval or p of"),
+        (first(difference=0.5), "the difference of"),
+        (first(candidate_score=0.999), "the difference of"),
+        (lambda study: study["methods"][0].update(score=0.999), "in one table and"),
+        (lambda study: study["methods"][0]["seeds"][0].update(score=0.001), "the mean of its runs is another"),
+        (lambda study: study["study"].pop("tasks"), "could not be computed"),
+    ],
+)
+def test_a_verdict_that_does_not_follow_from_the_file_s_figures_is_named(change, said, tmp_path):
+    change(study := json.loads(WHOLE.read_text()))
+    (tmp_path / "results.json").write_text(json.dumps(study))
+    report([tmp_path], tmp_path / "r.html")
+    page = html.unescape((tmp_path / "r.html").read_text())
+    assert ("contradicts itself" in page or "could not be computed" in page) == (said is not None)
+    assert said is None or said in page
 
 
 def test_few_values_make_no_endless_table(tmp_path):

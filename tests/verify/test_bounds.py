@@ -9,7 +9,7 @@ from peft import LoraConfig, OFTConfig, PrefixTuningConfig, VBLoRAConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 
-from dual_lora.verify.bounds import FREE, check_bounds
+from dual_lora.verify.bounds import FREE, check_bounds, check_kinds
 from dual_lora.verify.patterns import check_patterns
 
 CONFIGS = sorted({config for config in PEFT_TYPE_TO_CONFIG_MAPPING.values()}, key=lambda config: config.__name__)
@@ -34,6 +34,24 @@ class Made:
 @pytest.mark.parametrize("kind", CONFIGS, ids=lambda kind: kind.__name__)
 def test_a_methods_own_defaults_are_welcome(kind, model):
     check_bounds(Made(kind), model)
+    check_kinds(Made(kind))
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"lora_alpha": float("nan")}, "lora_alpha holds nan"),
+        ({"lora_alpha": float("inf")}, "lora_alpha holds inf"),
+        ({"alpha_pattern": {"q_proj": float("-inf")}}, "alpha_pattern holds -inf"),
+        ({"lora_alpha": True}, "lora_alpha holds True, expected a number"),
+        ({"alpha_pattern": {"q_proj": True}}, "alpha_pattern holds True, expected a number"),
+        ({"use_rslora": "false"}, "use_rslora is 'false', expected true or false"),
+        ({"fan_in_fan_out": 0.5}, "fan_in_fan_out is 0.5, expected true or false"),
+    ],
+)
+def test_what_is_of_another_kind_is_not_taken_for_it(values, said):
+    with pytest.raises(ValueError, match=said):
+        check_kinds(Made(LoraConfig, **values))
 
 
 @pytest.mark.parametrize("number", [10**9, 10**30, float("inf"), float("nan")])

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from dual_lora.verify.bounds import check_bounds
+from dual_lora.verify.bounds import check_bounds, check_kinds
 from dual_lora.verify.numbers import check_numbers, header
 from dual_lora.verify.patterns import check_patterns
 from dual_lora.verify.sources import check_sources
@@ -141,6 +141,7 @@ def check_before_loading(model: nn.Module, folder: Path, config: Any, files: Sha
     from peft import get_peft_model
 
     try:
+        check_kinds(config)
         check_sources(config, model)
         check_patterns(config.to_dict(), model)
         check_bounds(config, model)

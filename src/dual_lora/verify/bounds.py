@@ -6,6 +6,7 @@ its name in LIMITS, none if its name is in FREE, and else that of a size.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterator, Mapping
 from math import prod
@@ -31,6 +32,7 @@ FREE = re.compile(
     r"seed|prng_key|alpha|lambda|scaling|step|warmup|^tinit$|^tfinal$|^deltaT$|interval|token_id|token_ind|"
     r"invocation_tokens|^cpt_|bits"
 )
+_NO_KINDS = {"Optional", "Union", "None", "NoneType", "class", "typing"}  # words of an annotation
 # Fields whose product is the size of a tensor, or of one for each layer.
 PRODUCTS = (
     ("num_vectors", "vector_length"),
@@ -73,6 +75,27 @@ def check_bounds(config: Any, model: Any) -> None:
         if len(sizes) > 1 and prod(sizes) > of_model:
             names = " × ".join(dict.fromkeys(name for name in fields if values.get(name)))
             raise ValueError(f"{names} is {_written(prod(sizes))} numbers, expected at most {of_model:,}.")
+
+
+def check_kinds(config: Any) -> None:
+    """Raise ValueError, in one sentence, for a value of another kind than its field's that PEFT takes all the same.
+
+    The text "false" is true for it, a scale of NaN or infinity makes every output NaN, and true is the number 1.
+    """
+    values = config.to_dict()
+    fields = dataclasses.fields(config) if dataclasses.is_dataclass(config) else ()
+    for field in fields:
+        value, kinds = values.get(field.name), set(re.findall(r"\w+", str(field.type))) - _NO_KINDS
+        if kinds == {"bool"} and not isinstance(value, bool | None):
+            raise ValueError(f"{field.name} is {value!r:.100}, expected true or false.")
+        if (kinds and kinds <= {"int", "float"}) or field.name.endswith("_pattern"):
+            for each in value.values() if isinstance(value, dict) else [value]:
+                if isinstance(each, bool):
+                    raise ValueError(f"{field.name} holds {each}, expected a number.")
+    for name, value in values.items():
+        for _, number in _inside(value, name, False):
+            if not -math.inf < number < math.inf:
+                raise ValueError(f"{name} holds {number}, expected a finite number.")
 
 
 def _fractions(config: Any) -> set[str]:

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from dual_lora.lab.errors import UserError
-from dual_lora.verify.bounds import check_bounds
+from dual_lora.verify.bounds import check_bounds, check_kinds
 from dual_lora.verify.numbers import all_finite, check_numbers, header
 from dual_lora.verify.patterns import check_patterns
 from dual_lora.verify.sources import check_sources
@@ -30,6 +30,7 @@ def check_config(config: Any, model: Any, where: str, file: Path | None = None) 
     """
     values = config.to_dict()
     try:
+        check_kinds(config)
         check_sources(config, model)
         check_patterns(values, model)
         check_bounds(config, model)

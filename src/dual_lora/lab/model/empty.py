@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dual_lora.lab.errors import UserError, described
+from dual_lora.lab.errors import UserError, described, memory_full
 from dual_lora.lab.recipe.schema import method_in
 
 if TYPE_CHECKING:
@@ -53,8 +53,8 @@ def load_config(path: str, revision: str | None = None, **more: Any) -> PreTrain
             check_settings(location)
             config: PreTrainedConfig = AutoConfig.from_pretrained(location.name, **location.arguments(), **more)
             return config
-    except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
+    except Exception as error:  # readers of foreign files raise whatever comes: struct.error, KeyError
+        if isinstance(error, UserError) or memory_full(error):
             raise
         raise UserError(
             f"The configuration of {path!r} could not be read: {described(error, Exception, lines=1)}"
@@ -67,7 +67,10 @@ def _gguf_config(location: Location, stamp: tuple[int, int], **more: Any) -> Pre
     """Out of a file that is as large and as old as `stamp` says: its whole vocabulary is read each time (seconds)."""
     from transformers import AutoConfig
 
-    config: PreTrainedConfig = AutoConfig.from_pretrained(location.name, **location.arguments(), **more)
+    from dual_lora.lab.model.load import quick_reading
+
+    with quick_reading(location):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(location.name, **location.arguments(), **more)
     return config
 
 

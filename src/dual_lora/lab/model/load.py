@@ -23,7 +23,7 @@ from dual_lora.lab.model.location import (
     nobody_answers,
 )
 from dual_lora.lab.model.named_files import check_templates, check_tokenizer_arguments, check_whole_model
-from dual_lora.lab.model.quantize import quantization_config
+from dual_lora.lab.model.quantize import check_packed, quantization_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -58,7 +58,7 @@ def load_tokenizer(path: str, location: Location | None = None) -> PreTrainedTok
     from transformers import AutoTokenizer
 
     location = location or locate(path)
-    with _clear_errors(path), _quick_reading(location):
+    with _clear_errors(path), quick_reading(location):
         check_tokenizer_arguments(location.name, location.revision)
         tokenizer = AutoTokenizer.from_pretrained(location.name, **location.arguments())
         if location.gguf_file and Version(transformers.__version__) < Version("5.20"):
@@ -97,8 +97,10 @@ def load_model(part: ModelSection, num_labels: int | None = None, device: str | 
     if part.head != "causal":
         factory = AutoModelForSequenceClassification
         arguments["num_labels"] = num_labels
-    with _clear_errors(part.path), quiet(), _quick_reading(location):
+    with _clear_errors(part.path), quiet(), quick_reading(location):
         model, info = factory.from_pretrained(location.name, output_loading_info=True, **arguments)
+        if packed:
+            check_packed(part, packed, model)
         if is_plain(model):
             vars(model.config).pop("auto_map", None)
         if location.gguf_file:
@@ -142,12 +144,13 @@ def _check_language_model(path: str, kind: str, fresh: list[str]) -> None:
         )
 
 
-def _quick_reading(location: Location) -> contextlib.AbstractContextManager[None]:
+def quick_reading(location: Location) -> contextlib.AbstractContextManager[None]:
+    """Inside, transformers reads this model's GGUF file quickly, and within bounds: see `read_once`."""
     if location.gguf_file is None:
         return contextlib.nullcontext()
     from dual_lora.lab.model.read_gguf import read_once
 
-    return read_once()
+    return read_once(Path(location.name) / location.gguf_file)
 
 
 def dtype_of(part: ModelSection, device: str | None = None) -> str:

@@ -65,3 +65,16 @@ def quantization_config(part: ModelSection, dtype: Any, is_gguf: bool) -> Any:
         bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=whole,
     )
+
+
+def check_packed(part: ModelSection, asked: Any, model: Any) -> None:
+    """Raise UserError if a base came packed in another way than asked: what its own config.json says goes first."""
+    found = getattr(model.config, "quantization_config", None)
+    names = ("load_in_4bit", "load_in_8bit") + ("bnb_4bit_quant_type",) * bool(getattr(asked, "load_in_4bit", False))
+    kinds = [[getattr(one, name, None) for name in names] + [type(getattr(one, "quant_type", None))]
+             for one in (asked, found)]  # fmt: skip
+    if kinds[0] != kinds[1]:
+        raise UserError(
+            f"model.quantize is {part.quantize}, and {part.path} says in its own config.json how it is packed, which "
+            "goes first and is another way: leave model.quantize out, or name the model before it was packed."
+        )

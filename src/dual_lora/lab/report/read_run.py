@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from dual_lora.lab.files.folder import ENTRIES, check_plain
-from dual_lora.lab.read import read_json_lines, read_object
+from dual_lora.lab.read import read_json_lines, read_object, unlinked
 from dual_lora.lab.results import read_evaluation
 from dual_lora.lab.run.record import read_metrics
 
@@ -18,5 +18,9 @@ def read_run(record: Path) -> dict[str, Any]:
     evaluations = []
     for file in sorted((folder / "evaluation").glob("*/result.json")):
         items = file.with_name("items.jsonl")
-        evaluations.append((file, read_evaluation(file), read_json_lines(items) if items.is_file() else []))
-    return {"record": read_object(record), "metrics": read_metrics(folder / METRICS), "evaluations": evaluations}
+        rows = read_json_lines(unlinked(items)) if items.is_file() else []
+        evaluations.append((file, read_evaluation(unlinked(file)), rows))
+    metrics = folder / METRICS
+    if metrics.is_file():
+        unlinked(metrics)
+    return {"record": read_object(record), "metrics": read_metrics(metrics), "evaluations": evaluations}

@@ -9,6 +9,7 @@ from typing import Any
 
 from dual_lora.lab.report.blocks import Axis, Block, Cards, Chart, Section, Source, Table, Text, View, mood, place
 from dual_lora.lab.report.columns import Row, columns, grouped
+from dual_lora.lab.report.doubts import doubts
 from dual_lora.lab.report.gather import short_path, source_of
 from dual_lora.lab.study import metrics
 from dual_lora.lab.study.job import settings_in_words
@@ -57,6 +58,7 @@ def _judged(results: Results, folded: bool) -> list[Block]:
     blocks: list[Block] = [Text(study.get("question") or study["name"], "lead")]
     if not results.get("complete", True):
         blocks.append(Text("This study is not complete; what follows holds for the runs that are there.", "warning"))
+    blocks += [Text(doubt, "warning") for doubt in doubts(results)]
     if comparisons:
         words = ", ".join(f"{n} × {verdict}" for verdict, n in Counter(c["verdict"] for c in comparisons).most_common())
         blocks.append(Text(f"{len(comparisons)} comparison{'s'[: len(comparisons) != 1]}, tested together: {words}."))

@@ -13,7 +13,7 @@ from typing import Any
 import dual_lora
 from dual_lora.lab.errors import UserError, damaged, described
 from dual_lora.lab.files.folder import result_of, run_at
-from dual_lora.lab.read import read_object
+from dual_lora.lab.read import has_second_name, read_object
 from dual_lora.lab.recipe.read import read_recipe
 from dual_lora.lab.run.hub_card import REMOVED, card_text, known_base, public, read_card, source_name
 
@@ -55,6 +55,12 @@ def prepared(run: Path, repo: str, *, base_model: str | None = None, licence: st
         raise UserError(f"The repository is {repo!r}, expected OWNER/NAME.")
     folder = run_at(run)
     result, recipe = result_of(folder), read_recipe(run)
+    for file in result.iterdir():
+        if file.is_file() and has_second_name(file):
+            raise UserError(
+                f"{file} has a second name elsewhere (a hard link), so it may be a file of yours that an archive was "
+                "unpacked over. Nothing was uploaded: take a copy of the run (cp -r)."
+            )
     base = known_base(read_card(result / "README.md"), recipe, base_model)
     if base is None:
         raise UserError(
