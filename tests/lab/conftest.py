@@ -6,7 +6,7 @@ import random
 import pytest
 import yaml
 from report_in_browser import browser, page, page_file  # noqa: F401  (fixtures)
-from tiny_study import copy_of_whole, short, tiny, whole  # noqa: F401  (fixtures)
+from tiny_study import copy_of_whole, no_training, short, tiny, whole  # noqa: F401  (fixtures)
 
 WORDS = [
     "is",

@@ -63,7 +63,7 @@ def test_second_call_repeats_nothing(whole, tiny):
     assert figures(again) == figures(whole)
 
 
-def test_studies_share_the_runs_that_they_have_in_common(whole, tiny, copy_of_whole):
+def test_studies_share_the_runs_that_they_have_in_common(whole, tiny, copy_of_whole, no_training):
     """A second study with a third method, told where the first one's runs lie, does that method's runs alone."""
     shared = copy_of_whole / "runs"
     before = {p.name for p in shared.glob("*.json")}
@@ -132,7 +132,7 @@ def test_method_whose_every_trial_diverged(tiny, tmp_path):
     show_results(results)
 
 
-def test_failed_run_is_said_and_the_others_go_on(tiny, tmp_path, monkeypatch):
+def test_failed_run_is_said_and_the_others_go_on(tiny, tmp_path, no_training, monkeypatch):
     original = perform._trained
 
     def failing(job, *more):
@@ -209,7 +209,7 @@ def test_runs_remember_how_many_there_were_at_a_time(tiny, whole, copy_of_whole)
 WARNED = "The factors of a Dual LoRA adapter do not move."
 
 
-def test_own_warnings_reach_the_person_once_and_stay_with_the_run(tiny, tmp_path, monkeypatch, capsys):
+def test_own_warnings_reach_the_person_once_and_stay_with_the_run(tiny, tmp_path, no_training, monkeypatch, capsys):
     """They point at their caller, which is transformers, whose own warnings are none of anybody's business here."""
     original = perform._trained
 
@@ -233,7 +233,7 @@ def test_own_warnings_reach_the_person_once_and_stay_with_the_run(tiny, tmp_path
         assert read_outcome(tmp_path / "out" / "runs", m["seeds"][0]["key"]).warnings == [WARNED]
 
 
-def test_what_the_laboratory_warns_of_stays_with_the_run(tiny, tmp_path, monkeypatch, capsys):
+def test_what_the_laboratory_warns_of_stays_with_the_run(tiny, tmp_path, no_training, monkeypatch, capsys):
     """An answer that cannot be as long as the expected one counts against each method: the results say so."""
     original = perform._trained
     long = "{} of 8 expected answers are longer than evaluate.max_new_tokens = 2."
@@ -267,7 +267,7 @@ def test_warnings_are_told_apart_by_all_but_their_numbers():
     assert notes.form("the run runs/0f1e2d3c4b5a6978 has") == notes.form("the run runs/00112233445566ff has")
 
 
-def test_one_seed_has_no_winner(tiny, tmp_path, capsys):
+def test_one_seed_has_no_winner(tiny, tmp_path, no_training, capsys):
     results = compare(write_study(tiny, seeds=1, search=None), tmp_path / "out", progress=False)
     assert [c["verdict"] for c in results["comparisons"]] == ["no verdict from one seed"]
     assert any("no winner can be called" in note for note in results["notes"])
@@ -307,7 +307,7 @@ def test_interventions_reach_the_training(tiny, tmp_path):
     assert sizes["still"] * 2 == sizes["dual_lora"], "a group that never moves is not trainable"
 
 
-def test_a_choice_knows_what_one_answer_to_everything_would_reach(tiny, tmp_path):
+def test_a_choice_knows_what_one_answer_to_everything_would_reach(tiny, tmp_path, no_training):
     tasks = {"letters": {"recipe": str(tiny / "letters.yaml"), "metric": "choice"}}
     results = compare(write_study(tiny, tasks=tasks, **SHORT), tmp_path / "out", progress=False)
     records = [json.loads(line) for line in (tiny / "test.jsonl").read_text().splitlines()]

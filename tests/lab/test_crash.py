@@ -72,17 +72,32 @@ def weights(adapter):
     return {name: content for name, content in found.items() if name != CARD}
 
 
-@pytest.fixture
-def values(lm_values):
-    lm_values["method"] = {"name": "dual_lora", "r": 4}
-    lm_values["train"] |= {"steps": 4, "checkpoint_every": 2}
-    return lm_values
+@pytest.fixture(scope="module")
+def recipe(tiny_values):
+    train = {"steps": 4, "batch_size": 4, "checkpoint_every": 2, "log_every": 1, "learning_rate": 0.01}
+    return build_recipe(tiny_values | {"method": {"name": "dual_lora", "r": 4}, "train": train})
 
 
-@pytest.fixture
-def trained(values, tmp_path):
-    run(build_recipe(values), tmp_path / "trained", progress=False)
-    return tmp_path / "trained"
+@pytest.fixture(scope="module")
+def recording(recipe, tmp_path_factory):
+    """(Disk that has seen a training into `run`, [(event, step): from here on this checkpoint must survive])."""
+    disk, saved = Disk(tmp_path_factory.mktemp("recording") / "place"), []
+    disk.root.mkdir()
+
+    class Note(TrainerCallback):
+        def on_save(self, args, state, control, **_):
+            saved.append((len(disk.events), state.global_step))
+
+    with disk.recorded():
+        run(recipe, disk.root / "run", progress=False, callbacks=[Note()])
+    return disk, saved
+
+
+@pytest.fixture(scope="module")
+def trained(recording, tmp_path_factory):
+    """What the recorded training left."""
+    (disk, _), folder = recording, tmp_path_factory.mktemp("trained") / "run"
+    return shutil.copytree(disk.root / "run", folder)
 
 
 def check_run(folder, whole):
@@ -98,18 +113,8 @@ def check_run(folder, whole):
     return folder.last_checkpoint()[0]
 
 
-def test_train(values, trained, tmp_path):
-    recipe, whole = build_recipe(values), weights(trained / "adapter")
-    disk = Disk(tmp_path / "place")
-    disk.root.mkdir()
-    saved = []  # (event, step): from here on this checkpoint must survive
-
-    class Note(TrainerCallback):
-        def on_save(self, args, state, control, **_):
-            saved.append((len(disk.events), state.global_step))
-
-    with disk.recorded():
-        run(recipe, disk.root / "run", progress=False, callbacks=[Note()])
+def test_train(recipe, recording, trained):
+    (disk, saved), whole = recording, weights(trained / "adapter")
     folder = RunFolder(disk.root / "run")
     for state, (kind, event, what) in disk.states.items():
         disk.restore(state)
@@ -125,7 +130,7 @@ def test_train(values, trained, tmp_path):
     counted("train", disk, len(again))
 
 
-def test_overwrite(values, trained, tmp_path):
+def test_overwrite(recipe, trained, tmp_path):
     """What is killed while it removes a run, or begins the next one, can be given again."""
     disk = Disk(tmp_path / "place")
     shutil.copytree(trained, disk.root / "run")
@@ -134,7 +139,7 @@ def test_overwrite(values, trained, tmp_path):
         folder.open(resume=False, overwrite=True)
         folder.close()
         with pytest.raises(KeyboardInterrupt):
-            run(build_recipe(values), folder.path, progress=False, callbacks=[Interrupted()])
+            run(recipe, folder.path, progress=False, callbacks=[Interrupted()])
     for state, (kind, event, what) in disk.states.items():
         disk.restore(state)
         assert visible(disk.root).keys() <= {f"run/{name}" for name in visible(trained)}
@@ -268,12 +273,8 @@ def killed_at(number, command, disk):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("share", [*(pytest.param(share, marks=pytest.mark.long) for share in (0.2, 0.8)), 0.5, 0.97])
-def test_a_true_kill_leaves_a_recorded_state(share, values, trained, tmp_path):
-    recipe, whole = build_recipe(values), weights(trained / "adapter")
-    disk = Disk(tmp_path / "place")
-    disk.root.mkdir()
-    with disk.recorded():
-        run(recipe, disk.root / "run", progress=False)
+def test_a_true_kill_leaves_a_recorded_state(share, recipe, recording, trained):
+    (disk, _), whole = recording, weights(trained / "adapter")
     number = int(share * len(disk.events))
     known = {frozenset(name for name, _ in state) for state in disk.states}
     disk.restore({})

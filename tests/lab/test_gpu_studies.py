@@ -175,6 +175,7 @@ def test_peft_s_setting_runs_and_its_results_are_peft_s(tmp_path, monkeypatch, c
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_peft_s_setting_is_planned(tmp_path, monkeypatch):
     monkeypatch.setenv("DUAL_LORA_DATA", str(tmp_path))
     mathematics(tmp_path, 2000, 1319, metamath.main)

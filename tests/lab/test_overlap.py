@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 
 import pytest
@@ -158,15 +159,21 @@ def test_shipped_recipes_declare_what_their_data_share():
     assert [found.found for found in shared(by_line)] == [50], "as the published studies had it"
 
 
-def test_a_file_that_has_changed_is_read_again(tmp_path):
+@pytest.mark.parametrize("several", [False, True])
+def test_a_file_that_has_changed_is_read_again(several, tmp_path):
     """Sets that were looked through are not read again, unless a file is another one by its size or time."""
     train, test = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
     line = '{"prompt": "%s", "answer": "x"}\n'
     train.write_text(line % "a")
     test.write_text(line % "b")
-    data = DataSection(train=str(train), test=str(test))
+    data = DataSection(train=str(train), **({"tests": {"one": str(test)}} if several else {"test": str(test)}))
     assert shared(data) == []
     train.write_text(line % "a" + line % "b")
+    assert [each.of for each in shared(data)] == ["test"]
+    test.write_text(line % "c")
+    os.utime(test, ns=(1, 1))  # later writes of one moment may have one time
+    assert shared(data) == []
+    test.write_text(line % "b")
     assert [each.of for each in shared(data)] == ["test"]
     test.unlink()
     assert shared(data) == []

@@ -152,11 +152,11 @@ def test_validation_and_checkpoints_are_no_training(lm_values, tmp_path, monkeyp
 
     def measured(*given, **named):
         if not torch.is_grad_enabled():
-            time.sleep(0.2)
+            time.sleep(0.08)
         return read(*given, **named)
 
     lm_values["data"]["validation"] = lm_values["data"]["test"]
-    monkeypatch.setattr(watch, "mark_whole", lambda folder: (time.sleep(0.4), slow(folder)))
+    monkeypatch.setattr(watch, "mark_whole", lambda folder: (time.sleep(0.25), slow(folder)))
     monkeypatch.setattr(loop, "mean_loss", measured)
     asked = {"steps": 6, "checkpoint_every": 1, "validate_every": 1}
     trained(lm_values, tmp_path / "run", callbacks=[Stop(3)], **asked)

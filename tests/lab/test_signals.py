@@ -69,6 +69,7 @@ def test_a_launcher_that_passes_ctrl_c_on_is_no_second_one(lm_values, tmp_path, 
 
 
 def test_handlers_are_put_back():
+    assert {"SIGINT", "SIGTERM"} <= {number.name for number in SIGNALS}, "what a terminal and a scheduler send"
     before = [signal.getsignal(number) for number in SIGNALS]
     with pytest.raises(Stopped), on_signals(stop_at_once):
         os.kill(os.getpid(), signal.SIGTERM)

@@ -38,7 +38,7 @@ RESULTS = Path(__file__).parents[2] / "results" / "studies"
 LATE = "Amended after final runs had ended."
 
 
-def test_the_plan_is_written_before_the_first_run(tiny, tmp_path, monkeypatch):
+def test_the_plan_is_written_before_the_first_run(tiny, tmp_path, no_training, monkeypatch):
     original, seen = perform._trained, []
 
     def trained(job, runs, *more):
@@ -95,7 +95,7 @@ def test_a_changed_study_takes_a_new_name_and_shares_the_runs(tiny, whole, copy_
     assert figures(compare(write_study(tiny), copy_of_whole, progress=False)) == figures(whole), "the first one's stay"
 
 
-def test_a_change_before_any_final_run_is_no_late_one(tiny, tmp_path, monkeypatch):
+def test_a_change_before_any_final_run_is_no_late_one(tiny, tmp_path, no_training, monkeypatch):
     """It stands in the results, and casts no doubt on the verdicts."""
     with monkeypatch.context() as patch:
         patch.setattr(comparing.Runner, "run", lambda self: None)
@@ -138,7 +138,7 @@ def of_version(monkeypatch, name):
     monkeypatch.setattr(comparing, "code_version", lambda: name)
 
 
-def test_runs_of_two_versions_are_not_compared(tiny, tmp_path, monkeypatch):
+def test_runs_of_two_versions_are_not_compared(tiny, tmp_path, no_training, monkeypatch):
     study, out = write_study(tiny, search=None), tmp_path / "out"
     of_version(monkeypatch, "one, torch 1")
     with monkeypatch.context() as patch:
@@ -472,7 +472,7 @@ def test_a_base_that_is_not_here_for_a_while_is_not_forgotten(tmp_path):
                 folder.begin({}, another, {}, tmp_path / "runs")
 
 
-def test_a_longer_study_waits_for_no_run_of_the_plan_before(tmp_path):
+def test_a_longer_study_waits_for_no_run_of_the_plan_before(tmp_path, no_training):
     class Enough(Exception):
         pass
 

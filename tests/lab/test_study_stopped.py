@@ -13,6 +13,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 pytest.importorskip("peft")
@@ -126,6 +127,8 @@ DAMAGED = {
     "scores that are no numbers": (".scores", json.dumps([["a", 1]] * 40)),
     "scores of NaN": (".scores", "[" + ", ".join(["[NaN, 1]"] * 40) + "]"),
     "scores by name": (".scores", json.dumps({"a": 1})),
+    "scores of another sum": (".scores", lambda rows: [[2 * row[0], *row[1:]] for row in rows]),
+    "fewer scores of the same mean": (".scores", lambda rows: [np.mean(rows, axis=0).tolist()]),
 }
 
 
@@ -155,6 +158,8 @@ def damaged(what, whole, folder):
     part, text = DAMAGED[what]
     key = whole["methods"][0]["seeds"][0]["key"]
     file = folder / "runs" / f"{key}{part}.json"
+    if callable(text):
+        text = json.dumps(text(json.loads(file.read_text())))
     file.unlink() if text is None else file.write_text(text)
     return key
 

@@ -13,7 +13,7 @@ from dual_lora.lab.study.compare import compare
 
 
 def test_cost_of_use_is_measured_once(tiny, tmp_path):
-    results = compare(write_study(tiny, search=None, cost=True), tmp_path / "out", progress=False)
+    results = compare(write_study(tiny, search=None, seeds=1, cost=True), tmp_path / "out", progress=False)
     for m in results["methods"]:
         assert m["cost"]["merge_seconds"] > 0
         assert m["cost"]["forward_slowdown"] > 0

@@ -40,6 +40,12 @@ def runs(tiny_values, tmp_path_factory):
     return {method: faulty.trained(folder / method, tiny_values, method) for method in METHODS}
 
 
+@pytest.fixture(scope="module")
+def noted(runs):
+    """{method: the fingerprint of its run}."""
+    return {method: fingerprint.make(open_tuned(folder)) for method, folder in runs.items()}
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("plant", "word"), FAULTS, ids=[fault.__name__ for fault, _ in FAULTS])
 def test_every_fault_has_its_own_verdict(plant, word, method, runs, tiny_lm, tmp_path):
@@ -94,7 +100,7 @@ def test_the_guess_of_a_merged_file_in_four_bits_is_that_file(method, runs, tiny
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("apart", [True, False], ids=["base and adapter", "merged"])
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1"])
-def test_a_server_in_four_bits_is_rounded_either_way(kind, apart, method, runs, tiny_lm, tmp_path):
+def test_a_server_in_four_bits_is_rounded_either_way(kind, apart, method, runs, noted, tiny_lm, tmp_path):
     """llama.cpp's own formats: Q(W) + ΔW, where it loads base and adapter, and Q(W + ΔW) of a merged file. Some
     processors do the one, some the other; the second format has a least value for each block, as the K formats have."""
     from gguf import GGMLQuantizationType, quants
@@ -115,10 +121,10 @@ def test_a_server_in_four_bits_is_rounded_either_way(kind, apart, method, runs, 
     faulty.with_tensors(tmp_path / "served", change)
     report = verify(runs[method], against=str(tmp_path / "served"))
     assert report.finding.word == "rounded", report.summary()
-    noted = fingerprint.make(open_tuned(runs[method]))
-    assert {"four bits", "four bits, merged"} <= noted.columns.keys()
-    found = score(open_tuned(tmp_path / "served").model, noted.probes)
-    finding = judge(found, noted.known(), fingerprint.StoredGuesses(noted))
+    its = noted[method]
+    assert {"four bits", "four bits, merged"} <= its.columns.keys()
+    found = score(open_tuned(tmp_path / "served").model, its.probes)
+    finding = judge(found, its.known(), fingerprint.StoredGuesses(its))
     assert finding.word == "rounded", finding
 
 

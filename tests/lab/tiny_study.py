@@ -127,6 +127,17 @@ def short(tiny):
 
 
 @pytest.fixture
+def no_training(monkeypatch):
+    """A study's runs are the base, evaluated: for what does not depend on what was learnt."""
+    from dual_lora.lab.study import perform
+
+    def scored(job, runs, keep):
+        return perform._base(job, runs) | {"training": {"steps": 4, "seconds": 1.0}}
+
+    monkeypatch.setattr(perform, "_trained", scored)
+
+
+@pytest.fixture
 def copy_of_whole(tiny, whole, tmp_path):
     """The finished study's folder, to be damaged."""
     write_study(tiny)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import sys
 import tempfile
 from collections import Counter
@@ -77,18 +78,23 @@ def in_four_bits(model, folder: str):
     ).eval()
 
 
+@functools.cache
+def trained(seed: int, of: int, method: str) -> PeftModel:
+    """The model of a seed with an adapter that has learnt the probes of a seed; nobody changes it."""
+    adapted = get_peft_model(plain_model(seed), METHODS[method]())
+    train(adapted, some_probes(of))
+    return adapted
+
+
 def verdict(seed: int, precision: str, fault: str) -> str:
     """What is said of one pair. precision: of the candidate; every other 4-bit pair has its reference in it too."""
     method = list(METHODS)[seed % (2 if precision == "nf4" else 3)]  # PEFT has no LoHa on a 4-bit base
     probes = some_probes(seed)
-    adapted = get_peft_model(plain_model(seed), METHODS[method]())
-    train(adapted, probes)
-    reference = adapted
+    adapted = reference = trained(seed, seed, method)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         candidate = adapted
         if fault == "other":
-            candidate = get_peft_model(plain_model(seed), METHODS[method]())
-            train(candidate, some_probes(seed + 1000))
+            candidate = trained(seed, seed + 1000, method)
         if precision == "nf4":
             candidate.save_pretrained(f"{folder}/adapter")
             base = in_four_bits(plain_model(seed), f"{folder}/base")
