@@ -14,6 +14,7 @@
 <!-- test: recipe -->        YAML of a recipe; `study` of a study
 """
 
+import functools
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,8 +41,13 @@ def name_of(page: Path) -> str:
 
 
 def blocks(page: Path) -> list[Block]:
+    return [*_blocks(page.read_text(encoding="utf-8"))]
+
+
+@functools.cache
+def _blocks(text: str) -> list[Block]:
     found, marks = [], {}
-    for token in MarkdownIt("commonmark").enable("table").parse(page.read_text(encoding="utf-8")):
+    for token in MarkdownIt("commonmark").enable("table").parse(text):
         if token.type == "html_block" and token.content.startswith(MARK):
             text = token.content.removeprefix(MARK).rpartition("-->")[0]
             word, _, rest = text.strip().partition("\n" if text.strip().startswith("hidden") else " ")
