@@ -30,7 +30,7 @@ demo: $(VENV)/.ready ## fine-tune a real 135M model to write tool calls, and sho
 # One thread a process: workers as many as cores, with as many threads each, would wait for each other.
 test test-all test-quick: export OMP_NUM_THREADS ?= 1
 
-test: $(VENV)/.ready ## the test suite (no network, no GPU needed; 8 to 16 minutes on two quiet cores)
+test: $(VENV)/.ready ## the test suite (no network, no GPU needed; 8 to 12 minutes on two quiet cores)
 	$(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations 10 -m "not long"
 
 test-all: $(VENV)/.ready ## the same with the long tests
