@@ -62,8 +62,9 @@ def forest(found: dict[str, Any]) -> str:
         return LEFT + (WIDTH - LEFT - RIGHT) * (value + reach) / (2 * reach)
 
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" font-size="15" '
-        'font-family="system-ui, sans-serif"><title>Dual LoRA minus LoRA on each task, in margins</title>',
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}" '
+        'role="img" font-size="15" font-family="system-ui, sans-serif">',
+        "<title>Dual LoRA minus LoRA on each task, in margins</title>",
         f'<rect width="{WIDTH}" height="{height}" rx="12" fill="#fbfbfa"/>',
         '<text x="20" y="28" font-size="18">Dual LoRA minus LoRA, in margins, 95% intervals</text>',
         '<text x="20" y="52" fill="#666">Equal trained numbers, each by its own search; right is better for Dual LoRA'
