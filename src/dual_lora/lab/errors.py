@@ -17,7 +17,7 @@ class NotFinite(Exception):
 
 
 KEPT_OF_AN_ERROR = 2000  # characters
-SHORT = {"rank": "r", "dropout": "lora_dropout", "modules": "target_modules"}  # common words for PEFT's fields
+CALLED = {"rank": "r"}  # a word for a field of PEFT's that is not like its name
 LISTED = 60  # more names than that hide the sentence that they end
 
 
@@ -28,7 +28,7 @@ def suggest(wrong: str, known: Iterable[str], where: str = "") -> str:
     """
     known = sorted(known)
     near = get_close_matches(wrong, known, n=1, cutoff=0.6) or [k for k in known if k.endswith(f".{wrong}")][:1]
-    near = near or [k for k in known if k == SHORT.get(wrong)]
+    near = near or [k for k in known if k == CALLED.get(wrong)]
     if near:
         return f" Did you mean {near[0]!r}?"
     if where or len(known) > LISTED:
