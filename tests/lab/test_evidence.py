@@ -53,6 +53,11 @@ def test_every_study_has_a_line_and_a_page_that_tells_it():
         ledger._page("nobody")
 
 
+def test_published_results_name_no_folder_of_a_machine():
+    for file in (facts.ROOT / "results").rglob("*.json"):
+        assert not re.search(r'[" =]/(?!/)\w+/', file.read_text(encoding="utf-8")), file
+
+
 def test_studies_without_results_are_named():
     listed = ledger.waiting()
     assert "`start-again-cola`" in listed
