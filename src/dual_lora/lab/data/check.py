@@ -14,6 +14,7 @@ from dual_lora.lab.data.encode import Encoded, Prompter, class_names
 from dual_lora.lab.data.examples import item_of, read_examples, records_of
 from dual_lora.lab.data.formats import Example, format_of
 from dual_lora.lab.data.overlap import undeclared
+from dual_lora.lab.data.records import joined
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.recipe.schema import DataSection
 
@@ -71,8 +72,8 @@ def check(data: DataSection, head: str, tokenizer: Any = None) -> list[Checked]:
 def _checked(name: str, source: str, data: DataSection, head: str, tokenizer: Any) -> Checked:
     result = Checked(name, source)
     try:
-        for one in source.split(" + "):
-            _read(result, one.strip(), data, head)
+        for one in joined(source):
+            _read(result, one, data, head)
     except UserError as error:
         result.errors.append(str(error))
     if not result.examples:

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import replace
 
 from dual_lora.lab.data.formats import OPTIONAL, Example, example_of, format_of, turn
-from dual_lora.lab.data.records import Record, read_records, whole_text
+from dual_lora.lab.data.records import Record, joined, read_records, whole_text
 from dual_lora.lab.data.values import as_whole, value_of, written
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.recipe.schema import DataSection
@@ -44,7 +44,7 @@ def read_examples(source: str, data: DataSection, records: list[Record] | None =
     Raises UserError with file and line for the first record that lacks a field.
     """
     if records is None and " + " in source:
-        return [example for one in source.split(" + ") for example in read_examples(one.strip(), data)]
+        return [example for one in joined(source) for example in read_examples(one, data)]
     records = records_of(source, data) if records is None else records
     if data.fields:
         free = {o for o, t in data.fields.items() if o in OPTIONAL and any(t in r.values for r in records)}

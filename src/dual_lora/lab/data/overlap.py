@@ -1,17 +1,18 @@
 """Records that stand in two of train, validation and test: what is asked there may have been learned by heart."""
 
 import functools
+from pathlib import Path
 from typing import NamedTuple
 
 from dual_lora.lab.data.examples import item_of, load_split
 from dual_lora.lab.data.formats import Example
-from dual_lora.lab.data.records import find
+from dual_lora.lab.data.records import find, joined, stamp
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.recipe.schema import DataSection
 
 WORDS = {"train": "training", "validation": "validation", "test": "test"}
 PAIRS = (("validation", "test"), ("test", "train"), ("validation", "train"))
-Stamp = tuple[str, int, int]
+Stamp = tuple[Path, int, int]
 
 
 class Shared(NamedTuple):
@@ -50,17 +51,16 @@ def _shared(section: str, stamps: tuple[Stamp | None, ...]) -> tuple[Shared, ...
 
 
 def _stamps(data: DataSection) -> tuple[Stamp | None, ...]:
-    """Path, size and time of each file; None for what is not there."""
+    """Of each file; None for what is not there."""
 
-    def stamp(source: str) -> Stamp | None:
+    def of(source: str) -> Stamp | None:
         try:
-            stat = (path := find(source).resolve()).stat()
+            return stamp(find(source))
         except (UserError, OSError):
             return None
-        return str(path), stat.st_size, stat.st_mtime_ns
 
     sources = filter(None, [data.train, data.validation, data.test, *data.tests.values()])
-    return tuple(stamp(one.strip()) for source in sources for one in source.split(" + "))
+    return tuple(of(one) for source in sources for one in joined(source))
 
 
 def undeclared(data: DataSection, found: list[Shared] | None = None) -> str:

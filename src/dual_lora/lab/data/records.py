@@ -29,6 +29,17 @@ def data_folder() -> Path:
     return Path(os.environ.get("DUAL_LORA_DATA", "../shared/data")).expanduser()
 
 
+def joined(source: str) -> list[str]:
+    """The sources that one, written with " + ", joins."""
+    return [one.strip() for one in source.split(" + ")]
+
+
+def stamp(path: Path) -> tuple[Path, int, int]:
+    """By which a file that has changed is known again: where it is, its size [bytes] and its time [ns]."""
+    state = path.stat()
+    return path.resolve(), state.st_size, state.st_mtime_ns
+
+
 def find(source: str) -> Path:
     """The file that ``source`` names. Raises UserError saying where it was sought."""
     path = Path(source).expanduser()

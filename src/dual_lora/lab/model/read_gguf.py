@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -51,11 +50,6 @@ def read_once(file: str | Path) -> Iterator[None]:
         (gguf, "get_tensor_name_map", functools.cache),
         (gguf.quants, "_apply_over_grouped_rows", lambda _: _by_rows),
         (theirs, "_gguf_parse_value", lambda parse: functools.partial(_parsed, parse)),
-        (
-            sys.modules.get("transformers.integrations.gguf.reader"),
-            "_mapped",
-            lambda mapped: lambda f: _plain(mapped(f)),
-        ),
     ]
     with _ALONE, contextlib.ExitStack() as undo:
         _check_numbers(reader_of(file))
@@ -80,11 +74,6 @@ def _check_numbers(reader: Any) -> None:
 def _check_count(what: str, count: int, most: int) -> None:
     if count > most:
         raise ValueError(f"its header has {count:,} {what}, expected at most {most:,}")
-
-
-def _plain(mapped: Any) -> Any:
-    """The same memory as an array whose slices are no maps of a file."""
-    return mapped.view(type(mapped).__base__)
 
 
 def _by_rows(func: Callable[[Any], Any], arr: Any, otype: Any, oshape: tuple[int, ...]) -> Any:
@@ -135,7 +124,7 @@ def _quick() -> Any:
 
         @data.setter
         def data(self, mapped: Any) -> None:
-            self._plain = _plain(mapped)
+            self._plain = mapped.view(type(mapped).__base__)
 
         def _build_fields(self, offs: int, count: int) -> int:
             self._listed = 0

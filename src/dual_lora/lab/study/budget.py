@@ -187,8 +187,8 @@ def _crossing(a: int, size_a: int, b: int, size_b: int, target: float) -> int:
     return b if size_a == size_b else round(a + (target - size_a) * (b - a) / (size_b - size_a))
 
 
-def fit_parameters(study: Study, scale: Scale, cell: Cell, target: float | None) -> None:
-    """Give the cell its method, at the rank that the budget allows."""
+def fit_parameters(study: Study, scale: Scale, cell: Cell, target: float | None, at: int | None) -> None:
+    """Give the cell its method, at the rank that the budget allows. at: the rank that the target comes from."""
     entry, name = cell.entry, cell.method
     field_name, rank = rank_field(entry.name), written_rank(entry)
     anchor = study.budget.like is not None and study.origin(name) == study.budget.like
@@ -205,9 +205,7 @@ def fit_parameters(study: Study, scale: Scale, cell: Cell, target: float | None)
     if rank is None and field_name:
         step = rank_step(entry)
         top = max(study.budget.max_rank, step)
-        like = study.methods.get(study.budget.like or "")
-        first = next((r for name in ("r", "init_r") if type(r := like.fields.get(name)) is int), None) if like else None
-        rank = solve_rank(lambda r: set_rank(cell, r, scale).trainable, target, step, top, first)
+        rank = solve_rank(lambda r: set_rank(cell, r, scale).trainable, target, step, top, at)
     size = set_rank(cell, rank, scale)
     cell.mismatch = size.trainable / target - 1
     found = f"the nearest is {size.trainable:,} at {field_name} {rank}" if field_name else f"it has {size.trainable:,}"

@@ -226,15 +226,15 @@ def read_scores(runs: Path, key: str, what: Literal["scores", "forgetting"] = "s
 
 def data_digest(recipe: Recipe) -> dict[str, str]:
     """What the files of its records and of the text for `forgetting` held: a changed file makes another run."""
-    from dual_lora.lab.data.records import find
+    from dual_lora.lab.data.records import find, joined
 
     data = recipe.data
     sources = {split: getattr(data, split) for split in ("train", "validation", "test")}
     sources |= {f"test {name}": source for name, source in data.tests.items()}
     prints = {}
     for split, source in (sources | {"forgetting": recipe.evaluate.forgetting}).items():
-        files = [name.strip() for name in (source or "").split(" + ")]
-        if found := [_file_print(find(name)) for name in files if name and not name.startswith("hub:")]:
+        files = [name for name in joined(source or "") if name and not name.startswith("hub:")]
+        if found := [_file_print(find(name)) for name in files]:
             prints[split] = "+".join(found)
     return prints
 
@@ -253,8 +253,9 @@ _prints: dict[tuple[Path, int, int], str] = {}
 
 
 def _file_print(path: Path) -> str:
-    stat = path.stat()
-    at = (path.resolve(), stat.st_size, stat.st_mtime_ns)
+    from dual_lora.lab.data.records import stamp
+
+    at = stamp(path)
     if at not in _prints:
         _prints[at] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     return _prints[at]

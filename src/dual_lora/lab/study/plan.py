@@ -64,10 +64,10 @@ def lay_out(plan: Plan, scale: Scale | None = None) -> list[Cell]:
         overlap = _keep_test_apart(study, task, base, metric)
         _check_subsets(study, task, base)
         classes = classes_of(base)
-        target = _target(study, scale, base, classes)
+        target, at = _target(study, scale, base, classes)
         for name, entry in entries.items():
             cell = Cell(model, task, name, entry, _trained_by(entry, base), metric, UNKNOWN, classes, overlap=overlap)
-            fit_parameters(study, scale, cell, target)
+            fit_parameters(study, scale, cell, target, at)
             _check_training(study, scale, cell)
             cells.append(cell)
     return cells
@@ -219,17 +219,18 @@ def _check_subsets(study: Study, task: str, recipe: Recipe) -> None:
         )
 
 
-def _target(study: Study, scale: Scale, base: Recipe, classes: int | None) -> float | None:
-    """The budget in parameters."""
+def _target(study: Study, scale: Scale, base: Recipe, classes: int | None) -> tuple[float | None, int | None]:
+    """The budget in parameters, and the rank of the method that it is taken from."""
     budget = study.budget
     if budget.match != "parameters":
-        return None
+        return None, None
     if budget.value is not None:
-        return budget.value
+        return budget.value, None
     assert budget.like is not None
     entry = _resolved(budget.like, study.methods[budget.like])
     cell = Cell("", "", budget.like, entry, _trained_by(entry, base), "", UNKNOWN, classes)
-    return set_rank(cell, written_rank(entry), scale).trainable
+    rank = written_rank(entry)
+    return set_rank(cell, rank, scale).trainable, rank
 
 
 _LENGTH = ("train.steps", "train.epochs", "train.batch_size", "train.accumulate")  # what a run's time follows from
