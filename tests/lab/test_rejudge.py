@@ -58,16 +58,19 @@ def test_what_changed_is_written_down_and_said(tmp_path, capsys):
     assert rejudge(results)["amendments"][1]["changed"] == [], "judged twice, nothing changes"
 
 
-def test_the_published_studies_are_judged_by_todays_rule():
-    """Each file's verdicts are those that its scores give today."""
-    files = sorted(STUDIES.glob("*/results.json"))
-    assert len(files) >= 27
+def test_everything_published_is_judged_by_todays_rule():
+    """Each file's verdicts are those that its scores give today: the studies', and those of scores made by scripts."""
+    scripts = [f for f in sorted((STUDIES.parent / "worth").glob("*.json")) if "comparisons" in json.loads(f.read_text())]
+    files = [*sorted(STUDIES.glob("*/results.json")), *scripts]
+    assert len(scripts) >= 30 and len(files) >= 70
     for file in files:
         results = json.loads(file.read_text())
         judged_before = results["provenance"]["versions"]["dual-lora"] == "0.1.0"  # by the former rule
-        assert results["amendments"] or not judged_before, file.parent.name
+        assert file in scripts or results["amendments"] or not judged_before, file
         again = rejudge(results)
-        assert again["amendments"][-1]["changed"] == [], file.parent.name
+        assert again["amendments"][-1]["changed"] == [], file
+        for now, then in zip(again["comparisons"], results["comparisons"], strict=True):
+            assert now["p_holm"] == pytest.approx(then["p_holm"], rel=1e-6), (file, then["sentence"])
         assert again["false_alarm"] == (results["false_alarm"] and pytest.approx(results["false_alarm"]))
         assert results["false_alarm"] is None or results["false_alarm"] <= 0.05 + 1e-3
 
