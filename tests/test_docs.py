@@ -254,6 +254,7 @@ def test_a_wrong_command_is_found(line):
 
 @pytest.mark.parametrize(("page", "some"), with_blocks("yaml"))
 def test_yaml_has_the_fields_that_exist(page, some, tmp_path):
+    from dual_lora.lab.model.methods import method_config
     from dual_lora.lab.recipe.read import build_recipe
     from dual_lora.lab.study.read import read_study
 
@@ -265,7 +266,8 @@ def test_yaml_has_the_fields_that_exist(page, some, tmp_path):
             (tmp_path / "study.yaml").write_text(block.code)
             assert read_study(tmp_path / "study.yaml")
         else:
-            assert build_recipe(values)
+            recipe = build_recipe(values)
+            method_config(recipe.method, recipe.model.head, steps=100, fresh=[])  # raises for a field that it has not
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

@@ -8,7 +8,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from dual_lora.lab.errors import UserError, memory_full
 from dual_lora.lab.model.location import check_here, meant
-from dual_lora.lab.model.methods import method_fields
+from dual_lora.lab.model.methods import method_config, method_fields
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.run.early import check, check_method, declared_fields
 from dual_lora.lab.run.failures import _less_memory
@@ -93,10 +93,21 @@ def test_fields_are_those_of_the_configurations():
         assert fields in ([], sorted(method_fields(name))), name
     assert "fused" in found["hira"]
     assert len([fields for fields in found.values() if fields]) > len(found) / 2
-    assert {"r", "warmup_steps"} <= set(found["dual_lora"])
+    assert {"r", "warmup_steps", "lora_alpha", "use_dora"} <= set(found["dual_lora"]), "LoRA's are taken"
     assert "use_dora" in found["lora"]
     assert declared_fields("full") == declared_fields("../lora") == []
     assert issubclass(PEFT_TYPE_TO_CONFIG_MAPPING["LORA"], PeftConfig)
+
+
+def test_a_lora_recipe_takes_the_other_name_alone():
+    """LoRA's fields stay, as in `DualLoraConfig`, and a value that is another method's is named."""
+    lora = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.1, "use_dora": False, "init_lora_weights": True, "bias": "none"}
+    recipe = {"model": {"path": "x"}, "data": {"train": "t.jsonl"}, "method": {"name": "dual_lora", **lora}}
+    check_method(build_recipe(recipe))
+    found = method_config(recipe["method"], "causal", 100, [])
+    assert (found.r, found.alpha, found.dropout, found.init_weights) == (8, 32, 0.1, True)
+    with pytest.raises(UserError, match="use_dora=True asks for DoRA"):
+        method_config(recipe["method"] | {"use_dora": True}, "causal", 100, [])
 
 
 def test_an_alias_has_the_fields_of_its_method():

@@ -129,13 +129,13 @@ def methods_of(recipe: Recipe) -> dict[str, dict[str, Any]]:
     own = {key: value for key, value in recipe.method.items() if value is not None}
     kind = spelled(own.pop("name"))
     shared = {key: own[key] for key in SHARED if key in own}
-    alpha, dropout = own.get("lora_alpha", own.get("alpha")), own.get("lora_dropout", own.get("dropout"))
+    alpha, dropout = own.get("lora_alpha"), own.get("lora_dropout", own.get("dropout"))
     if kind == "lora":
         from peft import LoraConfig
 
         alpha = alpha or LoraConfig().lora_alpha
-    elif kind == "dual_lora" and alpha:
-        alpha = alpha / LORA_ALPHA  # from here on LoRA's, at equal strength
+    elif alpha is None and own.get("alpha"):
+        alpha = own["alpha"] / (LORA_ALPHA if kind == "dual_lora" else 1)  # LoRA's, at equal strength
     field = rank_field(str(recipe.method["name"]))
     field = field if field in ("r", "init_r") else "r"  # others are no ranks
     r, r1, r2 = (own.pop(key, None) for key in (field, "r1", "r2"))

@@ -15,6 +15,7 @@ from dual_lora.lab.model.bounds import check_config
 from dual_lora.lab.model.names import ALIASES, FUSED, OURS
 from dual_lora.lab.permission import import_allowed
 from dual_lora.lab.recipe.schema import spelled
+from dual_lora.method import lora_fields
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -36,7 +37,8 @@ def method_fields(name: str) -> list[str]:
     if kind == "full":
         return []
     own = [f.name for f in dataclasses.fields(_config_classes()[kind]) if f.init and f.name not in OURS]
-    return own + ["fused"] * (kind.lower() in FUSED)
+    taken = sorted(lora_fields.names() - {*own} - OURS) if kind == "DUAL_LORA" else []
+    return own + taken + ["fused"] * (kind.lower() in FUSED)
 
 
 def method_config(method: dict[str, Any], head: str, steps: int, fresh: list[str]) -> PeftConfig | None:

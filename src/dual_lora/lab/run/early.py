@@ -86,7 +86,10 @@ def declared_fields(method: str) -> list[str]:
     classes = _classes_in(start) | (own := _classes_in(file))
     wanted = [name for name in own if name.lower() == f"{method}config".replace("_", "")]
     found = _with_inherited(wanted[0], classes) if len(wanted) == 1 else None
-    return sorted({*found, *(["fused"] if method in FUSED else [])} - OURS) if found else []
+    if not found:
+        return []
+    more = declared_fields("lora") if method == "dual_lora" else ["fused"] if method in FUSED else []  # taken as LoRA's
+    return sorted({*found, *more} - OURS)
 
 
 def _classes_in(file: Path) -> dict[str, tuple[list[str], list[str]]]:
