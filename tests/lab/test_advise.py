@@ -531,8 +531,9 @@ def test_an_alpha_that_is_not_written_is_the_same_for_all():
 
 @pytest.mark.parametrize("written", [{"lora_alpha": 24}, {"alpha": 48}])
 def test_an_alpha_by_either_name_is_lora_s_at_equal_strength(written):
-    bare = {"model": {"path": "x"}, "data": {"train": "train.jsonl"}}
-    lora, dual, no_sign = methods_of(build_recipe(bare | {"method": {"name": "dual_lora", "r": 16, **written}})).values()
+    method = {"name": "dual_lora", "r": 16, **written}
+    recipe = build_recipe({"model": {"path": "x"}, "data": {"train": "train.jsonl"}, "method": method})
+    lora, dual, no_sign = methods_of(recipe).values()
     assert lora["lora_alpha"] == 24
     assert {key: dual[key] for key in written} == {key: no_sign[key] for key in written} == written
 
