@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
+# Not by torch.utils.benchmark: its Timer takes one variant after the other, so no ratio is paired or has an interval.
 # A sample shorter than this is repeated between the two readings of time.
 SAMPLE_SECONDS = 0.03
 # Half the width of a ratio's interval, relative, at which rounds end.

@@ -51,7 +51,7 @@ PATCHES = (
     Patch(
         "peft",
         REGISTER,
-        tuple(f"torch.amp:GradScaler.{name}" for name in ("__init__", "scale")),
+        tuple(f"torch.amp:GradScaler.{name}" for name in ("__init_subclass__", "scale")),
         "The clip acts on values of gradients, which a scaler multiplies; nothing in backward says by what.",
         "PyTorch: the factor on the loss can be asked for in backward",
     ),

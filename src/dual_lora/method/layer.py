@@ -102,7 +102,7 @@ class DualLoraLayer(MergeLayer):
         """
         dtype = dtype or autocast_dtype(operand.device, operand.dtype) or operand.dtype
         matrix, adapters = None if weight is None else self._matrix(weight), [*chosen.values()]
-        make = partial(dual_lora_weight, matrix, adapters, self._loss_scale(chosen, operand), dtype=dtype)
+        make = partial(dual_lora_weight, matrix, adapters, loss_scale(operand.device), dtype=dtype)
         if keeps and weight is not None and self._may_keep():
             return Composed(self._kept_weight(weight, chosen, dtype, make), matrix, adapters)
         return Composed(make(), matrix, adapters)
@@ -111,13 +111,6 @@ class DualLoraLayer(MergeLayer):
         """The share of the tokens that the adapters' gradients are estimated from: one G serves all of them."""
         shares = [self.states[name].share for name in names]
         return AUTO if AUTO in shares and EXACT not in shares else max(shares)
-
-    def _loss_scale(self, names: Iterable[str], operand: Tensor) -> Tensor | None:
-        """The gradient scaler's factor, where one of the adapters is trained with `clip`."""
-        scale = loss_scale(operand.device)
-        if scale is None or not torch.is_grad_enabled():
-            return None
-        return scale if any(self.states[name].form.clips and self.trainable_factors(name) for name in names) else None
 
 
 def named_layers(model: nn.Module, adapter: str | None = None) -> dict[str, DualLoraLayer]:
@@ -280,7 +273,7 @@ class Linear(MapLayer):
                 composed_weights.drop(self)
         adapters = [*chosen.values()]
         if source is None or not keeps:
-            return dual_lora_linear(x, weight, bias, adapters, self._loss_scale(chosen, x), self._share(chosen))
+            return dual_lora_linear(x, weight, bias, adapters, loss_scale(x.device), self._share(chosen))
         dtype = autocast_dtype(x.device, x.dtype) or x.dtype
         composed = self._kept_weight(source, chosen, dtype, partial(dispatch.compose, weight, adapters, dtype))
         return nn.functional.linear(x.to(dtype), composed, None if bias is None else bias.to(dtype))

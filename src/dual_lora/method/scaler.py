@@ -7,7 +7,6 @@ and models without one next to them, each have their own. Whoever scales the los
 """
 
 import functools
-import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,10 +17,9 @@ from torch._guards import detect_fake_mode
 from torch.autograd import Variable
 from torch.utils._pytree import tree_leaves
 
-met = False  # whether something that scales losses was ever there
 _said: list[Any] = []  # by `grad_scaler`, the innermost last
-_telling: set[type] = set()  # the classes whose `scale` tells of its losses
 _present: dict[torch.device, Tensor] = {}  # the factor of the backward pass that runs, else 1; read when it is needed
+_running = False  # whether they hold that of a pass
 
 
 @contextmanager
@@ -38,35 +36,33 @@ def grad_scaler(scaler: Any) -> Iterator[None]:
 
 
 def loss_scale(device: torch.device) -> Tensor | None:
-    """What will hold the factor on the loss in backward, 0-dim; None where nothing ever scales a loss."""
+    """What will hold the factor on the loss in backward, 0-dim; None where no gradient is wanted, or none is taken."""
+    if not torch.is_grad_enabled():
+        return None
     if _said:
         scale = _said[-1].get_scale() if _said[-1].is_enabled() else 1.0
         return torch.full((), scale, device=device)
-    return _held(device) if met and not _only_traced() else None
-
-
-def _only_traced() -> bool:
-    """Whether what runs has no backward pass of the factors: a graph of torch.jit.trace or torch.export, fake tensors,
-    a transform of torch.func (which takes no factors)."""
-    if torch.compiler.is_dynamo_compiling():
-        return False
-    traced = torch._C._get_tracing_state() is not None or torch._C._functorch.peek_interpreter_stack() is not None
-    return traced or detect_fake_mode() is not None
+    return _held(device)
 
 
 @torch._dynamo.assume_constant_result  # the tensor is, its value is not
-def _held(device: torch.device) -> Tensor:
-    if torch._C._current_graph_task_id() < 0:
-        _set(1.0)  # a backward pass that failed has left its own
+def _held(device: torch.device) -> Tensor | None:
+    if torch._C._len_torch_dispatch_stack() and detect_fake_mode() is not None:
+        return None  # fake tensors, of which an export is made, take no others and have no backward pass
+    if _running and torch._C._current_graph_task_id() < 0:
+        _set(None)  # a backward pass that failed has left its own
     if device not in _present:
         with torch.inference_mode(False):
             _present[device] = torch.ones((), device=device)
     return _present[device]
 
 
-def _set(factor: Tensor | float) -> None:
+def _set(factor: Tensor | float | None) -> None:
+    """None: that of a loss which nothing scales."""
+    global _running
+    _running = factor is not None
     for held in _present.values():
-        held.data.fill_(factor) if isinstance(factor, float) else held.data.copy_(factor)  # unseen by autograd
+        held.data.copy_(torch.as_tensor(1.0 if factor is None else factor))  # unseen by autograd
 
 
 @torch._dynamo.disable
@@ -75,24 +71,17 @@ def tell(losses: Any, factor: Tensor | float) -> None:
 
     def begins(grad: Tensor) -> None:
         _set(factor)
-        Variable._execution_engine.queue_callback(lambda: _set(1.0))
+        Variable._execution_engine.queue_callback(lambda: _set(None))
 
     for loss in tree_leaves(losses):
         if isinstance(loss, Tensor) and loss.requires_grad:
             loss.register_hook(begins)
 
 
-def _know(scaler: Any) -> None:
-    """Expect scaled losses from here on, of which its class tells: its own `scale` too, as FSDP's has one."""
-    global met
-    met = met or scaler.is_enabled()
-    for kind in type(scaler).__mro__:
-        _let_tell(kind)
-
-
 def _let_tell(kind: Any) -> None:
+    """Let a class of scalers tell of its losses: those with a `scale` of their own, as FSDP's, for themselves."""
     scale = vars(kind).get("scale")
-    if scale is None or kind in _telling:
+    if scale is None:
         return
 
     @functools.wraps(scale)
@@ -103,22 +92,11 @@ def _let_tell(kind: Any) -> None:
         return scaled
 
     kind.scale = telling
-    _telling.add(kind)
 
 
 _Scaler: Any = torch.amp.GradScaler
-_let_tell(_Scaler)
-_make = _Scaler.__init__
-
-
-@functools.wraps(_make)
-def _made(scaler: Any, *args: Any, **kwargs: Any) -> None:
-    _make(scaler, *args, **kwargs)
-    _know(scaler)
-
-
-_Scaler.__init__ = _made
-_kinds = (_Scaler, *_Scaler.__subclasses__())
-for _one in gc.get_referrers(*_kinds):
-    if type(_one) in _kinds:  # made before this package was imported
-        _know(_one)
+_Scaler.__init_subclass__ = classmethod(_let_tell)
+_kinds = [_Scaler]
+for _kind in _kinds:
+    _let_tell(_kind)
+    _kinds += _kind.__subclasses__()

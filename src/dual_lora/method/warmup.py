@@ -24,6 +24,7 @@ from .cache import composed_weights
 from .parallel import offloaded
 from .strength import AdapterState
 
+NOT_BEGUN = torch.iinfo(torch.int32).max  # more steps than any run has, of which `set_length` leaves the warm-up's
 warming: weakref.WeakSet[Any] = weakref.WeakSet()  # the layers that have a count
 countings = 0  # by optimizers, of any adapter
 _begun: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()  # `countings` before the last step
@@ -36,7 +37,7 @@ class Warmup:
 
     states: dict[str, AdapterState]
     dual_lora_A: nn.ParameterDict
-    dual_lora_left: BufferDict  # int32, 0-dim or, of experts, [E]; -1: not begun, in a run of unknown length
+    dual_lora_left: BufferDict  # int32, 0-dim or, of experts, [E]; NOT_BEGUN in a run of unknown length
     tied: dict[str, Any]  # whose adapter it is, count and all, where it is not the layer's own
 
     def left(self, adapter: str) -> Tensor:
@@ -46,13 +47,12 @@ class Warmup:
 
     def warmup_factor(self, adapter: str) -> Tensor:
         """λ, from 0 at the start to 1 at the end, fp32, 0-dim or [E]."""
-        steps, left = self.states[adapter].warmup, self.left(adapter)
-        return 1 - (left.clamp(0, int(steps)) / steps if steps >= 1 else left.abs().clamp(max=1).float())
+        steps = max(1, int(self.states[adapter].warmup))
+        return 1 - self.left(adapter).clamp(0, steps) / steps
 
     def steps_left(self, adapter: str) -> int:
-        """Optimizer steps before all of the adapter acts at full strength; -1 before a run of unknown length."""
-        left = self.left(adapter)
-        return -1 if bool((left < 0).any()) else int(left.max())
+        """Optimizer steps before all of the adapter acts at full strength."""
+        return int(self.left(adapter).max())
 
     def begin_warmup(self, adapter: str, steps: float) -> None:
         """Begin a warm-up of so many steps, or a share of a run; with 0 forget the count, at full strength."""
@@ -62,8 +62,8 @@ class Warmup:
         if steps:
             A = self.dual_lora_A[adapter]
             device = "cpu" if A.is_meta else A.device  # it is no weight that waits to be loaded
-            left = torch.full(A.shape[:-2], -1 if steps < 1 else int(steps), dtype=torch.int32, device=device)
-            self.dual_lora_left[adapter] = left
+            left = NOT_BEGUN if steps < 1 else int(steps)
+            self.dual_lora_left[adapter] = torch.full(A.shape[:-2], left, dtype=torch.int32, device=device)
             warming.add(self)
 
     @torch.inference_mode(False)  # who loads in inference mode may train afterwards
@@ -76,14 +76,13 @@ class Warmup:
         """A count as it can stand here: one for each expert, and no more than the warm-up's steps."""
         stored, steps = self.dual_lora_left[adapter], self.states[adapter].warmup
         given = torch.as_tensor(left, dtype=torch.int32, device=stored.device)
-        return given.clamp(-1, int(steps) if steps >= 1 else None).expand(stored.shape).clone()
+        return given.clamp(0, int(steps) if steps >= 1 else None).expand(stored.shape).clone()
 
     def set_length(self, adapter: str, steps: int) -> None:
         """Give a warm-up that is a share of a run its length."""
         if adapter in self.dual_lora_left:
-            left = self.dual_lora_left[adapter]
             self.states[adapter].warmup = steps
-            self.set_left(adapter, torch.where(left < 0, steps, left))
+            self.set_left(adapter, self.dual_lora_left[adapter])
 
     def count_step(self, adapter: str) -> None:
         """Count one optimizer step; in place, for CUDA graphs that were captured before."""
@@ -102,8 +101,8 @@ class Warmup:
 
 
 def until_full(left: int, warmup: float) -> str:
-    """What is left of a warm-up, as a part of a sentence; `left` is -1 before a run of unknown length."""
-    if left < 0:
+    """What is left of a warm-up, as a part of a sentence."""
+    if warmup < 1:
         return f"a warm-up over {warmup:.0%} of a run that has not begun"
     return f"up to {left} of {warmup} optimizer steps before full strength"
 
@@ -147,16 +146,16 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     # By this attribute a gradient scaler tells a fused optimizer to leave everything as it is.
     skipped = getattr(optimizer, "found_inf", None)
     groups = optimizer.param_groups
-    if (skipped is not None and bool(skipped)) or all(group.get("lr") == 0 for group in groups):
+    moving = {id(p) for group in groups if group.get("lr") != 0 for p in group["params"]}
+    if not moving or (skipped is not None and bool(skipped)):
         return
     held = {id(p) for group in groups for p in group["params"]}
-    still = {id(p) for group in groups if group.get("lr") == 0 for p in group["params"]}
     for layer in list(warming):
         for adapter in [*layer.dual_lora_left]:
             A, B, C, D = layer._stored(adapter)
             # Those that train, or have before another adapter was chosen.
             those = [f for f in (B, A, D, C) if f.requires_grad or f.grad is not None]
-            moved = those and id(those[0]) in held and not still.issuperset(map(id, those))
+            moved = those and id(those[0]) in held and not moving.isdisjoint(map(id, those))
             if moved and those[0].grad is not None:
                 _count(layer, adapter, optimizer, those[0].grad)
         if not layer.dual_lora_left:

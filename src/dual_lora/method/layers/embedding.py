@@ -15,6 +15,7 @@ from ...core.reference import Adapter
 from ..layer import MapLayer
 from ..parallel import sharded
 from ..replaced import replaced
+from ..scaler import loss_scale
 from .quantized import find_backend
 
 
@@ -80,7 +81,7 @@ class Embedding(MapLayer):
             x,
             base.weight if with_base else None,
             list(map(super().adapter, names)),  # the operator itself leaves the padding out
-            self._loss_scale(names, base.weight),
+            loss_scale(base.weight.device),
             padding_idx=base.padding_idx,
             max_norm=base.max_norm,
             norm_type=base.norm_type,

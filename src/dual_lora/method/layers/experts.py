@@ -22,6 +22,7 @@ from ..config import DualLoraConfig
 from ..layer import DualLoraLayer, is_exporting, is_traced
 from ..parallel import sharded
 from ..replaced import replaced
+from ..scaler import loss_scale
 
 # How transformers calls the experts that the router chose for every token.
 ROUTING_ARGUMENTS = ("top_k_index", "router_indices", "selected_experts", "routing_indices")
@@ -124,7 +125,7 @@ class ParamWrapper(DualLoraLayer):
         sharded.refuse(base, parameter)
         weight = self._matrix(parameter)
         adapters = [self.adapter(n) for n in names]
-        scale = self._loss_scale(names, parameter)
+        scale = loss_scale(parameter.device)
         routing = self._routing(base, args, kwargs)
         self._note_part(names, routing)
         products = SampledProducts(self._share(names))

@@ -32,8 +32,6 @@ def _wrapped(method: Any, around: Any) -> Any:
 def _init(engine: Any, init: Any, *args: Any, **kwargs: Any) -> None:
     init(engine, *args, **kwargs)
     layers = layers_of(engine.module)
-    if layers and engine.fp16_enabled():
-        scaler.met = True
     if layers and engine.zero_optimization_stage() == 3:
         from deepspeed.runtime.zero import register_external_parameter
 
