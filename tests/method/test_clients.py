@@ -1,13 +1,16 @@
 """What other people's code does with an adapter, as it does it with LoRA's."""
 
 import copy
+import json
+import re
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from peft.peft_model import ModelCard
 from safetensors.torch import load_file, save_file
-from tiny import Mlp, adapted, layers, llama, points, state, train
+from tiny import Mlp, adapted, bert, layers, llama, points, state, train
+from transformers import AutoModelForSequenceClassification
 
 from dual_lora import DualLoraConfig
 
@@ -62,6 +65,22 @@ def test_the_card_names_the_package_its_import_and_a_tag(tmp_path):
     for words in ("pip install dual-lora", "import dual_lora", "AutoPeftModelForCausalLM"):
         assert card.text.count(words) in (1, 2)
     assert card.text.count("How to load it") == 1
+
+
+def test_the_code_in_a_classifiers_card_runs(tmp_path):
+    """A base's folder says nothing of the labels that the head was made for."""
+    bert().bert.save_pretrained(tmp_path / "base")
+    file = tmp_path / "base" / "config.json"
+    said = json.loads(file.read_text())
+    file.write_text(json.dumps({k: v for k, v in said.items() if k not in ("id2label", "label2id")}))
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
+    model = adapted(base, target_modules=["query"], task_type="SEQ_CLS", init_weights=True).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    code = re.search(r"```python\n(.*?)```", (tmp_path / "adapter" / "README.md").read_text(), re.DOTALL)[1]
+    names: dict = {}
+    exec(code.replace("…", str(tmp_path / "adapter")), names)
+    ids = torch.arange(8)[None]
+    assert torch.equal(names["model"].eval()(ids).logits, model(ids).logits)
 
 
 def test_shapes_that_do_not_fit_leave_the_layer_at_its_start(tmp_path):

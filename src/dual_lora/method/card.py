@@ -34,17 +34,20 @@ def install() -> None:
     def with_package(model: Any, output_dir: str) -> None:
         theirs(model, output_dir)
         if any(config.peft_type == "DUAL_LORA" for config in model.peft_config.values()):
-            _add(os.path.join(output_dir, "README.md"), type(model).__name__)
+            _add(os.path.join(output_dir, "README.md"), model)
 
     kind.create_or_update_model_card = with_package
 
 
-def _add(file: str, kind: str) -> None:
+def _add(file: str, model: Any) -> None:
     from peft.peft_model import ModelCard  # the hub's, as PEFT has it
 
+    kind, labels = type(model).__name__, getattr(getattr(model, "config", None), "num_labels", None)
     card = ModelCard.load(file)
     card.data["tags"] = sorted({*(card.data.get("tags") or ()), TAG})
     if HEADING not in card.text:
         text = TEXT.replace("AutoPeftModelForCausalLM", f"Auto{kind}" if kind != "PeftModel" else "AutoPeftModel")
+        if kind.endswith("Classification") and labels not in (None, 2):  # 2 is what a base's folder means by default
+            text = text.replace('("…")', f'("…", num_labels={labels})')
         card.text = card.text.rstrip() + "\n\n" + text
     card.save(file)

@@ -13,8 +13,8 @@ from peft.utils import PeftType
 
 from ..core.reference import Form, Magnitude, Ste
 from . import lora_fields
-from .config_checks import PAPER_WARMUP, check_frozen, check_share, check_warmup, is_positive, of_format_1
-from .lora_fields import LORA_ALPHA
+from .config_checks import PAPER_WARMUP, check_frozen, check_share, check_warmup, of_format_1
+from .lora_fields import LORA_ALPHA, is_positive
 from .ranks import Rank, ranks_of, split_rank
 from .saved import check_file
 
@@ -203,7 +203,7 @@ class DualLoraConfig(PeftConfig):
         shares |= {f"sampling_pattern[{k!r}]": v for k, v in self.sampling_pattern.items()}
         for name, share in shares.items():
             check_share(name, share)
-        if not 0 <= self.dropout < 1:
+        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout (lora_dropout) must be at least 0 and below 1, got {self.dropout!r}.")
         if self.bias not in ("none", "all", "dual_lora_only"):
             raise ValueError(f"Unknown bias {self.bias!r}: choose 'none', 'all' or 'dual_lora_only'.")

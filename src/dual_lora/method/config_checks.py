@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .lora_fields import LORA_ALPHA, scaled
+from .lora_fields import LORA_ALPHA, is_positive, scaled
 
 PAPER_WARMUP = 50
 
@@ -59,11 +59,6 @@ def check_warmup(config: Any) -> None:
             f"warmup_steps must be a whole number of optimizer steps, 0 or more (0: no warm-up), or a share of the "
             f"run above 0 and below 1, got {steps!r}."
         )
-
-
-def is_positive(value: Any) -> bool:
-    """Whether a value is a finite number above 0."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
 
 
 def of_format_1(saved: dict[str, Any]) -> dict[str, Any]:

@@ -43,6 +43,11 @@ def names() -> set[str]:
     return set(_DEFAULTS)
 
 
+def is_positive(value: Any) -> bool:
+    """Whether a value is a finite number above 0."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+
+
 def scaled(alphas: Any, unit: float) -> Any:
     """A number of α, or a pattern of them, in another unit. What is neither is refused later, as it stands."""
     if isinstance(alphas, dict):
@@ -72,6 +77,8 @@ def translated(options: dict[str, Any], own: set[str]) -> dict[str, Any]:
     """
     result = {name: value for name, value in options.items() if name in own or name not in _DEFAULTS}
     if (lora_alpha := options.get("lora_alpha")) is not None:
+        if not is_positive(lora_alpha):
+            raise ValueError(f"lora_alpha must be a positive number, got {lora_alpha!r}.")
         _set(result, "alpha", scaled(lora_alpha, LORA_ALPHA), "lora_alpha", lora_alpha)
         if "alpha_pattern" in options and options.get("alpha") is None:
             result["alpha_pattern"] = scaled(options["alpha_pattern"], LORA_ALPHA)
