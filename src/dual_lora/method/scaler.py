@@ -47,8 +47,9 @@ def loss_scale(device: torch.device) -> Tensor | None:
 
 @torch._dynamo.assume_constant_result  # the tensor is, its value is not
 def _held(device: torch.device) -> Tensor | None:
-    if torch._C._len_torch_dispatch_stack() and detect_fake_mode() is not None:
-        return None  # fake tensors, of which an export is made, take no others and have no backward pass
+    traced = torch._C._get_tracing_state() is not None
+    if traced or (torch._C._len_torch_dispatch_stack() and detect_fake_mode() is not None):
+        return None  # a graph of torch.jit or of an export has no backward pass of the factors
     if _running and torch._C._current_graph_task_id() < 0:
         _set(None)  # a backward pass that failed has left its own
     if device not in _present:
