@@ -115,7 +115,9 @@ def measured(ended: Sequence[tuple[Job, Outcome]], runs: Path) -> list[Pace]:
         records = len(load_split(job.recipe.data, "validation"))
         found = Pace(outcome.seconds - training - evaluation, max(step, 1e-6), evaluation / records)
         if not all(map(math.isfinite, found)) or found.start < -1 or found.record < 0:
-            raise UserError(f"The times of the first steps of {job.method} in {runs} are none: remove {job.key}.json.")
+            raise UserError(
+                f"{runs / job.key}.json has impossible times for the first steps of {job.method}: remove that file."
+            )
         paces.append(found)
     start = min(pace.start for pace in paces)  # the first run of a process imports as well
     return [pace._replace(start=start) for pace in paces]

@@ -91,7 +91,9 @@ def train(
 def _early(recipe: Recipe, result: RunResult) -> str:
     """That validations ended the run, and whose weights are saved."""
     ended = f", ended by {recipe.train.patience} validations without a lower loss" if result.stopped_early else ""
-    return ended + (f", saved as of step {result.best_step}" if recipe.train.keep_best and result.best_step else "")
+    return ended + (
+        f", weights of step {result.best_step} saved" if recipe.train.keep_best and result.best_step else ""
+    )
 
 
 def _limited(recipe: Recipe, result: RunResult) -> str:
