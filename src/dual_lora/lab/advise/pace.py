@@ -27,7 +27,7 @@ from dual_lora.lab.study.job import Job, Outcome
 
 TRIALS = (3 + EXTEND) * TUNING_SEEDS
 LOOKS = (5, 8, 12, 20)  # seeds at which an answer is given
-# The level of each, so that all four together err in 5 % (docs/explanation/calibration.md#looks-of-an-advice).
+# The level of each, so that all four together err in 5 % (docs/explanation/calibration.md#repeated-tests-by-advise).
 LOOK_LEVEL = 0.015
 LEAST_SHARE, LEAST_STEPS = 0.05, 20  # of the recipe's steps: fewer say nothing about it
 
