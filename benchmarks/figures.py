@@ -86,8 +86,9 @@ def table(rows: Iterable[Mapping[str, Any]]) -> str:
     if any(r.get("fp32_products") == "oneDNN" for r in used):
         lines += [
             "",
-            "On this processor oneDNN computes our fp32 products, and torch's MKL those of the other methods. MKL is slower",
-            "here, so a part of the gain comes from the library ([how we separate the two](../../benchmarks/README.md)).",
+            "On this processor oneDNN computes our fp32 products, and torch's MKL those of the other methods. MKL is",
+            "slower here, so a part of the gain comes from the library",
+            "([how we separate the two](../../benchmarks/README.md)).",
         ]
     return "\n".join(lines)
 
