@@ -82,12 +82,13 @@ def table(rows: Iterable[Mapping[str, Any]]) -> str:
             "This processor has no units for bf16, so products take most of the time in bf16. Use fp32 on it.",
         ]
     if all(r.get("fp32_products") == "torch.mm" for r in used):
-        lines += ["", "There torch.mm computes the fp32 products of all methods, ours too."]
+        lines += ["", "On this processor torch.mm computes the fp32 products of all methods, ours too."]
     if any(r.get("fp32_products") == "oneDNN" for r in used):
         lines += [
             "",
-            "There oneDNN computes our fp32 products, and torch's MKL those of the other methods. MKL is slower on it,",
-            "so a part of the gain comes from the library ([floor](../../benchmarks/README.md)).",
+            "On this processor oneDNN computes our fp32 products, and torch's MKL those of the other methods. MKL is",
+            "slower here, so a part of the gain comes from the library",
+            "([how we separate the two](../../benchmarks/README.md)).",
         ]
     return "\n".join(lines)
 

@@ -66,9 +66,8 @@ def forest(found: dict[str, Any]) -> str:
         'role="img" font-size="15" font-family="system-ui, sans-serif">',
         "<title>Dual LoRA minus LoRA on each task, in margins</title>",
         f'<rect width="{WIDTH}" height="{height}" rx="12" fill="#fbfbfa"/>',
-        '<text x="20" y="28" font-size="18">Dual LoRA minus LoRA, in margins, 95% intervals</text>',
-        '<text x="20" y="52" fill="#666">Equal trained numbers, each by its own search; right is better for Dual LoRA'
-        "</text>",
+        '<text x="20" y="28" font-size="18">Dual LoRA minus LoRA, in margins, with 95% intervals</text>',
+        '<text x="20" y="52" fill="#666">Same number of parameters and trials; right is better for Dual LoRA</text>',
         f'<rect x="{x(-1):.1f}" y="{TOP}" width="{x(1) - x(-1):.1f}" height="{bottom - TOP}" fill="#e5e7eb"/>',
         f'<line x1="{x(0):.1f}" x2="{x(0):.1f}" y1="{TOP}" y2="{bottom}" stroke="#444"/>',
     ]

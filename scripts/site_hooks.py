@@ -22,6 +22,7 @@ OWN = ROOT / "results" / "pages"
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 _ALERT = re.compile(r"^> \[!(NOTE|TIP|IMPORTANT|WARNING|CAUTION)\]\n((?:^>.*(?:\n|\Z))+)", re.MULTILINE)
 _TABS = re.compile(r"^<!-- tabs -->\n(.*?)^<!-- /tabs -->$", re.MULTILINE | re.DOTALL)
+_PERCENT = re.compile(r"(?<=\d) (?=%)")
 _INLINE = re.compile(r"(?<!<pre>)(?<!</span>)<code>([^<]*-[^<]*)</code>")
 LONGEST = 32  # letters of code that stay together: all of them fit on a phone
 _LOADED = re.compile(
@@ -112,7 +113,9 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """A browser breaks a line behind each hyphen: in code an option stays in one piece, as long as a phone is wide."""
+    """Where no line may break: before a %, and behind the hyphens of an option in code, if a phone has room for it."""
+    parts = re.split(r"(<pre.*?</pre>)", html, flags=re.DOTALL)
+    html = "".join(part if part.startswith("<pre") else _PERCENT.sub("\u00a0", part) for part in parts)
     return _INLINE.sub(lambda found: f"<code>{re.sub('[^ ]+', _together, found[1])}</code>", html)
 
 

@@ -424,6 +424,7 @@ def test_the_site_is_built_without_a_network(tmp_path):
     home = (tmp_path / "site" / "index.html").read_text()
     assert 'href="https://github.com/owner/name"' in home
     assert 'href="how-to/studies.html"' in home, "a page that was opened from disk finds the next one"
+    assert "95\u00a0% interval" in home, "no line breaks before %"
     assert (tmp_path / "site" / "search" / "search_index.js").is_file()
     settings = (tmp_path / "site" / "how-to" / "settings.html").read_text()
     assert [settings.count(f'<label for="__tabbed_1_{n}">') for n in (1, 2, 3, 4)] == [1, 1, 1, 0]

@@ -267,7 +267,7 @@ def test_too_few_minutes_say_how_many_are_needed(letters, tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("changes", "asked", "message"),
     [
-        ({"data": {"train": "train.jsonl"}}, {}, "test records that nobody trains on: set data.train and data.test"),
+        ({"data": {"train": "train.jsonl"}}, {}, "test records that no run trains on: set data.train and data.test"),
         ({"model": {"path": "x", "head": "regression"}, "evaluate": {}}, {"metric": "mse"}, "unit of mse.*--margin"),
         ({}, {"metric": "accuracy"}, "A language model has no accuracy: choose choice, exact_match"),
         ({}, {"metric": "los"}, "Did you mean 'loss'"),
@@ -369,7 +369,9 @@ def test_the_pace_is_that_of_the_later_steps(tmp_path):
     with pytest.raises(UserError, match="loss was not finite"):
         pace.measured([(ended[0][0], Outcome(key="a", status="diverged", seconds=1.0))], tmp_path)
     for wrong in ({"seconds": -1e9}, {"evaluation_seconds": math.nan}, {"training": {"seconds": math.inf}}):
-        with pytest.raises(UserError, match=r"are none: remove a\.json"):  # a whole study would seem to take no time
+        with pytest.raises(
+            UserError, match=r"a\.json has impossible times"
+        ):  # a whole study would seem to take no time
             pace.measured([(ended[0][0], Outcome(key="a", status="done", **(took | wrong)))], tmp_path)
 
 
@@ -454,7 +456,7 @@ def test_a_study_that_failed_gives_no_advice(lora_wins, monkeypatch):
     recipe, out, _ = lora_wins
     half = {"complete": False, "failed": ["Dual LoRA on letters, seed 2: the dog ate it."]}
     monkeypatch.setattr(advising, "compare", lambda *_, **__: half)
-    with pytest.raises(UserError, match=r"1 runs failed, so there is no advice yet: .*the dog ate it\. Put it right"):
+    with pytest.raises(UserError, match=r"no advice yet, because 1 runs failed: .*the dog ate it\. Remove the cause"):
         advise(recipe, SOME, out, progress=False)
 
 

@@ -90,7 +90,7 @@ def test_the_card_says_it(values, write_recipe, call, tmp_path):
     assert code == 0
     said = " ".join(out.replace("│", " ").split())
     assert "ended by 3 validations without a lower loss" in said
-    assert "saved as of step" in said
+    assert "weights of step" in said
 
 
 def test_a_validation_in_the_warm_up_does_not_count(values, tmp_path):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dual_lora.lab.cli import COMMANDS
+from dual_lora.lab.cli import COMMANDS, PANELS
 from forked import forking
 
 
@@ -24,6 +24,7 @@ def test_help_has_an_example_and_loads_nothing_heavy(command, fresh):
     )
     assert status == 0, "a heavy import"
     assert "Example" in said, said
+    assert command or [said.index(panel) for panel in PANELS.values()] == sorted(map(said.index, PANELS.values()))
 
 
 def test_train_evaluate_merge_generate(call, lm_values, write_recipe, tmp_path):
@@ -170,6 +171,8 @@ def test_recipes(call, tmp_path, monkeypatch):
         (["trian"], "no command 'trian'. Did you mean 'train'"),
         (["train"], "Say what to train"),
         (["train", "nosuch"], "no recipe 'nosuch'. `dual-lora recipes` lists those that are shipped."),
+        (["evaluate", "nosuch"], "no model, run or adapter 'nosuch'"),
+        (["report", "nosuch"], "no file or folder nosuch: give runs, studies"),
         (["recipes", "lst"], "begins with 'lst'. `dual-lora recipes` lists"),
         (["train", "boolq-smollm2", "--train.lerning-rate", "1"], "Did you mean --train.learning-rate"),
         (["train", "boolq-smollm2", "--lr", "1e-4"], "Did you mean --train.learning-rate"),

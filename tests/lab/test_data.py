@@ -246,7 +246,7 @@ def test_missing_files_say_where_they_were_sought(tmp_path, monkeypatch):
         read_records("trian.json")
     with pytest.raises(UserError, match="set DUAL_LORA_DATA"):
         read_records("nowhere/x.json")
-    with pytest.raises(UserError, match=r"No test records are named: set data\.test"):
+    with pytest.raises(UserError, match=r"The recipe names no test records: set data\.test"):
         load_split(DataSection(train="x"), "test")
 
 

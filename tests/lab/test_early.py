@@ -127,7 +127,7 @@ def test_a_missing_model_names_the_one_beside(here, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match=r"There is no model 'my-modell': .* Did you mean ./my-model\?"):
         check_here("my-modell")
-    with pytest.raises(UserError, match=r"HF_HUB_OFFLINE forbids to download it\.$"):
+    with pytest.raises(UserError, match=r"HF_HUB_OFFLINE forbids a download\.$"):
         check_here("somebody/else-entirely")
     assert meant("model") == " Did you mean ./my-model?"
     assert meant(str(here / "my-modell")) == f" Did you mean {here / 'my-model'}?"

@@ -141,7 +141,7 @@ def test_plain_model_is_evaluated_as_base(tiny_lm, lm_values):
     recipe = build_recipe(lm_values)
     result = evaluate(str(tiny_lm), recipe.data, recipe.evaluate, progress=False)
     assert list(result.metrics) == ["base"]
-    with pytest.raises(UserError, match="say what to evaluate it on"):
+    with pytest.raises(UserError, match="give the data to evaluate it on by --recipe"):
         evaluate(str(tiny_lm), progress=False)
 
 

@@ -87,14 +87,14 @@ def test_the_rows_before_its_end_stay(lm_values, tmp_path):
 
 def test_fewer_steps_than_were_made(lm_values, tmp_path):
     run(steps(lm_values), tmp_path / "run")
-    with pytest.raises(UserError, match=r"has made 6 steps, and 4 are asked for: give more with --train\.steps"):
+    with pytest.raises(UserError, match=r"has already made 6 steps, and you ask for 4: give more with --train\.steps"):
         run(steps(lm_values, steps=4), tmp_path / "run", resume=True)
 
 
 def test_a_warm_up_that_is_a_share_of_the_run(lm_values, tmp_path):
     paper = lm_values | {"method": {"name": "dual_lora", "r": 4, "init_weights": "paper"}}
     run(steps(paper), tmp_path / "run")
-    with pytest.raises(UserError, match="warmup_steps is a share of the run: 1 of 6 steps"):
+    with pytest.raises(UserError, match="warmup_steps is a share of the run: it was 1 of 6 steps"):
         run(steps(paper, steps=60), tmp_path / "run", resume=True)
 
 

@@ -69,7 +69,7 @@ def test_broken_files_are_one_sentence(tmp_path):
 
 
 def test_an_encoder_is_no_language_model(tiny_encoder):
-    with pytest.raises(UserError, match=r"is no causal language model: .* set model.head to classification"):
+    with pytest.raises(UserError, match=r"is not a causal language model: .* set model.head to classification"):
         load_model(ModelSection(path=str(tiny_encoder)))
 
 

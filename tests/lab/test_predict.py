@@ -199,9 +199,13 @@ def test_every_format_is_read_without_an_answer(tmp_path):
     assert asked("fine\n", head="classification", name="x.txt").text == ("fine",)
     assert asked({"text": "a", "text_pair": "b"}, head="classification").text == ("a", "b")
     assert asked({"text": "a", "label": 1}, head="classification").label == "1"
-    with pytest.raises(UserError, match=r"a model is asked by prompt, .* has message\. .*--data.fields.prompt mess"):
+    with pytest.raises(
+        UserError, match=r"no field to predict from\. Expected prompt, .* has message\. .*--data.fields.prompt mess"
+    ):
         asked({"message": "a"})
-    with pytest.raises(UserError, match=r"x.jsonl, line 1: the model answers prompts"):
+    with pytest.raises(
+        UserError, match=r"x.jsonl, line 1: the record has only a text, and a language model needs a prompt"
+    ):
         asked({"text": "a", "label": "b"}, {"format": "text"})
     with pytest.raises(UserError, match=r"the record has no field text|fit no format"):
         asked({"prompt": "a"}, head="classification")

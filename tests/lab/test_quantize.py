@@ -69,7 +69,7 @@ def test_a_base_that_is_packed_in_another_way_is_not_taken_for_what_was_asked(ow
     config = json.loads((base / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes"} | own
     (base / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=f"model.quantize is {asked}, and .* says in its own config.json how it is"):
+    with pytest.raises(UserError, match=f"model.quantize is {asked}, but .* is quantised already"):
         load_model(ModelSection(path=str(base), quantize=asked))
 
 
@@ -107,7 +107,7 @@ def test_a_classifier_s_head_is_trained_whole(kind, tiny_encoder, encoder_values
 
 
 def test_what_cannot_be_packed_is_said_early(monkeypatch):
-    with pytest.raises(UserError, match="is a GGUF file, which transformers unpacks and cannot pack again"):
+    with pytest.raises(UserError, match="transformers cannot quantise a GGUF file"):
         check_quantize(ModelSection(path="x.gguf", quantize="nf4"), is_gguf=True)
     monkeypatch.setattr("dual_lora.lab.model.quantize.find_spec", lambda _: None)
     with pytest.raises(UserError, match=r'needs the package torchao: pip install "dual-lora\[quantized\]"'):

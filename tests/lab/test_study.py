@@ -76,7 +76,7 @@ def test_own_space_has_to_have_the_same_number_of_trials():
 
 
 def test_missing_and_broken_files(tmp_path):
-    with pytest.raises(UserError, match=r"There is no study 'nosuch'"):
+    with pytest.raises(UserError, match=r"There is no study 'nosuch'\. `dual-lora compare` lists"):
         read_study("nosuch")
     with pytest.raises(UserError, match=r"sst2-minilm is a recipe, not a study.* quick.*tasks: \[sst2-minilm\]"):
         read_study("sst2-minilm")

@@ -513,7 +513,7 @@ def test_rates_move_each_group_at_its_own_pace(lm_values, tmp_path):
         ({"arguments": {"dataloader_num_workers": 100_000}}, "dataloader_num_workers is 100000, expected 0 to 256"),
         ({"arguments": {"adam_beta_2": 0.9}}, "no field 'adam_beta_2'. Did you mean 'adam_beta2'"),
         ({"optimizer": "adamw_tosrch"}, "adamw_tosrch.*Did you mean 'adamw_torch'"),
-        ({"validate_every": 2}, r"No validation records are named: set data\.validation, .*or data\.holdout"),
+        ({"validate_every": 2}, r"The recipe names no validation records: set data\.validation, .*or data\.holdout"),
     ],
 )
 def test_wrong_training_options(options, message, lm_values, tmp_path):

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, Group
 from rich.text import Text
 
 import dual_lora
@@ -24,42 +24,42 @@ from dual_lora.lab.terminal import Console, guarded
 
 # name, "module:function", one line of help. A new command is a new line.
 COMMANDS: list[tuple[str, str, str]] = [
-    ("train", "dual_lora.lab.commands.train:train", "Fine-tune a model by a recipe."),
+    ("train", "dual_lora.lab.commands.train:train", "Fine-tune a model, by a recipe or by options."),
     ("evaluate", "dual_lora.lab.commands.evaluate:evaluate", "Measure a run, an adapter or a model."),
     ("predict", "dual_lora.lab.commands.predict:predict", "Label or answer every record of a file."),
-    ("generate", "dual_lora.lab.commands.generate:generate", "Answer a prompt, word by word."),
-    ("chat", "dual_lora.lab.commands.chat:chat", "Talk with a run, an adapter or a model."),
-    ("merge", "dual_lora.lab.commands.export:merge", "Write the merged model as a plain folder."),
-    ("export", "dual_lora.lab.commands.export:export", "Write an adapter for other programs: merged, GGUF, LoRA."),
-    ("verify", "dual_lora.lab.commands.verify:verify", "Is an adapter on, and does what is served agree?"),
-    (
-        "check-data",
-        "dual_lora.lab.commands.check_data:check_data",
-        "What would be trained on: labels, lengths, duplicates, errors.",
-    ),
-    ("compare", "dual_lora.lab.commands.compare:compare", "Compare methods by a study, with verdicts."),
-    ("advise", "dual_lora.lab.commands.advise:advise", "Should I use Dual LoRA here? A small study on your data."),
-    ("judge", "dual_lora.lab.commands.judge:judge", "Verdicts on scores that others made: CSV, lm-eval, PEFT."),
-    ("analyze", "dual_lora.lab.commands.analyze:analyze", "Look into what runs did to the weights."),
-    (
-        "report",
-        "dual_lora.lab.commands.report:report",
-        "Write one HTML page of runs, studies and analyses.",
-    ),
-    ("estimate", "dual_lora.lab.commands.estimate:estimate", "Memory, arithmetic and time before a run."),
-    ("demo", "dual_lora.lab.commands.demo:demo", "Fine-tune a small model to write tool calls, before and after."),
-    ("info", "dual_lora.lab.commands.info:info", "Print versions, devices, kernels and what each method can do."),
-    ("gpu-check", "dual_lora.lab.commands.gpu_check:gpu_check", "Try the GPU kernels, with or without a card."),
-    ("schema", "dual_lora.lab.commands.recipes:schema", "Print the JSON Schema of a recipe or a study, for editors."),
-    ("card", "dual_lora.lab.commands.hub:card", "Write a run's card for a model hub."),
-    ("push", "dual_lora.lab.commands.hub:push", "Upload a run's adapter and card to a model hub."),
-    ("completion", "dual_lora.lab.commands.completion:completion", "Complete commands and options with the tab key."),
+    ("generate", "dual_lora.lab.commands.generate:generate", "Answer one prompt."),
+    ("chat", "dual_lora.lab.commands.chat:chat", "Chat with a run, an adapter or a model."),
+    ("demo", "dual_lora.lab.commands.demo:demo", "Watch a small model learn to write tool calls, in minutes on a CPU."),
     (
         "recipes",
         "dual_lora.lab.commands.recipes:app",
-        "Begin a recipe for your data; list, show, copy shipped ones.",
+        "Write a recipe for your data; list, show and copy shipped ones.",
     ),
+    ("check-data", "dual_lora.lab.commands.check_data:check_data", "Check labels, lengths and duplicates of records."),
+    ("estimate", "dual_lora.lab.commands.estimate:estimate", "Estimate memory, arithmetic and time of a run."),
+    ("merge", "dual_lora.lab.commands.export:merge", "Merge an adapter, and write a plain model folder."),
+    ("export", "dual_lora.lab.commands.export:export", "Write an adapter for other programs: merged, GGUF, LoRA."),
+    ("verify", "dual_lora.lab.commands.verify:verify", "Check that an adapter is on, here or on a server."),
+    ("card", "dual_lora.lab.commands.hub:card", "Write a run's card for a model hub."),
+    ("push", "dual_lora.lab.commands.hub:push", "Upload a run's adapter and card to a model hub."),
+    ("advise", "dual_lora.lab.commands.advise:advise", "Find out whether LoRA or Dual LoRA is better on your data."),
+    ("compare", "dual_lora.lab.commands.compare:compare", "Compare methods over tasks and seeds, with verdicts."),
+    ("judge", "dual_lora.lab.commands.judge:judge", "Give verdicts on scores from elsewhere: CSV, lm-eval, PEFT."),
+    ("analyze", "dual_lora.lab.commands.analyze:analyze", "Measure what runs did to the weights."),
+    ("report", "dual_lora.lab.commands.report:report", "Write one HTML page of runs, studies and analyses."),
+    ("info", "dual_lora.lab.commands.info:info", "Print versions, devices, kernels and what each method can do."),
+    ("gpu-check", "dual_lora.lab.commands.gpu_check:gpu_check", "Test the GPU kernels, with or without a card."),
+    ("schema", "dual_lora.lab.commands.recipes:schema", "Print the JSON Schema of a recipe or a study, for editors."),
+    ("completion", "dual_lora.lab.commands.completion:completion", "Install completion by the tab key in your shell."),
 ]
+# The panels of `--help`, each by the command that it begins with.
+PANELS = {
+    "train": "Train and use",
+    "recipes": "Prepare",
+    "merge": "Merge, serve and publish",
+    "advise": "Compare and understand",
+    "info": "This machine",
+}
 
 # Libraries whose warnings are for programmers: of kernels that this machine does not have, of every retry.
 # "torch" alone is set back when torch is imported, and torchao's import makes its pytree module warn.
@@ -100,7 +100,8 @@ def build_app(wanted: str | None = None, everything: bool = False) -> App:
     """
     app = App(
         name="dual-lora",
-        help="Dual LoRA: fine-tune, evaluate and compare. Example: `dual-lora train boolq-smollm2`",
+        help="Fine-tune by LoRA, Dual LoRA or another PEFT method; use, merge and verify adapters; compare methods. "
+        "Example: `dual-lora train boolq-smollm2`",
         version=dual_lora.__version__,
         help_format="markdown",
         help_epilogue=EVERYWHERE,
@@ -109,12 +110,16 @@ def build_app(wanted: str | None = None, everything: bool = False) -> App:
         suppress_keyboard_interrupt=False,  # what a signal ended has its own exit status, see below
         print_error=False,
     )
-    for name, target, text in COMMANDS:
+    panel = Group(sort_key=-1)
+    for place, (name, target, text) in enumerate(COMMANDS):
+        if name in PANELS:
+            panel = Group(PANELS[name], sort_key=place)
         if everything or name == wanted:
             module, _, function = target.partition(":")
             app.command(getattr(import_module(module), function), name=name)
         else:
-            app.command(App(help=text), name=name)
+            app.command(App(help=text, group=panel, sort_key=place), name=name)
+    app["--help"].group = app["--version"].group = Group("Options", sort_key=len(COMMANDS))
     return app
 
 
@@ -162,7 +167,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         if debug:
             _trace()
-        _fail(f"A library gave up, perhaps for what the model's files ask of it: {described(error)}.", given)
+        _fail(f"A library crashed, perhaps because of the model's files: {described(error)}.", given)
 
 
 @contextmanager

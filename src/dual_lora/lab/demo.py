@@ -120,7 +120,7 @@ def read_result(out: Path) -> DemoResult | None:
     try:
         return DemoResult(**read_object(file))
     except (TypeError, ValueError):
-        raise UserError(f"{file} is damaged or of another version: make the demo anew with --overwrite.") from None
+        raise UserError(f"{file} is damaged or of another version: start again with --overwrite.") from None
 
 
 def ask(out: Path, request: str) -> str:

@@ -81,7 +81,7 @@ class DualLoraConfig(PeftConfig):
         metadata={
             "help": "True: B = 0, so that ΔW = 0 at the start, and A as LoRA draws it. 'aligned': the same with signs "
             "of rank one. 'paper': Gaussian factors with a warm-up (see `DualLoraConfig.paper`). 'zero': B = 0, the "
-            "rest Gaussian, as in version 0.2. False: random factors at full strength (for tests; it changes the "
+            "rest Gaussian, an earlier default. False: random factors at full strength (for tests; it changes the "
             "model's output)."
         },
     )

@@ -37,7 +37,7 @@ def check_warmup(config: Any) -> None:
     if not isinstance(config.init_weights, bool) and config.init_weights not in ("aligned", "paper", "zero"):
         raise ValueError(
             f"Unknown init_weights {config.init_weights!r}: choose True (B = 0), 'aligned' (with signs of rank one), "
-            "'paper' (Gaussian factors under the warm-up), 'zero' (as version 0.2 drew it) or False (random, for "
+            "'paper' (Gaussian factors under the warm-up), 'zero' (an earlier default) or False (random, for "
             "tests)."
         )
     steps = config.warmup_steps

@@ -59,8 +59,8 @@ def advise(
     results = compare(study, made.folder.path, longer=made.next is not None, progress=progress)
     if not results["complete"]:
         raise UserError(
-            f"{len(results['failed'])} runs failed, so there is no advice yet: {results['failed'][0]} Put it right and "
-            "give the same command again."
+            f"There is no advice yet, because {len(results['failed'])} runs failed: {results['failed'][0]} Remove the "
+            "cause, and give the same command again."
         )
     advice = advice_of(results, made.whole, made.work, source, minutes, made.folder.path)
     return _with_recipe(source, made, advice)

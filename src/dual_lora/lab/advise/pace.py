@@ -27,7 +27,7 @@ from dual_lora.lab.study.job import Job, Outcome
 
 TRIALS = (3 + EXTEND) * TUNING_SEEDS
 LOOKS = (5, 8, 12, 20)  # seeds at which an answer is given
-# The level of each, so that all four together err in 5 % (docs/explanation/calibration.md#looks-of-an-advice).
+# The level of each, so that all four together err in 5 % (docs/explanation/calibration.md#repeated-tests-by-advise).
 LOOK_LEVEL = 0.015
 LEAST_SHARE, LEAST_STEPS = 0.05, 20  # of the recipe's steps: fewer say nothing about it
 
@@ -115,7 +115,9 @@ def measured(ended: Sequence[tuple[Job, Outcome]], runs: Path) -> list[Pace]:
         records = len(load_split(job.recipe.data, "validation"))
         found = Pace(outcome.seconds - training - evaluation, max(step, 1e-6), evaluation / records)
         if not all(map(math.isfinite, found)) or found.start < -1 or found.record < 0:
-            raise UserError(f"The times of the first steps of {job.method} in {runs} are none: remove {job.key}.json.")
+            raise UserError(
+                f"{runs / job.key}.json has impossible times for the first steps of {job.method}: remove that file."
+            )
         paces.append(found)
     start = min(pace.start for pace in paces)  # the first run of a process imports as well
     return [pace._replace(start=start) for pace in paces]

@@ -57,7 +57,7 @@ def paired_study(
     name, recipe = recipe_of(source)
     if not recipe.data.train or not (recipe.data.test or recipe.data.tests):
         raise UserError(
-            f"{source}: an advice needs training records and test records that nobody trains on: set data.train and "
+            f"{source}: advise needs training records, and test records that no run trains on: set data.train and "
             "data.test in the recipe."
         )
     metric = metric or metrics.default_metric(recipe.evaluate.tasks, recipe.model.head)
@@ -65,7 +65,7 @@ def paired_study(
     margin = MARGINS.get(metric) if margin is None else margin
     if margin is None:
         raise UserError(
-            f"The unit of {metric} is your data's: say with --margin which difference is too small to matter."
+            f"{metric} is in the unit of your data: give --margin, the difference that is too small to matter."
         )
     rate = recipe.train.learning_rate
     over: dict[str, Any] = {"train": {"steps": planned_steps(recipe, fetch=True)}}

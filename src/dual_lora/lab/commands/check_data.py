@@ -10,7 +10,7 @@ from pydantic import create_model
 
 from dual_lora.lab.commands.card import facts_card, finish
 from dual_lora.lab.commands.parameters import Json, flag_values, flags
-from dual_lora.lab.data.guess import guess
+from dual_lora.lab.data.guess import HEADS, guess
 from dual_lora.lab.data.records import read_records
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.progress import stage
@@ -102,14 +102,14 @@ def _cards(sets: list[Checked], head: str, in_tokens: bool) -> Any:
         if each.columns:
             facts["columns"] = ", ".join(each.columns)
         if each.format:
-            facts["format"] = f"{each.format}, for head {head}"
+            facts["format"] = f"{each.format}, to train a {HEADS[head]}"
         if each.labels:
-            shown = [f"{label} {count:,}" for label, count in [*each.labels.items()][:LISTED]]
+            shown = [f"{label}: {count:,}" for label, count in [*each.labels.items()][:LISTED]]
             facts["labels"] = " · ".join(shown) + (f" · {len(each.labels) - LISTED} more" * (len(each.labels) > LISTED))
         if each.lengths:
             facts["lengths"] = " · ".join(f"{name} {n:,}" for name, n in each.lengths.items()) + f" {unit}"
         if each.empty:
-            facts["empty cells"] = " · ".join(f"{name} {count:,}" for name, count in each.empty.items())
+            facts["empty cells"] = " · ".join(f"{name}: {count:,}" for name, count in each.empty.items())
         if each.warnings:
             facts["warnings"] = "\n".join(each.warnings)
         facts["errors"] = "\n".join(each.errors) or "none"

@@ -113,7 +113,7 @@ def _facts(result: DemoResult) -> Panel:
         + (f" --seed {result.seed}" if result.seed else ""),
     }
     if result.reused:
-        facts["reused"] = f"{result.folder}, nothing was trained just now (--overwrite starts anew)"
+        facts["reused"] = f"{result.folder}, nothing was trained this time (--overwrite starts again)"
     return facts_card("Dual LoRA · tool calls", facts)
 
 

@@ -18,7 +18,10 @@ DryRun = Annotated[bool, Parameter(help="Check everything and show runs, sizes a
 Source = Annotated[str, Parameter(help="Run folder, adapter folder, or a model by folder, name or package:NAME.")]
 ReportTo = Annotated[
     tuple[Literal["wandb", "mlflow", "tensorboard", "trackio"], ...],
-    Parameter(help="Service that gets the logs. Most of these are on the network, so only this option turns them on."),
+    Parameter(
+        help="Service that gets the logs. Most of these are on the network, so only this option turns them on.",
+        show_default=False,
+    ),
 ]
 Base = Annotated[str | None, Parameter(help="Folder or name of the adapter's base model, if it has moved.")]
 Dtype = Annotated[Precision | None, Parameter(help="Precision of the base weights. [default: the run's, else float32]")]

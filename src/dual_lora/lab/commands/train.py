@@ -45,7 +45,7 @@ def train(
         Parameter(name="*", negative_bool="no-", show_default=False, consume_multiple=True),
     ] = None,
 ) -> None:
-    """Fine-tune a model by a recipe.
+    """Fine-tune a model, by a recipe or by options.
 
     Example: `dual-lora train boolq-smollm2 --method.name lora --method.r 8 --train.steps 40`
 
@@ -53,9 +53,9 @@ def train(
 
     After an interruption: `dual-lora train --resume --out runs/mine`
 
-    On several devices: `accelerate launch -m dual_lora.lab.cli train boolq-smollm2`.
+    On several devices: `accelerate launch -m dual_lora.lab.cli train boolq-smollm2`
 
-    Every field of a recipe is an option; below are the usual ones, and `dual-lora train --help-all` shows all.
+    Every field of a recipe is an option. `--help` shows the usual ones, `--help-all` shows all.
     """
     chosen = _chosen(recipe, flag_values(given), out, resume)
     folder = out or Path("runs") / chosen.name
@@ -91,7 +91,9 @@ def train(
 def _early(recipe: Recipe, result: RunResult) -> str:
     """That validations ended the run, and whose weights are saved."""
     ended = f", ended by {recipe.train.patience} validations without a lower loss" if result.stopped_early else ""
-    return ended + (f", saved as of step {result.best_step}" if recipe.train.keep_best and result.best_step else "")
+    return ended + (
+        f", weights of step {result.best_step} saved" if recipe.train.keep_best and result.best_step else ""
+    )
 
 
 def _limited(recipe: Recipe, result: RunResult) -> str:

@@ -181,8 +181,8 @@ def check_padding(unmasked: str, lengths: list[int]) -> None:
     """Raise UserError where such a model would get rows of unequal length."""
     if unmasked and len(set(lengths)) > 1:
         raise UserError(
-            f"A model of type {unmasked} reads padding, so that its results would depend on the other rows of a batch: "
-            "set train.batch_size: 1 (with train.accumulate) and evaluate.batch_size: 1."
+            f"A model of type {unmasked} reads padding, so its results would depend on the other rows of a batch. Set "
+            "train.batch_size: 1 (with train.accumulate) and evaluate.batch_size: 1."
         )
 
 
@@ -211,8 +211,8 @@ def collator(tokenizer: Any, classification: bool, model: Any) -> Collator:
     kind = getattr(unwrapped(model).config, "model_type", "")
     if kind in CONVOLVED:
         warn(
-            f"A model of type {kind} reads padding behind a row, so its scores depend on the other rows of a batch: "
-            "only with evaluate.batch_size: 1 they are those of a row alone.",
+            f"A model of type {kind} reads padding behind a row, so its scores depend on the other rows of a batch. "
+            "Set evaluate.batch_size: 1 to avoid that.",
             stacklevel=2,
         )
     return Collator(

@@ -146,14 +146,14 @@ def _collecting_warnings(result: Checked) -> Iterator[None]:
 
 
 def _lengths(result: Checked, data: DataSection, head: str, tokenizer: Any) -> None:
-    """Half of the records, nineteen of twenty and all are at most so long."""
+    """The median length, the 95th percentile and the longest."""
     try:
         with _collecting_warnings(result):
             lengths = sorted(_long(result.examples, data, head, tokenizer))
     except UserError as error:
         result.errors.append(str(error))
         return
-    shares = {"half": 0.5, "95 %": 0.95}
+    shares = {"median": 0.5, "95 %": 0.95}
     result.lengths = {name: lengths[round(share * (len(lengths) - 1))] for name, share in shares.items()}
     result.lengths["longest"] = lengths[-1]
     if tokenizer is None:

@@ -12,6 +12,8 @@ from dual_lora.lab.data.values import as_whole, value_of, written
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.recipe.schema import DataSection
 
+WORDS = {"train": "training"}  # a split as people say it
+
 
 def load_split(data: DataSection, split: str) -> list[Example]:
     """The examples of "train", "validation" or "test" as the recipe wants them, limits and holdout applied."""
@@ -84,7 +86,10 @@ def _read(data: DataSection, split: str) -> list[Example]:
     source = getattr(data, split)
     if not source:
         way_out = " (or data.holdout, to take them out of the training records)" if split == "validation" else ""
-        raise UserError(f"No {split} records are named: set data.{split}, or give --data.{split} FILE{way_out}.")
+        raise UserError(
+            f"The recipe names no {WORDS.get(split, split)} records: set data.{split}, or give --data.{split} "
+            f"FILE{way_out}."
+        )
     return read_examples(source, data)
 
 

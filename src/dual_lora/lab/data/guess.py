@@ -11,6 +11,7 @@ from dual_lora.lab.recipe.schema import FIELDS
 Head = Literal["causal", "classification", "regression"]
 SEEN = 2000  # records that are looked at
 MOST_CLASSES = 200
+HEADS = {"causal": "language model", "classification": "classifier", "regression": "regression"}  # as people say it
 MOST_NAMES = 1000  # of columns, of which a table that people write has some dozens
 # What people call the fields of a format, the likeliest first.
 NAMES = {
@@ -46,8 +47,8 @@ def guess(records: list[Record], given: Mapping[str, str] | None = None) -> Gues
     names = list(dict.fromkeys(str(name) for record in seen for name in record.values))
     if len(names) > MOST_NAMES:
         raise UserError(
-            f"The first {len(seen):,} records have {len(names):,} different fields, at most {MOST_NAMES:,} are looked "
-            f"through: is {names[-1][:40]!r} a name, or a value?"
+            f"The first {len(seen):,} records have {len(names):,} different fields, expected at most {MOST_NAMES:,}. "
+            f"Does the file have values in place of names, such as {names[-1][:40]!r}?"
         )
     given = {ours: theirs for ours, theirs in (given or {}).items() if theirs}
     for ours, theirs in given.items():

@@ -34,9 +34,9 @@ def read_questions(source: str, data: DataSection, head: str) -> tuple[list[Reco
     asked = [_asked(example, record, theirs, data) for example, record in zip(examples, records, strict=True)]
     for example in asked:
         if head != "causal" and not example.text:
-            raise UserError(f"{example.where}: the model reads texts, and the record has no field text.")
+            raise UserError(f"{example.where}: the record has no field text, which a classifier needs.")
         if head == "causal" and not example.messages:
-            raise UserError(f"{example.where}: the model answers prompts, and the record has a text alone.")
+            raise UserError(f"{example.where}: the record has only a text, and a language model needs a prompt.")
     return records, asked
 
 
@@ -46,8 +46,9 @@ def _check_asked(record: Record, data: DataSection) -> None:
     if names.isdisjoint(record.values):
         found = [str(name) for name in record.values]
         raise UserError(
-            f"{record.where}: a model is asked by {', '.join(ASKED_BY[:-1])}, and the record has {', '.join(found)}. "
-            f"Name the field that is meant: --data.fields.prompt {found[0]}, or --data.fields.text for a classifier."
+            f"{record.where}: no field to predict from. Expected {', '.join(ASKED_BY[:-1])}; the record has "
+            f"{', '.join(found)}. Name the field: --data.fields.prompt {found[0]}, or --data.fields.text for a "
+            "classifier."
         )
 
 

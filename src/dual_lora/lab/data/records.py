@@ -167,8 +167,8 @@ def _quoted(file: TextIO, path: Path) -> Iterator[tuple[int, list[str]]]:
             yield reader.line_num, row
     except csv.Error as error:
         raise UserError(
-            f"{path}, line {reader.line_num}: {error}. Right behind a closing quote stands a comma, and a quote within "
-            "quotes is written twice."
+            f"{path}, line {reader.line_num}: {error}. A closing quote has to be followed by a comma, and a quote "
+            "within quotes has to be written twice."
         ) from None
 
 

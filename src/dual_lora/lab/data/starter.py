@@ -20,9 +20,9 @@ RATES = (
     "1.0e-4  # try 3e-5 and 3e-4 too",
 )
 ABOUT = {
-    "classification": "tells classes apart",
-    "regression": "tells a number",
-    "causal": "learns to answer",
+    "classification": "to predict classes",
+    "regression": "to predict a number",
+    "causal": "to learn answers",
 }
 
 
@@ -52,40 +52,40 @@ def starter(
     length = next((n for n in LENGTHS if n * CHARACTERS >= longest + around), LENGTHS[-1])
     preferred = found.format == "preference"
     lines = [
-        f"# A first recipe for {_value(data)}: {count:,} records, {seen}. Every choice below is yours to change.",
+        f"# A first recipe for {_value(data)}: {count:,} records, {seen}. Change what you like.",
         *_next_commands(file),
         f"name: {_value(name)}",
         "model:",
         f"  path: {_value(base)}  # a folder, a name on the hub, a GGUF file or package:NAME",
         f"  head: {found.head}  # {_heads(found)}",
-        "  # quantize: nf4  # packs the base in 4 bits, for less memory",
+        "  # quantize: nf4  # loads the base in 4 bits, which takes less memory",
         "method:",
         "  name: dual_lora  # or lora, dora, hira, full, … : `dual-lora advise` compares them on your data",
         "  r: 16",
         "data:",
         f"  train: {_value(data)}",
-        f"  test: {_value(test)}" if test else "  # test: my-test.csv  # records that nothing is chosen by",
-        f"  holdout: {held}  # taken out of the training records, always the same, to validate on",
+        f"  test: {_value(test)}" if test else "  # test: my-test.csv  # for the last score; choose no setting by it",
+        f"  holdout: {held}  # taken out of the training records, always the same, for validation",
         f"  format: {found.format}",
     ]
     if columns:
         lines.append(f"  columns: {_flow(columns)}  # the file has no header line")
     if found.fields:
         pairs = ", ".join(f"{ours}: {_value(theirs)}" for ours, theirs in found.fields.items())
-        lines.append(f"  fields: {{{pairs}}}  # ours: the name in the file")
+        lines.append(f"  fields: {{{pairs}}}  # field of the format: column of the file")
     lines += [
-        f"  max_length: {length}  # tokens; `dual-lora check-data` counts what is longer",
+        f"  max_length: {length}  # tokens; `dual-lora check-data` counts the longer records",
         *(
-            ["objective:", "  name: dpo  # chosen answers become likelier than rejected ones; sft: learn the chosen"]
+            ["objective:", "  name: dpo  # makes chosen answers likelier than rejected ones; sft: learn the chosen"]
             * preferred
         ),
         "train:",
         "  epochs: 3",
         "  batch_size: 8",
         f"  learning_rate: {RATES[preferred]}",
-        f"  validate_every: {max(1, min(50, count // 16 or 1))}  # steps",
+        f"  validate_every: {max(1, min(50, count // 16 or 1))}  # steps between two validations",
         "  keep_best: true  # save the weights of the lowest validation loss",
-        "  # patience: 3  # end after so many validations without a lower one",
+        "  # patience: 3  # end the run after this many validations without a lower loss",
         "evaluate:",
         f"  tasks: [{_task(found)}]",
         *([] if test else ["  split: validation  # there is no test set yet"]),
@@ -109,7 +109,11 @@ def _next_commands(file: Path) -> list[str]:
 
 
 def _heads(found: Guess) -> str:
-    return "a language model that answers" if found.head == "causal" else "a fresh head; causal: a language model"
+    return (
+        "a language model that answers"
+        if found.head == "causal"
+        else "a new head on the model; causal is a language model"
+    )
 
 
 def _task(found: Guess) -> str:

@@ -214,7 +214,7 @@ def _check_columns(file: Path, names: list[str]) -> None:
     for name in names:
         if name not in known:
             hint = suggest(name, known)
-            raise UserError(f"{file} has a column {name!r}, which means nothing here.{hint} Rename or remove it.")
+            raise UserError(f"{file} has an unknown column {name!r}.{hint} Rename or remove it.")
         if names.count(name) > 1:
             raise UserError(f"{file} has two columns {name!r}: keep one of them.")
     if lacking := [name for name in NEEDED if name not in names]:

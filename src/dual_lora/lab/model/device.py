@@ -71,7 +71,7 @@ def use_device(device: str | None) -> None:
 
 
 def _instead() -> str:
-    return f"Give --device {best_device().removesuffix(':0')}, or leave it out for the best there is."
+    return f"Give --device {best_device().removesuffix(':0')}, or leave it out."
 
 
 def check_device(device: str) -> None:
@@ -82,9 +82,7 @@ def check_device(device: str) -> None:
         torch.zeros(1, device=device).add_(1)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = described(error, Exception, lines=1).rstrip(".")
-        raise UserError(
-            f"The device {device!r} cannot be used here ({reason}): the best there is is {best_device()}."
-        ) from None
+        raise UserError(f"The device {device!r} cannot be used here ({reason}). Use {best_device()}.") from None
 
 
 def crowded() -> str:

@@ -133,14 +133,15 @@ def _check_language_model(path: str, kind: str, fresh: list[str]) -> None:
     """Raise UserError for a model that cannot write: of another kind, or without its head. fresh: modules not read."""
     if kind in SHIFTED:
         raise UserError(
-            f"{path} is of type {kind}. As a decoder it counts positions from its padding "
-            "token's number on, and this command counts them from 0. Use a causal language model, or your own script."
+            f"Models of type {kind} cannot be trained as language models here ({path}): they number positions from the "
+            "padding token's number on, and this command numbers them from 0. Use a causal language model, or your own "
+            "script."
         )
     if fresh:
         check_answers(path)
         raise UserError(
-            f"{path} is no causal language model: it holds no weights for {', '.join(fresh)}. To train it to predict "
-            "classes or numbers, set model.head to classification or regression."
+            f"{path} is not a causal language model: it has no weights for {', '.join(fresh)}. To predict classes or "
+            "numbers with it, set model.head to classification or regression."
         )
 
 

@@ -152,7 +152,7 @@ def check_answers(path: str) -> None:
         return
     if kind.endswith("ForSequenceClassification"):
         raise UserError(
-            f"{path} is no causal language model but a classifier ({kind}). Name the run or the adapter that it was "
+            f"{path} is not a causal language model but a classifier ({kind}). Name the run or the adapter that it was "
             f"merged from, or ask it by transformers: pipeline('text-classification', {path!r})."
         )
 
@@ -217,8 +217,11 @@ def _settings_in(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             yield from _settings_in(value)
 
 
-def check_here(path: str, revision: str | None = None) -> None:
-    """Raise UserError for a model that cannot be loaded: of a name on the hub, where nothing may be downloaded."""
+def check_here(path: str, revision: str | None = None, others: str = "") -> None:
+    """Raise UserError for a model that cannot be loaded: of a name on the hub, where nothing may be downloaded.
+
+    others: what else the path may name, for the message, as in ", run or adapter".
+    """
     location = locate(path, revision)
     if is_here(path) or os.environ.get("HF_HUB_OFFLINE", "0").upper() not in ("1", "ON", "YES", "TRUE"):
         return
@@ -230,8 +233,8 @@ def check_here(path: str, revision: str | None = None) -> None:
         held = None
     if not isinstance(held, str):
         raise UserError(
-            f"There is no model {path!r}: no such folder is here, the hub's cache has none of that name, and "
-            f"HF_HUB_OFFLINE forbids to download it.{meant(path)}"
+            f"There is no model{others} {path!r}: no such folder is here, the hub's cache has none of that name, and "
+            f"HF_HUB_OFFLINE forbids a download.{meant(path)}"
         )
 
 

@@ -15,7 +15,7 @@ from dual_lora.lab.errors import UserError, described, memory_full
 from dual_lora.lab.files.folder import RunFolder, result_of
 from dual_lora.lab.model.bounds import check_config, check_finite_weights, check_stored_numbers
 from dual_lora.lab.model.load import UNREAD, Loaded, load_model, load_tokenizer
-from dual_lora.lab.model.location import Location, check_entries, is_here
+from dual_lora.lab.model.location import Location, check_entries, check_here, is_here
 from dual_lora.lab.model.methods import plain_name
 from dual_lora.lab.model.note import NOTE, name_classes, read_note
 from dual_lora.lab.model.pickled import check_unpacked
@@ -129,6 +129,7 @@ def open_tuned(
         return tuned
     if (path / "adapter_config.json").is_file():
         return _open_adapter(path, base, dtype, device, whole=whole, unsaid=unsaid)
+    check_here(str(source), others=", run or adapter")
     part = ModelSection(path=str(source), dtype=dtype or unsaid)  # type: ignore[arg-type]
     loaded = load_model(part, device=device)
     check_finite_weights(dict(loaded.model.named_parameters()), f"The model {source}")

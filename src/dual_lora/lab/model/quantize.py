@@ -38,8 +38,8 @@ def check_quantize(part: ModelSection, is_gguf: bool) -> None:
         )
     if is_gguf:
         raise UserError(
-            f"model.quantize is {part.quantize}, and {part.path} is a GGUF file, which transformers unpacks and cannot "
-            "pack again: name the model's folder of safetensors, or leave model.quantize out."
+            f"model.quantize is {part.quantize}, but transformers cannot quantise a GGUF file ({part.path}): name the "
+            "model's folder of safetensors, or leave model.quantize out."
         )
 
 
@@ -75,6 +75,6 @@ def check_packed(part: ModelSection, asked: Any, model: Any) -> None:
              for one in (asked, found)]  # fmt: skip
     if kinds[0] != kinds[1]:
         raise UserError(
-            f"model.quantize is {part.quantize}, and {part.path} says in its own config.json how it is packed, which "
-            "goes first and is another way: leave model.quantize out, or name the model before it was packed."
+            f"model.quantize is {part.quantize}, but {part.path} is quantised already, in another way (see its "
+            "config.json). Leave model.quantize out, or name the unquantised model."
         )

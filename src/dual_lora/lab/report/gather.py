@@ -57,7 +57,9 @@ def find(paths: list[str | Path], problems: list[str] | None = None) -> list[Pat
     files: dict[str, Path] = {}  # by where they really lie: one that is named twice is no second study
     for given in paths:
         if not os.path.lexists(given):
-            raise UserError(f"There is no {given}: give study folders, analysis files, a ledger, or a folder of them.")
+            raise UserError(
+                f"There is no file or folder {given}: give runs, studies, analyses, a ledger, or a folder of them."
+            )
         inside = _inside(Path(given), [] if problems is None else problems) if Path(given).is_dir() else [Path(given)]
         runs = _runs_in(Path(given), [] if problems is None else problems)
         for file in sorted([*runs, *inside], key=lambda file: (file.is_symlink(), file)):

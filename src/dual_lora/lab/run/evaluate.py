@@ -104,9 +104,7 @@ def evaluate(
     """
     tuned = source if isinstance(source, Tuned) else open_tuned(source)
     if data is None and tuned.recipe is None:
-        raise UserError(
-            "This model was not trained by a recipe, so say what to evaluate it on: give --recipe or --data.test."
-        )
+        raise UserError("No recipe came with this model: give the data to evaluate it on by --recipe or --data.test.")
     data = data or tuned.recipe.data  # type: ignore[union-attr]
     spec = spec or (tuned.recipe.evaluate if tuned.recipe else EvaluateSection())
     given = {} if examples is None else _given(examples, data, spec)
@@ -236,8 +234,8 @@ def _tasks(asked: list[Task], examples: list[Example], tuned: Tuned) -> list[Tas
     encodes = bool(examples[0].text)
     if odd := next((example for example in examples if bool(example.text) != encodes), None):
         raise UserError(
-            f"{odd.where} and {examples[0].where} are not of one kind: the one holds a text and a label, the other a "
-            "prompt and an answer, and no task fits both."
+            f"{odd.where} and {examples[0].where} are not of one kind: one has a text and a label, the other a prompt "
+            "and an answer. No task measures both: evaluate them apart."
         )
     head: Task = "regression" if tuned.classes == [VALUE] else "classification"
     tasks: list[Task] = asked or [head if encodes else "loss"]
@@ -246,13 +244,13 @@ def _tasks(asked: list[Task], examples: list[Example], tuned: Tuned) -> list[Tas
             found = "text and label" if encodes else "prompt and answer"
             raise UserError(f"The task {task} does not fit the records, which hold {found}.")
         if task != "loss" and examples[0].whole:
-            raise UserError(f"The task {task} asks, and {examples[0].where} is text without a prompt: measure loss.")
+            raise UserError(f"The task {task} needs prompts, and {examples[0].where} has none: measure loss.")
         if task in _ENCODER and not tuned.classes:
             raise UserError(
                 f"{tuned.source} has no classes: only a run or its adapter with head classification can be evaluated."
             )
         if task in _ENCODER and task != head:
-            raise UserError(f"The task {task} does not fit {tuned.source}, whose head is for {head}.")
+            raise UserError(f"The task {task} does not fit {tuned.source}, which has a head for {head}.")
     return tasks
 
 

@@ -184,9 +184,13 @@ def read_card(file: Path, fresh: bool = False) -> ModelCard | None:
     try:
         card = ModelCard(_plain_metadata(file), ignore_metadata_errors=True)
     except Exception as error:
-        raise UserError(f"{file}, the card, could not be read ({error}): remove it, and it is written anew.") from None
+        raise UserError(
+            f"{file}, the card, could not be read ({error}): remove it, and give the command again."
+        ) from None
     if not fresh and BEGIN not in card.text and "[More Information Needed]" not in card.text:
-        raise UserError(f"{file} is a card of your own: put the lines {BEGIN} and {END} where ours is to stand.")
+        raise UserError(
+            f"{file} is a card of your own: add the lines {BEGIN} and {END}; the card is written between them."
+        )
     if (card.text.count(BEGIN), card.text.count(END)) not in ((0, 0), (1, 1)):
         raise UserError(f"{file} has one of the marks {BEGIN} and {END} without the other, or twice: mend it.")
     return card

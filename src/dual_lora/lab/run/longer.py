@@ -38,8 +38,8 @@ def check_longer(folder: RunFolder, steps: int, start: int, method: Mapping[str,
     """
     if start > steps:
         raise UserError(
-            f"The run {folder.path} has made {start} steps, and {steps} are asked for: give more with --train.steps or "
-            "--train.epochs, or another --out."
+            f"The run {folder.path} has already made {start} steps, and you ask for {steps}: give more with "
+            "--train.steps or --train.epochs, or give another --out."
         )
     was = folder.recorded()
     before = was.get("method")
@@ -48,9 +48,10 @@ def check_longer(folder: RunFolder, steps: int, start: int, method: Mapping[str,
     for name in ("warmup_steps", "total_step"):
         if name in before and before[name] != method.get(name):
             raise UserError(
-                f"The method's {name} is a share of the run: {before[name]} of {was.get('total_steps')} steps, and "
-                f"would be {method.get(name)} of {steps}, which scales what was trained anew. Give --method.{name} "
-                f"{before[name]} when a run is begun that may go on; begin this one anew in another --out."
+                f"This run cannot get longer. The method's {name} is a share of the run: it was {before[name]} of "
+                f"{was.get('total_steps')} steps and would be {method.get(name)} of {steps}, which changes the "
+                f"strength of what is trained already. Start again with another --out and --method.{name} "
+                f"{before[name]}; that run can get longer."
             )
 
 

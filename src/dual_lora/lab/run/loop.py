@@ -100,9 +100,8 @@ def check_precision(recipe: Recipe) -> None:
     asked, launched = recipe.train.autocast, os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if _deepspeed() and not _deepspeed_file() and asked not in ("none", launched):
         raise UserError(
-            f"train.autocast is {asked!r} (auto is what this device is fast with), and DeepSpeed has no autocast "
-            f"(its mixed precision here is {launched!r}): "
-            "take model.dtype: bfloat16 with train.autocast: none, or mixed_precision: bf16 in accelerate's "
+            f"train.autocast is {asked!r}, but DeepSpeed has no autocast (accelerate's mixed_precision: {launched!r}). "
+            "Set model.dtype: bfloat16 and train.autocast: none. Or set mixed_precision: bf16 in accelerate's "
             "configuration, which rounds the base."
         )
 
@@ -286,8 +285,8 @@ def check_names(part: TrainSection) -> None:
             raise UserError(f"train.arguments has no field {key!r}.{suggest(key, ARGUMENTS & known)}")
         if key not in ARGUMENTS:
             raise UserError(
-                f"train.arguments may not set {key!r}: a recipe says how to train, not where files go or what is sent "
-                "away; what has a field of its own, such as the rows of a step, is set there. Allowed are "
+                f"train.arguments may not set {key!r}. It sets how a run trains. It cannot set where files go or what "
+                "is sent, or what has a field of its own in a recipe (such as train.batch_size). Allowed are "
                 f"{', '.join(sorted(ARGUMENTS))}."
             )
     searched = part.arguments.get("optim_target_modules") or []
@@ -301,7 +300,7 @@ def check_names(part: TrainSection) -> None:
         )
     if _own_optimizer(part.optimizer):
         if unused := [key for key in part.arguments if key.startswith("adam_")]:
-            raise UserError(f"train.arguments.{unused[0]} says nothing to {part.optimizer}, which is built by itself.")
+            raise UserError(f"train.arguments.{unused[0]} has no effect on {part.optimizer}: leave it out.")
         return
     optimizers = [LORAPLUS, *(name.value for name in OptimizerNames)]
     if part.optimizer not in optimizers:

@@ -93,7 +93,7 @@ def predict(
             try:
                 rows = ask(model, examples[start : start + size], bar.advance)
             except NotFinite as error:
-                raise UserError(f"{tuned.source} computes NaN or infinity {error}: it says nothing.") from error
+                raise UserError(f"{tuned.source} computes NaN or infinity {error}, and no result.") from error
             file.writelines(json_text(row) + "\n" for row in rows)
             file.flush()
             done += rows

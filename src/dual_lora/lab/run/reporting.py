@@ -58,9 +58,9 @@ def _check_wandb(root: Path) -> None:
         given = {**held.defaults(), **{name: value for part in held.sections() for name, value in held[part].items()}}
         if others := [name for name, value in given.items() if OF_WANDB.get(name, "") not in (None, value)]:
             raise UserError(
-                f"{file} sets {others[0]}, and W&B would go by it: where it sends, under which name, or what. Nothing "
-                "was sent. If it is yours, say so in the environment (such as WANDB_BASE_URL or WANDB_ENTITY) and take "
-                "it out of that file."
+                f"{file} sets {others[0]}. Nothing was sent, because the file may be a stranger's and could redirect "
+                "what W&B sends. If the setting is yours, move it from that file to the environment (such as "
+                "WANDB_BASE_URL or WANDB_ENTITY)."
             )
 
 

@@ -63,8 +63,8 @@ def same_rows_at_once(folder: RunFolder, batch_size: int, processes: int) -> Non
         before, now = int(record.get("rows_at_once", batch_size * processes)), batch_size * processes
     except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(
-            f"The record {folder.record} could not be read ({error!r}), so how the run was made is not known: begin it "
-            "anew in another --out."
+            f"The record {folder.record} could not be read ({error!r}), so the run cannot be "
+            "continued: start again with another --out."
         ) from None
     if before == now:
         return

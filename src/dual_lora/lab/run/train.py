@@ -152,8 +152,8 @@ def _adapted(recipe: Recipe, ready: Prepared) -> tuple[Any, Any]:
     config = method_config(recipe.method, recipe.model.head, ready.steps, loaded.fresh)
     if any(is_kind(config, kind) for kind in OWN_LOSS):
         raise UserError(
-            f"The method {recipe.method['name']} adds a loss of its own to the model's, which is not asked for one "
-            "here: train it with transformers' Trainer."
+            f"dual-lora cannot train the method {recipe.method['name']}: the method adds a loss of its own, and this "
+            "command computes only the model's. Train it with transformers' Trainer."
         )
     if wants_gradients(config):
         show_gradients(loaded.model, config, ready, part.batch_size, ready.collator(loaded.model))

@@ -13,6 +13,7 @@ from dual_lora.lab.study.search import Search
 from dual_lora.lab.study.study import Budget, Study, TaskEntry
 
 MOST_EXTENDED = 10
+LISTING = "`dual-lora compare` lists the shipped studies; a study of yours is named by its file."
 
 
 def shipped_studies() -> dict[str, Path]:
@@ -48,7 +49,7 @@ def _study_file(name: str, path: Path) -> Path:
         return shipped[name]
     if name in shipped_recipes():
         raise UserError(_is_a_recipe(name))
-    raise UserError(f"There is no study {name!r}, neither a file nor a shipped one.{suggest(name, shipped)}")
+    raise UserError(f"There is no study {name!r}.{suggest(name, shipped, LISTING)}")
 
 
 def values_in(path: Path) -> dict[str, Any]:
