@@ -207,6 +207,7 @@ def test_a_prompts_list_of_answers_is_read_in_one_pass(prompt):
         ({"r": 10**9}, "r holds 1,000,000,000, and no weight"),
         ({"rank_pattern": {"q_proj": 10**8}}, "rank_pattern holds 100,000,000"),
         ({"target_modules": "["}, "is not a regular expression"),
+        ({"init_lora_weights": "lora_ga", "lora_ga_config": {"x": 1}}, "lora_ga_config: .* unexpected .* 'x'"),
     ],
 )
 def test_a_methods_bounds(change_of, said, lm_values, tmp_path):
