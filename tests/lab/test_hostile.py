@@ -23,6 +23,7 @@ from dual_lora.lab.model.opened import open_tuned
 from dual_lora.lab.patterns import Pattern
 from dual_lora.lab.read import parse_yaml, read_json_lines, read_object
 from dual_lora.lab.recipe.read import build_recipe, read_recipe
+from dual_lora.lab.recipe.schema import EvaluateSection
 from dual_lora.lab.run.evaluate import evaluate
 from dual_lora.lab.run.train import run
 from dual_lora.lab.study.plan import Plan
@@ -241,6 +242,10 @@ def test_a_note_of_another_shape(text, source):
     (source / "adapter/lab.json").write_text(text)
     with pytest.raises(UserError, match=r"lab\.json"):
         open_tuned(source)
+
+
+def test_a_task_is_measured_once():
+    assert EvaluateSection(tasks=["choice", "loss", "choice"]).tasks == ["choice", "loss"]
 
 
 def test_classes_without_an_end_are_no_head_s(source):
