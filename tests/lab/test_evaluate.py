@@ -12,6 +12,7 @@ from transformers import AddedToken
 
 from dual_lora.lab.data.encode import Prompter
 from dual_lora.lab.data.examples import load_split
+from dual_lora.lab.data.formats import Example, turn
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.generate import ends_of, generate, texts_of
 from dual_lora.lab.model.load import load_model
@@ -42,6 +43,15 @@ def test_loss_equals_that_of_the_model_row_by_row(loaded):
         assert row["nats"] / row["tokens"] == pytest.approx(float(out.loss.detach()), rel=1e-5)
     figures = summary("loss", rows, examples)
     assert figures["loss"] == pytest.approx(sum(r["nats"] for r in rows) / sum(r["tokens"] for r in rows))
+
+
+@pytest.mark.parametrize(("count", "answer"), [(2001, "c0"), (1500, "c0" + " red" * 1000)])
+def test_choices_without_an_end_are_refused(count, answer):
+    """Each is read in the answer's place, all of one question at once: of 300 kB came 900 MB of text."""
+    choices = tuple(f"c{i}" for i in range(count))
+    example = Example("data.json, record 1", turn("is ?", answer), answer=answer, target="c0", choices=choices)
+    with pytest.raises(UserError, match=rf"record 1: {count:,} choices are .* characters, each written"):
+        score_choice(Asked(None, [example], None, EvaluateSection()))
 
 
 @pytest.mark.parametrize("cached", [True, False])

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from dual_lora.lab.model.opened import open_tuned
 from dual_lora.lab.patterns import Pattern
 from dual_lora.lab.read import parse_yaml, read_json_lines, read_object
 from dual_lora.lab.recipe.read import build_recipe, read_recipe
+from dual_lora.lab.recipe.schema import EvaluateSection
 from dual_lora.lab.run.evaluate import evaluate
 from dual_lora.lab.run.train import run
 from dual_lora.lab.study.plan import Plan
@@ -206,6 +208,7 @@ def test_a_prompts_list_of_answers_is_read_in_one_pass(prompt):
         ({"r": 10**9}, "r holds 1,000,000,000, and no weight"),
         ({"rank_pattern": {"q_proj": 10**8}}, "rank_pattern holds 100,000,000"),
         ({"target_modules": "["}, "is not a regular expression"),
+        ({"init_lora_weights": "lora_ga", "lora_ga_config": {"x": 1}}, "lora_ga_config: .* unexpected .* 'x'"),
     ],
 )
 def test_a_methods_bounds(change_of, said, lm_values, tmp_path):
@@ -238,6 +241,17 @@ def test_a_rank_that_the_file_does_not_hold_is_not_drawn(source, monkeypatch):
 def test_a_note_of_another_shape(text, source):
     (source / "adapter/lab.json").write_text(text)
     with pytest.raises(UserError, match=r"lab\.json"):
+        open_tuned(source)
+
+
+def test_a_task_is_measured_once():
+    assert EvaluateSection(tasks=["choice", "loss", "choice"]).tasks == ["choice", "loss"]
+
+
+def test_classes_without_an_end_are_no_head_s(source):
+    """Each has a row, which is drawn before the file of the weights is looked at."""
+    change(source / "adapter/lab.json", classes=list(map(str, range(100_001))))
+    with pytest.raises(UserError, match="100,001 names, expected at most 100,000"):
         open_tuned(source)
 
 
@@ -554,6 +568,30 @@ def test_a_pipe_in_a_base_is_not_waited_for(tiny_lm, tmp_path):
     (base / "model.safetensors").unlink()
     os.mkfifo(base / "model.safetensors")
     with pytest.raises(UserError, match="neither a file nor a folder"):
+        open_tuned(base)
+
+
+@pytest.mark.parametrize("kind", ["packed", "a view", "no numbers", "lists of lists"])
+def test_weights_of_an_older_base_take_no_more_than_their_file(kind, tiny_lm, tmp_path):
+    """Of some hundred kilobytes torch would make gigabytes."""
+    base = shutil.copytree(tiny_lm, tmp_path / "base")
+    held, file = load_file(base / "model.safetensors"), base / "pytorch_model.bin"
+    (base / "model.safetensors").unlink()
+    torch.save(held, file)
+    open_tuned(base)
+    nested = []
+    for _ in range(9):
+        nested = [nested] * 10
+    more = {"a view": torch.zeros(1).expand(10**5, 10**5), "lists of lists": nested}
+    more["no numbers"] = torch.sparse_coo_tensor(torch.zeros(2, 0), torch.zeros(0), (10**5, 10**5))
+    torch.save(held | {"more": more.get(kind, torch.zeros(10**6))}, file)
+    if kind == "packed":
+        with zipfile.ZipFile(file) as archive:
+            entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, content in entries.items():
+                archive.writestr(name, content)
+    with pytest.raises(UserError, match=r"packed entry|of which it has fewer|that is not plain|5,000,000 values"):
         open_tuned(base)
 
 

@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from safetensors.torch import save_file
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.load import load_model, load_tokenizer
+from dual_lora.lab.model.named_files import MADE
 from dual_lora.lab.model.opened import open_tuned
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.recipe.schema import ModelSection
@@ -77,6 +80,46 @@ def test_a_tokenizer_saved_by_an_older_transformers_is_read(base, secret, monkey
         padding_side="right", x_token="mine", vocab_file=str(base / "tokenizer.json"),
     )  # fmt: skip
     assert load_tokenizer(str(base))("fire").input_ids
+
+
+SPECIAL = [f"<x{i}>" for i in range(10_001)]
+ADDED = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True}
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "said"),
+    [
+        ("tokenizer_config.json", {"tokenizer_class": "ByT5Tokenizer", "extra_ids": 10**9}, "has extra_ids 1,000,000,"),
+        ("tokenizer_config.json", {"tokenizer_class": "PegasusTokenizer", "offset": 10**9}, "has offset 1,000,000,000"),
+        ("tokenizer_config.json", {"extra_special_tokens": SPECIAL}, "10,001 special tokens"),
+        ("special_tokens_map.json", {"additional_special_tokens": SPECIAL}, "10,001 special tokens"),
+        (
+            "tokenizer_config.json",
+            {
+                "tokenizer_class": "ByT5Tokenizer",
+                "added_tokens_decoder": {str(900 + i): ADDED | {"content": text} for i, text in enumerate(SPECIAL)},
+            },
+            "10,001 special tokens",
+        ),
+    ],
+    ids=["extra ids", "offset", "extra", "additional", "added in Python"],
+)
+def test_a_tokenizer_makes_no_tokens_without_an_end(file, values, said, base):
+    """By a number of a few bytes they filled the memory, and as a list they took hours."""
+    settings(base / file, **values)
+    with pytest.raises(UserError, match=said):
+        load_tokenizer(str(base))
+
+
+def test_every_number_by_which_a_tokenizer_makes_tokens_has_its_bound():
+    """In transformers' sources: a loop over as many as a parameter of the tokenizer says."""
+    import transformers
+
+    sources = [file.read_text("utf-8") for file in Path(transformers.__file__).parent.glob("models/*/tokeniz*.py")]
+    loop, parameter = r"in range\((?:2, )?(?:self\.)?(\w+)\)", r"(?m)^        (\w+)(?:: int)? ?= ?\d+,$"
+    looped, numbers = ({name for text in sources for name in re.findall(p, text)} for p in (loop, parameter))
+    assert {"extra_ids", "offset", "num_madeup_words"} <= looped & numbers
+    assert not [name for name in looped & numbers if not MADE.fullmatch(name)]
 
 
 @pytest.mark.parametrize(

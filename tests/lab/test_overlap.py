@@ -102,6 +102,16 @@ def test_what_an_earlier_turn_asks_is_shared_too(tmp_path):
     assert shared(data) == [], "a greeting is nothing that is asked"
 
 
+@pytest.mark.timeout(60)
+def test_a_conversation_of_answers_without_an_end_is_read_in_one_pass(tmp_path):
+    """What is before each answer was kept as a text: gigabytes of a file of 1 MB, in a study's --dry-run too."""
+    turns = [{"role": ("user", "assistant")[i % 2], "content": "sea"} for i in range(20_000)]
+    (tmp_path / "train.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    (tmp_path / "test.jsonl").write_text(json.dumps({"messages": turns[:9998]}) + "\n")
+    data = DataSection(train=str(tmp_path / "train.jsonl"), test=str(tmp_path / "test.jsonl"))
+    assert [tuple(found) for found in shared(data)] == [("test", "train", 1, 1)]
+
+
 def test_a_study_refuses_what_its_recipe_does_not_declare(tmp_path):
     file = write_study(tmp_path)
     lines = [(tmp_path / name).read_text().splitlines(True) for name in ("train.jsonl", "test.jsonl")]

@@ -322,6 +322,33 @@ def test_a_body_without_an_end_is_refused(server, monkeypatch):
     assert server.served.turns.running == 0
 
 
+@pytest.mark.parametrize(
+    ("kind", "body", "said"),
+    [
+        (b"application/json", b"[" + b"{}," * 6_000_000 + b"{}]", "12,000,002 values"),
+        (b"application/json", ("[" + "{}," * 6_000_000 + "{}]").encode("utf-16"), "12,000,002 values"),
+        (b"application/json", b'"' * 12_000_000, "12,000,000 values"),
+        (ENCODED, b"&" * 10_000_000, "10,000,000 fields"),
+        (FORM, b"\r\n--edge\r\n\r\n" * 500_000, "500,000 fields"),
+    ],
+    ids=["objects", "in UTF-16", "texts", "encoded", "parts"],
+)
+@pytest.mark.timeout(60)
+def test_values_without_an_end_are_refused(kind, body, said, server):
+    """While a body is taken apart no other request is answered: such ones took minutes, or gigabytes."""
+    status, answer = asyncio.run(server.ask(body, kind=kind))
+    assert (status, said in answer["error"]["message"]) == (400, True)
+    assert server.served.turns.running == 0
+
+
+def test_signs_in_a_text_are_no_values(server, monkeypatch):
+    from dual_lora.serving import body
+
+    monkeypatch.setattr(body, "MOST_VALUES", 20)
+    prompt = '{"a": [1, 2, 3]}, \\"' * 50
+    assert server.run({"model": "b", "prompt": prompt})[0][1][1] == server.other
+
+
 def test_names_that_are_refused_change_nothing(server, tmp_path):
     before = asked(server.endpoint, "GET", path="adapters")
     assert before == (200, {"adapters": {"b": server.other}, "limit_bytes": 0, "loaded": server.one})

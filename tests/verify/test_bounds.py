@@ -117,6 +117,14 @@ def test_names_with_a_rank_of_their_own_have_a_bound(field):
         check_patterns({field: {f"{i:04}" + "x" * 3996: 8 for i in range(1000)}}, nn.Linear(2, 2))
 
 
+@pytest.mark.parametrize("indices", [[0] * 5000, {"embed_tokens": [0] * 3000, "lm_head": [1] * 3000}])
+def test_a_token_that_trains_stands_there_once(indices, model):
+    """Each has a row of the embeddings, drawn before the file is looked at: 2 MB of zeros asked for gigabytes."""
+    with pytest.raises(ValueError, match=r"trainable_token_indices names \d,000 tokens, expected at most 4,096"):
+        check_bounds(LoraConfig(target_modules=["q"], trainable_token_indices=indices), model)
+    check_bounds(LoraConfig(target_modules=["q"], trainable_token_indices=[10**6] * 4000), model)
+
+
 def test_layers_to_transform_have_a_bound(model):
     with pytest.raises(ValueError, match="layers_to_transform names 1,000,000 layers"):
         check_bounds(LoraConfig(target_modules=["q"], layers_to_transform=[0] * 10**6), model)

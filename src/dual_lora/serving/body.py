@@ -10,6 +10,9 @@ from collections.abc import Iterable
 from typing import Any
 from urllib.parse import unquote_plus
 
+# Read while no other request is: some hundred megabytes may be one picture, but not values or fields without an end.
+MOST_VALUES = 10_000_000  # of JSON: a batch of prompts as numbers has millions
+MOST_FIELDS = 2000  # of a form; Starlette reads 1000, and as many files
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _SPACE = rb"[ \t]*"
 _PARAMETER = re.compile(
@@ -46,9 +49,14 @@ def read_body(headers: Iterable[tuple[bytes, bytes]], body: bytes) -> dict[str, 
 
 
 def json_object(text: str | bytes) -> dict[str, Any]:
-    """A JSON object; {} for all else. Raises Unclear for one with two models."""
+    """A JSON object; {} for all else. Raises Unclear for one with two models, and for values without an end."""
     try:
-        body = json.loads(text, object_pairs_hook=_Fields)
+        said = text if isinstance(text, str) else text.decode(json.detect_encoding(text), "surrogatepass")
+        if (count := _values_in(said)) > MOST_VALUES:
+            raise Unclear(f"The request has {count:,} values, of which at most {MOST_VALUES:,} are read.")
+        body = json.loads(said, object_pairs_hook=_Fields)
+    except Unclear:
+        raise
     except (ValueError, RecursionError):
         return {}
     if not isinstance(body, _Fields):
@@ -58,8 +66,19 @@ def json_object(text: str | bytes) -> dict[str, Any]:
     return body
 
 
+def _values_in(text: str) -> int:
+    """How many values a JSON text may have: signs before one that stand in no string."""
+    bare = text.replace("\\\\", "").replace('\\"', "")
+    if (count := bare.count('"')) <= MOST_VALUES:
+        outside = "".join(bare.split('"')[::2])
+        count = sum(map(outside.count, ",[{"))
+    return count
+
+
 class _Fields(dict[str, Any]):
     """A JSON object. models: how often it names one; of a name that stands there twice readers take either."""
+
+    __slots__ = ("models",)
 
     def __init__(self, pairs: list[tuple[str, Any]]):
         super().__init__(pairs)
@@ -97,10 +116,16 @@ def _models_in_parts(options: dict[bytes, bytes], body: bytes) -> list[str]:
         raise Unclear("The header Content-Type names no boundary of at most 70 plain characters.")
     if options.get(b"charset", b"utf-8").lower() not in (b"utf-8", b"utf8", b"us-ascii"):
         raise Unclear("The form is not in UTF-8, as its Content-Type says: send it in UTF-8.")
+    _check_count(body.count(b"\r\n--" + boundary))
     before, *parts = (b"\r\n" + body).split(b"\r\n--" + boundary)
     if before or not parts or not re.match(rb"--(\r\n|$)", parts[-1]):
         raise Unclear("The form does not begin and end with its boundary.")
     return [value.decode(errors="replace") for part in parts[:-1] for name, value in [_part(part)] if name == b"model"]
+
+
+def _check_count(count: int) -> None:
+    if count > MOST_FIELDS:
+        raise Unclear(f"The form has {count:,} fields, of which at most {MOST_FIELDS:,} are read.")
 
 
 def _part(part: bytes) -> tuple[bytes, bytes]:
@@ -120,6 +145,7 @@ def _part(part: bytes) -> tuple[bytes, bytes]:
 def _models_in_encoded(body: bytes) -> list[str]:
     """The values of an encoded form's fields named model. Raises Unclear where a semicolon ends a field for some
     readers and not for others, and one of both has it."""
+    _check_count(body.count(b"&") + body.count(b";"))
     readings = [_fields_called_model(re.split(ends, body)) for ends in (rb"&", rb"[&;]")]
     if readings[0] != readings[1]:
         raise Unclear("The form has a field named model next to a semicolon: write the semicolon as %3B.")

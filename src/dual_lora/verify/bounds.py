@@ -70,6 +70,7 @@ def check_bounds(config: Any, model: Any) -> None:
             raise ValueError(f"{what} {_written(number)}, and {why} {_written(most)}.")
     _check_start(values)
     _check_layers(values)
+    _check_tokens(values, largest)
     for fields in PRODUCTS:
         sizes = [value for name in fields if _is_number(value := values.get(name)) and value > 0]
         if len(sizes) > 1 and prod(sizes) > of_model:
@@ -152,6 +153,14 @@ def _check_layers(values: Mapping[str, Any]) -> None:
         raise ValueError(f"layer_replication is {str(ranges)[:200]}, expected pairs [start, end].") from None
     if count > MOST_LAYERS or len(ranges) > MOST_LAYERS:
         raise ValueError(f"layer_replication makes a model of {count:,} layers, at most {MOST_LAYERS:,} are built.")
+
+
+def _check_tokens(values: Mapping[str, Any], largest: int) -> None:
+    """Each token that trains has a row of weights of its own, one that stands twice as well."""
+    for field in ("trainable_token_indices", "token_indices"):
+        count = sum(1 for _ in _inside(values.get(field), field, False))
+        if count > largest:
+            raise ValueError(f"{field} names {count:,} tokens, expected at most {largest:,}.")
 
 
 def _written(number: float) -> str:

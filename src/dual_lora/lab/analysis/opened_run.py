@@ -16,9 +16,10 @@ from dual_lora.lab.data.batches import collator, mean_loss
 from dual_lora.lab.data.classes import classes_of
 from dual_lora.lab.data.encode import IGNORED, rows_digest
 from dual_lora.lab.data.examples import load_split
-from dual_lora.lab.errors import UserError
+from dual_lora.lab.errors import UserError, damaged
 from dual_lora.lab.files.folder import RunFolder, run_at
 from dual_lora.lab.model.methods import apply_method, method_config
+from dual_lora.lab.model.note import checked_classes
 from dual_lora.lab.model.opened import Tuned, load_base
 from dual_lora.lab.model.weights import weights_digest
 from dual_lora.lab.read import read_object
@@ -114,7 +115,8 @@ def open_run(path: str | Path, device: str | None = None) -> OpenedRun:
     folder = run_at(path)
     recipe = recipe_of_run(folder.path)
     record = _record(folder)
-    classes = list(record.get("classes") or [])
+    with damaged(f"The record {folder.record}"):
+        classes = checked_classes(record.get("classes") or [])
     if recipe.model.head != "causal" and not classes:
         classes = classes_of(recipe.model.head, load_split(recipe.data, "train"))
     check_same_inputs(folder, {"weights": weights_digest(recipe.model)})

@@ -1,8 +1,10 @@
 """Records that stand in two of train, validation and test: what is asked there may have been learned by heart."""
 
 import functools
+import hashlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dual_lora.lab.data.examples import item_of, load_split
 from dual_lora.lab.data.formats import Example
@@ -86,13 +88,28 @@ def undeclared(data: DataSection, found: list[Shared] | None = None) -> str:
 
 def _asked(example: Example) -> set[str]:
     """What is asked, and the group that it belongs to."""
-    return {item_of(example), example.group} - {""}
+    asked = item_of(example)
+    if example.messages:
+        *_, (_, asked) = _prints(example.prompt or example.messages)
+    return {asked, example.group} - {""}
 
 
 def _every(example: Example) -> set[str]:
     """The same, and in a conversation what is asked before each of its answers."""
-    turns = {repr(example.messages[:i]) for i, m in enumerate(example.messages) if m["role"] == "assistant" and i}
+    before, turns = "", set()
+    for message, after in _prints(example.messages):
+        if message["role"] == "assistant" and before:
+            turns.add(before)
+        before = after
     return _asked(example) | turns
+
+
+def _prints(messages: Iterable[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], str]]:
+    """Each message with a print of the conversation up to it: in one pass, however long the conversation is."""
+    print_of = hashlib.sha256()
+    for message in messages:
+        print_of.update(repr(message).encode("utf-8", "surrogatepass") + b"\n")
+        yield message, print_of.hexdigest()
 
 
 def _records(data: DataSection, split: str) -> list[Example]:

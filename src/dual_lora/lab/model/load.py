@@ -79,12 +79,14 @@ def load_model(part: ModelSection, num_labels: int | None = None, device: str | 
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    from dual_lora.lab.model.pickled import check_weights
     from dual_lora.method.layers.quantized_rows import keep_unpacked
 
     location = locate(part.path, part.revision)
     check_settings(location)
     with _clear_errors(part.path):
         check_whole_model(location.name, location.revision)
+        check_weights(Path(location.name))
     tokenizer = load_tokenizer(part.path, location)
     arguments: dict[str, Any] = {"dtype": getattr(torch, dtype_of(part, device)), **location.arguments()}
     if part.attention:

@@ -79,7 +79,10 @@ def method_config(method: dict[str, Any], head: str, steps: int, fresh: list[str
     if settings.get("init_lora_weights") == "lora_ga":
         from peft.tuners.lora.config import LoraGAConfig
 
-        settings["lora_ga_config"] = LoraGAConfig(**(settings.get("lora_ga_config") or {}))
+        try:
+            settings["lora_ga_config"] = LoraGAConfig(**(settings.get("lora_ga_config") or {}))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"method {method['name']}: lora_ga_config: {error}") from error
     if fresh and "modules_to_save" in known:
         # A part of a head is not kept next to the whole of it: PEFT adds classifier and score, and could load neither.
         whole = {*fresh, "classifier", "score"}

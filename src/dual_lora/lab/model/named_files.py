@@ -1,4 +1,4 @@
-"""What a model's settings may name: files of its own folder.
+"""What a model's settings may name: files of its own folder, and tokens by a number that has an end.
 
 Loaders open whatever is named, wherever it lies: a text in `vocab` of tokenizer_config.json is a file whose lines
 become the vocabulary, which is saved with each run and merged model, and uploaded. An index names files of weights, and
@@ -8,7 +8,7 @@ an adapter_config.json next to a config.json an adapter, which transformers puts
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -23,20 +23,55 @@ _NO_FILES = re.compile(
 _LONGEST = 4096  # characters of a path
 _TEMPLATE = re.compile(r"[\w\-][\w.\-]{0,99}")
 MOST_TEMPLATES = 100
+# By these a tokenizer makes tokens of its own, or fills up a text's; published ones have some 100, and widths of 1000.
+MADE = re.compile(r"extra_ids|offset|num_\w+|(max|pad)_(width|depth)")
+MOST_MADE = 2000
+MOST_SPECIAL = 10_000  # the time that they take grows with their square; published ones have some 1000
 
 
 def check_tokenizer_arguments(model: str, revision: str | None = None) -> None:
-    """Raise UserError for a tokenizer whose settings name a file outside of its folder. model: folder or hub name."""
+    """Raise UserError for a tokenizer whose settings name a file outside of its folder, or tokens without an end.
+
+    model: folder or hub name.
+    """
     from huggingface_hub.constants import HF_HUB_CACHE
 
     for name in ARGUMENTS:
-        for key, text in _texts_in(_settings(model, name, revision)):
+        settings = _settings(model, name, revision)
+        _check_made(settings, f"{name} of {model}", lambda: _settings(model, "config.json", revision))
+        for key, text in _texts_in(settings):
             if _is_outside(text, [model] + [HF_HUB_CACHE] * key.endswith("_file")):
                 raise UserError(
                     f"{name} of {model} names a file as {key}, {text[:200]}, which lies outside of its folder: "
                     "the file's content would become a part of the tokenizer and be saved with it. Nothing "
                     f"was read: remove {key}."
                 )
+
+
+def _check_made(settings: dict[str, Any], where: str, config: Callable[[], dict[str, Any]]) -> None:
+    """Raise UserError for more tokens than a tokenizer can be built with in a minute. config: reads the model's."""
+    for key, value in settings.items():
+        if MADE.fullmatch(key) and isinstance(value, int) and value > MOST_MADE:
+            raise UserError(f"{where} has {key} {value:,}, expected at most {MOST_MADE:,}.")
+    lists = [value for key, value in settings.items() if "special_tokens" in key and isinstance(value, list | dict)]
+    count = max(map(len, lists), default=0)
+    added = settings.get("added_tokens_decoder")
+    if isinstance(added, dict) and len(added) > MOST_SPECIAL and _is_in_python(settings, config()):
+        count = max(count, len(added))
+    if count > MOST_SPECIAL:
+        raise UserError(f"{where} has {count:,} special tokens, expected at most {MOST_SPECIAL:,}.")
+
+
+def _is_in_python(settings: dict[str, Any], config: dict[str, Any]) -> bool:
+    """Whether a tokenizer may be one of transformers' own, in Python, which adds tokens slowly."""
+    import transformers
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+
+    of_kind: Any = TOKENIZER_MAPPING_NAMES.get(str(config.get("model_type")))
+    names = [settings.get("tokenizer_class"), config.get("tokenizer_class")]
+    names += of_kind if isinstance(of_kind, list | tuple) else [of_kind]
+    kinds = [getattr(transformers, name, None) for name in names if isinstance(name, str)]
+    return any(isinstance(kind, type) and issubclass(kind, transformers.PreTrainedTokenizer) for kind in kinds)
 
 
 def check_templates(model: str, templates: Any) -> None:

@@ -11,6 +11,7 @@ from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.recipe.schema import Recipe
 
 NOTE = "lab.json"
+MOST_CLASSES = 100_000  # each has a row of the head, which is drawn before the file is read
 
 
 def read_note(adapter: Path) -> tuple[Recipe | None, list[str]]:
@@ -20,17 +21,24 @@ def read_note(adapter: Path) -> tuple[Recipe | None, list[str]]:
         return None, []
     try:
         note = read_object(file)
-        recipe, classes = note["recipe"], note.get("classes", [])
-        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-            raise ValueError(f"classes is {classes!r:.200}, expected a list of names")
-        "".join(classes).encode()  # half of a surrogate pair is no text
-        if len({*classes}) < len(classes):
-            raise ValueError(f"classes is {classes!r:.200}, in which a name stands twice")
+        recipe, classes = note["recipe"], checked_classes(note.get("classes", []))
     except (ValueError, KeyError) as error:
         raise UserError(
             f"{file}, the note of the recipe, is damaged ({described(error)}): remove it and give --recipe."
         ) from None
     return build_recipe(recipe, str(file)), classes
+
+
+def checked_classes(classes: Any) -> list[str]:
+    """The names of classes that a file holds. Raises ValueError for what is none, and for more than any head has."""
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise ValueError(f"classes is {classes!r:.200}, expected a list of names")
+    if len(classes) > MOST_CLASSES:
+        raise ValueError(f"classes has {len(classes):,} names, expected at most {MOST_CLASSES:,}")
+    "".join(classes).encode()  # half of a surrogate pair is no text
+    if len({*classes}) < len(classes):
+        raise ValueError(f"classes is {classes!r:.200}, in which a name stands twice")
+    return classes
 
 
 def write_note(adapter: Path, recipe: Recipe, classes: list[str], base: dict[str, str] | None = None) -> None:

@@ -18,7 +18,7 @@ from dual_lora.lab.model.load import UNREAD, Loaded, load_model, load_tokenizer
 from dual_lora.lab.model.location import Location, check_entries, check_here, is_here
 from dual_lora.lab.model.methods import plain_name
 from dual_lora.lab.model.note import NOTE, name_classes, read_note
-from dual_lora.lab.model.pickled import check_unpacked
+from dual_lora.lab.model.pickled import check_weights
 from dual_lora.lab.model.weights import is_another, other_settings, short_digest, warn_of_doubt, weights_digest
 from dual_lora.lab.read import read_object, regular
 from dual_lora.lab.recipe.schema import ModelSection, Recipe
@@ -201,8 +201,7 @@ def _open_adapter(
     except Exception as error:  # whatever a foreign file makes PEFT raise: KeyError, AttributeError, RecursionError
         raise UserError(f"The adapter {adapter} could not be read: {described(error)}") from error
     check_stored_numbers(adapter / "adapter_model.safetensors", f"The adapter {adapter}")
-    if (adapter / "adapter_model.bin").is_file():
-        check_unpacked(adapter / "adapter_model.bin")
+    check_weights(adapter)
     part = recipe.model if recipe else _part_of(config, adapter, unsaid)
     another = {"path": base, "revision": None} if base and base != part.path else {}
     unpacked = {"quantize": "none"} if whole else {}

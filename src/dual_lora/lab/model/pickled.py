@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from dual_lora.lab.errors import UserError
+from dual_lora.lab.errors import UserError, memory_full
 from dual_lora.lab.read import regular
 
 LARGEST = 10**13  # bytes
+MOST_VALUES = 5_000_000  # an optimizer's state has a few for each tensor
 
 
 def check_unpacked(file: Path) -> None:
@@ -37,18 +38,50 @@ def check_unpacked(file: Path) -> None:
         )
 
 
+def check_weights(folder: Path) -> None:
+    """Raise UserError for weights in a model's or an adapter's folder that would take more memory than their file has.
+
+    One that is damaged, or holds no weights, is left to whoever reads it.
+    """
+    for file in sorted(folder.glob("*.bin")):
+        check_unpacked(file)
+        try:
+            held = _held_in(file)
+        except Exception as error:
+            if memory_full(error):
+                raise
+            continue
+        _check_plain(held, file)
+
+
 def check_no_views(file: Path) -> None:
-    """Raise UserError for a file, which `check_unpacked` let pass, with a tensor of more numbers than it holds. Nothing
-    of it is copied."""
-    held = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    for tensor in _tensors_in(held):
-        if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
-            raise UserError(f"{file} holds a tensor of {tensor.numel():,} numbers, of which it has fewer.")
+    """Raise UserError for a file, which `check_unpacked` let pass, with a tensor of more numbers than it holds."""
+    _check_plain(_held_in(file), file)
 
 
-def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict | list | tuple):
+def _held_in(file: Path) -> Any:
+    """What a file holds; of an archive nothing is copied."""
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+
+
+def _check_plain(held: Any, file: Path) -> None:
+    try:
+        for number, value in enumerate(_values_in(held)):
+            if number > MOST_VALUES:
+                raise UserError(f"{file} holds more than {MOST_VALUES:,} values, what it repeats counted again.")
+            if not isinstance(value, torch.Tensor):
+                continue
+            if value.layout != torch.strided or value.is_meta:
+                raise UserError(f"{file} holds a tensor that is not plain ({value.layout}, on {value.device}).")
+            if value.numel() * value.itemsize > value.untyped_storage().nbytes():
+                raise UserError(f"{file} holds a tensor of {value.numel():,} numbers, of which it has fewer.")
+    except RecursionError:
+        raise UserError(f"{file} is nested too deeply.") from None
+
+
+def _values_in(value: Any) -> Iterator[Any]:
+    """The value and all inside it. What stands in it often, as a list of lists may, comes as often."""
+    yield value
+    if isinstance(value, dict | list | tuple):
         for each in value.values() if isinstance(value, dict) else value:
-            yield from _tensors_in(each)
+            yield from _values_in(each)

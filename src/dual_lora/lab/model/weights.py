@@ -7,6 +7,7 @@ import itertools
 import json
 import re
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
@@ -55,11 +56,21 @@ def is_another(before: object, now: dict[str, str]) -> bool | None:
     """
     old, new = tensor_digests(before), tensor_digests(now)
     # A model with a head calls `transformer.h.0` what the one without calls `h.0`.
-    begins = {f"{name.partition('.')[0]}." for name in (*old, *new)}
-    without = [({n.removeprefix(begin): v for n, v in old.items()}, new) for begin in begins]
-    without += [(old, {n.removeprefix(begin): v for n, v in new.items()}) for begin in begins]
-    old, new = max([(old, new), *without], key=lambda pair: len(pair[0].keys() & pair[1].keys()))
+    pairs = [(old, new), (_shortened(old, new), new), (old, _shortened(new, old))]
+    old, new = max(pairs, key=lambda pair: len(pair[0].keys() & pair[1].keys()))
     return have_changed(old, new) if old.keys() & new.keys() else None
+
+
+def _shortened(prints: dict[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+    """A print without that first part of its names with which the fewest of them are those of another print. In one
+    pass, since a print may come with somebody else's adapter and have any number of names."""
+    gained = Counter[str]()
+    for name in prints:
+        begin, dot, rest = name.partition(".")
+        if dot:
+            gained[begin + dot] += (rest in others) - (name in others)
+    begin = max(gained, key=lambda begin: gained[begin], default="")
+    return {name.removeprefix(begin): value for name, value in prints.items()}
 
 
 def other_settings(before: object, now: dict[str, str]) -> list[str]:

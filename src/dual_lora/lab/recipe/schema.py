@@ -234,6 +234,11 @@ class EvaluateSection(Section):
     def _one_task_is_a_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
 
+    @field_validator("tasks")
+    @classmethod
+    def _each_once(cls, value: list[Task]) -> list[Task]:
+        return list(dict.fromkeys(value))
+
     @field_validator("extract")
     @classmethod
     def _can_be_searched_for(cls, value: str | None) -> str | None:

@@ -20,6 +20,9 @@ from dual_lora.lab.data.formats import Example
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.run.scoring import Asked, Rows
 
+MOST_CHOICES = 2000  # of one question, which are read at once
+MOST_CHARACTERS = 2_000_000  # of their answers together
+
 
 def score_choice(asked: Asked) -> Rows:
     """The choice with the largest log-likelihood, and all of them. A prompt is read once for all of its choices."""
@@ -27,6 +30,7 @@ def score_choice(asked: Asked) -> Rows:
     prompts: list[list[int]] = []
     answers: list[list[list[int]]] = []
     for example in examples:
+        _check_size(example)
         if example.target not in example.choices:
             raise UserError(
                 f"{example.where}: the answer {example.target!r} is not among the choices "
@@ -57,6 +61,17 @@ def score_choice(asked: Asked) -> Rows:
             stacklevel=2,
         )
     return rows
+
+
+def _check_size(example: Example) -> None:
+    """Raise UserError for more choices, each with the answer around it, than a record may make of a few letters."""
+    count = len(example.choices)
+    written = count * len(example.answer) + sum(map(len, example.choices))
+    if count > MOST_CHOICES or written > MOST_CHARACTERS:
+        raise UserError(
+            f"{example.where}: {count:,} choices are {written:,} characters, each written into the answer; at most "
+            f"{MOST_CHOICES:,} of {MOST_CHARACTERS:,} in all are read: give fewer, or shorter answers."
+        )
 
 
 def _never_chosen(examples: Sequence[Example], answers: Sequence[list[list[int]]]) -> str:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -101,14 +102,14 @@ def predict(
     unfinished.unlink(missing_ok=True)
     agree = [_same(row, own) for row, e in zip(done, examples, strict=True) if (own := e.label or e.answer)]
     labels = [str(row["predicted"]) for row in done if "probability" in row]
-    names = [*tuned.classes, *sorted({*labels} - {*tuned.classes})]
+    names, counts = [*tuned.classes, *sorted({*labels} - {*tuned.classes})], Counter(labels)
     return Predicted(
         source=tuned.source,
         records=source,
         file=str(out),
         examples=len(examples),
         resumed_from=earlier,
-        counts={name: labels.count(name) for name in names} if labels else {},
+        counts={name: counts[name] for name in names} if labels else {},
         answered=len(agree),
         agree=sum(agree),
         cut=_cut(tuned, examples, data),
@@ -234,7 +235,8 @@ def _softmax(scores: list[float]) -> list[float]:
     if not math.isfinite(most):
         raise NotFinite("on these prompts")
     powers = [math.exp(score - most) for score in scores]
-    return [power / sum(powers) for power in powers]
+    total = sum(powers)
+    return [power / total for power in powers]
 
 
 def _columns(tuned: Tuned, examples: list[Example]) -> Iterator[str]:
