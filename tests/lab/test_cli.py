@@ -202,6 +202,7 @@ def test_recipes(call, tmp_path, monkeypatch):
         (["evaluate", "OUT", "--data.max-length", "2"], "data.max_length is 2"),
         (["evaluate", "OUT", "--recipe", "nosuch"], "no recipe 'nosuch'"),
         (["merge", "OUT"], "requires an argument"),
+        (["train", "boolq-smollm2", "--method.use-dora", "--out", "OUT"], "--method.use-dora needs a value, such as"),
         (["generate", "package:no-such-package", "hello"], "pip install --no-deps no-such-package"),
     ],
 )

@@ -225,6 +225,14 @@ def test_defects_are_named_with_their_place(name, text, message, file):
         read_examples(file(name, text), DataSection())
 
 
+def test_a_renamed_field_is_called_as_in_its_file(file):
+    data = DataSection(fields={"text": "Review body", "label": "Stars"})
+    with pytest.raises(UserError, match=r"a\.csv, line 2: the cell 'Review body' is empty"):
+        read_examples(file("a.csv", "Review body,Stars\n,good\n"), data)
+    with pytest.raises(UserError, match=r"a\.jsonl, line 1: field 'Stars' is null"):
+        read_examples(file("a.jsonl", '{"Review body": "x", "Stars": null}'), data)
+
+
 def test_a_call_of_a_tool_may_stand_in_a_prompt_and_is_not_learned(file, tokenizer):
     """Templates know how to write it; as an answer to learn it is no text."""
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "weather"}]}

@@ -129,6 +129,12 @@ def test_a_missing_model_names_the_one_beside(here, monkeypatch):
         check_here("my-modell")
     with pytest.raises(UserError, match=r"HF_HUB_OFFLINE forbids a download\.$"):
         check_here("somebody/else-entirely")
+    (run := here / "runs" / "mine").mkdir(parents=True)
+    (run / "record.json").touch()
+    for wrong in ("run/mine", "runs/mien"):
+        with pytest.raises(UserError, match=r"Did you mean ./runs/mine\?"):
+            check_here(wrong, others=", run or adapter")
+    assert meant("runs/mien") == ""  # a base is no run
     assert meant("model") == " Did you mean ./my-model?"
     assert meant(str(here / "my-modell")) == f" Did you mean {here / 'my-model'}?"
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")

@@ -16,6 +16,7 @@ from dual_lora.lab.files.write import hold
 from dual_lora.lab.model.opened import open_tuned
 from dual_lora.lab.recipe.read import build_recipe, read_recipe
 from dual_lora.lab.run.evaluate import evaluate
+from dual_lora.lab.run.hub_card import write_card
 from dual_lora.lab.run.train import run
 from dual_lora.lab.study.study import Study
 
@@ -148,6 +149,7 @@ def test_what_never_began_can_be_overwritten(tiny_lm, questions, tmp_path):
 
 
 def test_overwrite_removes_what_the_run_wrote(copied, tiny_lm, questions):
+    write_card(RunFolder(copied), read_recipe(copied))  # `dual-lora card`: it has the scores of the evaluation now
     assert files_in(copied, OWN)[1] == []
     before = (copied / "record.json").read_bytes()
     run(build_recipe(values(tiny_lm, questions)), copied, overwrite=True, progress=False)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from dual_lora.lab.data.examples import load_split
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.files.folder import RunFolder
+from dual_lora.lab.files.write import listed_in
 from dual_lora.lab.model.opened import open_tuned
 from dual_lora.lab.recipe.read import build_recipe, read_recipe
 from dual_lora.lab.run import hub_card
@@ -116,8 +117,10 @@ def test_written_anew_it_keeps_a_persons_words_and_the_base_model(copy):
     folder, recipe = RunFolder(copy), read_recipe(copy)
     hub_card.write_card(folder, recipe, base_model="org/tiny", licence="mit")
     file = copy / "adapter" / "README.md"
+    assert listed_in(file.parent)[file]
     file.write_text(file.read_text() + "\nWords of my own.\n")
     hub_card.write_card(folder, recipe)
+    assert not listed_in(file.parent)[file]  # so `--overwrite` does not remove them
     text = file.read_text()
     assert "Words of my own." in text
     assert text.count(hub_card.BEGIN) == text.count(hub_card.END) == 1

@@ -144,6 +144,19 @@ def test_a_run_warns_and_goes_on(lm_values, tmp_path):
         run(build_recipe(lm_values), tmp_path / "declared", progress=False)
 
 
+def test_a_run_warns_of_labels_that_training_lacks(encoder_values, tmp_path):
+    from dual_lora.lab.recipe.read import build_recipe
+    from dual_lora.lab.run.train import run
+
+    (test := tmp_path / "test.tsv").write_text("1\tthe sea is warm\nsplendid\tthe sea is red\n")
+    encoder_values["data"]["test"] = str(test)
+    encoder_values["train"] |= {"steps": 1}
+    with pytest.warns(
+        UserWarning, match=r"have labels that no training record has \('splendid'\): `dual-lora evaluate` stops"
+    ):
+        run(build_recipe(encoder_values), tmp_path / "run", progress=False)
+
+
 def test_a_declaration_makes_no_other_run_and_a_group_does(lm_values):
     plain = Recipe.model_validate(lm_values)
     declared = plain.model_copy(update={"data": plain.data.model_copy(update={"overlap": 7})})

@@ -23,7 +23,8 @@ def test_shipped_recipes_are_valid_and_survive_a_round_trip(name):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"model": {}}, "field 'model.path' is missing"),
+        ({"model": {}}, "field 'model.path' is missing: write path: …, or give --model.path"),
+        ({}, r"field 'model' is missing: write model: \{path: …\}, or give --model.path\."),
         ({**MINIMAL, "trian": {}}, "unknown field 'trian'. Did you mean 'train'"),
         ({**MINIMAL, "train": {"learning_rat": 1}}, "unknown field 'train.learning_rat'. Did you mean 'learning_rate'"),
         ({**MINIMAL, "train": ["steps", 4]}, r"train is \['steps', 4\], expected a mapping of"),
@@ -118,6 +119,7 @@ def test_values_of_method_flags_are_yaml():
     ("text", "message"),
     [
         ("a: [", "not valid YAML"),
+        ("a:\n\tb: 1", "is not valid YAML: line 2 has a tab, expected blanks"),
         ("- 1", "holds list"),
         ("", "is empty, expected a mapping"),
         ("!!python/name:x", "YAML"),

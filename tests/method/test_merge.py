@@ -202,6 +202,7 @@ def test_a_weighted_adapter_has_what_else_was_trained():
         init_weights=False,
         modules_to_save=["lm_head"],
         trainable_token_indices={"embed_tokens": [1, 2]},
+        dropout=0.5,
     ).eval()
     with torch.no_grad():
         model.base_model.model.lm_head.modules_to_save["default"].weight.add_(1)
@@ -228,8 +229,7 @@ def test_a_weighted_adapter_takes_nobodys_name():
     ("adapters", "given", "kind"),
     [
         (["default", "b"], [1.0, 1.0], "linear"),
-        (["default"], [0.0], "linear"),
-        (["default"], [1.0], "svd"),
+        (["default", "b"], [1.0, 1.0], "svd"),
         (["default"], [1.0, 2.0], "linear"),
     ],
 )
@@ -239,6 +239,9 @@ def test_what_cannot_be_combined_says_why_and_what_to_do(adapters, given, kind):
         model.base_model.add_weighted_adapter(adapters, given, "mix", kind)
     for way_out in ("set_adapter", "merge_adapter", "convert_to_lora"):
         assert way_out in str(caught.value)
+    for weight, kind in ((0.0, "linear"), (1.0, "svd")):
+        with pytest.raises(ValueError, match=rf"'linear' \(the default\) and a weight other than 0; given: '{kind}'"):
+            model.base_model.add_weighted_adapter(["default"], [weight], "mix", kind)
     assert "mix" not in model.peft_config
     with pytest.raises(ValueError, match="Adapter nothing does not exist"):
         model.base_model.add_weighted_adapter(["nothing"], [1.0], "mix")

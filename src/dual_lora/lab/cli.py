@@ -247,6 +247,8 @@ def _usage_error(error: CycloptsError, command: str | None) -> str:
     option = next((a.partition("=")[0] for a in str(error).split() if a.startswith("--")), "").rstrip(".")
     if command == "train" and str(error).startswith("Unknown option") and option in ELSEWHERE:
         return f"Unknown option: {option}. Did you mean {ELSEWHERE[option]}?"
+    if option.startswith("--method.") and "requires an argument" in str(error):
+        return f"{option} needs a value, such as {option} true: it is a field of the method's configuration."
     return str(error)
 
 

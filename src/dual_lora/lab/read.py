@@ -119,6 +119,8 @@ def parse_yaml(text: str, where: str) -> Any:
         value = yaml_text.load(text)
         count = _count(value, {})
     except yaml.YAMLError as error:
+        if isinstance(error, yaml.MarkedYAMLError) and "'\\t'" in (error.problem or "") and (at := error.problem_mark):
+            raise UserError(f"{where} is not valid YAML: line {at.line + 1} has a tab, expected blanks.") from None
         raise UserError(f"{where} is not valid YAML: {described(error, Exception)}") from None
     except RecursionError:
         raise UserError(f"{where} is nested too deeply.") from None

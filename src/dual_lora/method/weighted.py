@@ -21,7 +21,12 @@ def one_of(
     for name in adapters:
         if name not in known:
             raise ValueError(f"Adapter {name} does not exist. Loaded: {', '.join(known)}.")
-    if len(adapters) != 1 or len(weights) != 1 or kind != "linear" or not weights[0]:
+    if len(adapters) == len(weights) == 1 and (kind != "linear" or not weights[0]):
+        raise ValueError(
+            f"Dual LoRA copies the adapter {adapters[0]!r} with its factors multiplied, which needs combination_type "
+            f"'linear' (the default) and a weight other than 0; given: '{kind}' and {weights[0]}."
+        )
+    if len(adapters) != 1 or len(weights) != 1:
         raise ValueError(
             f"Dual LoRA cannot combine adapters {adapters} with weights {weights} ('{kind}') into one "
             "adapter: ΔW = ReLU(BA) ⊙ Sign(DC) is not linear in its factors, so the sum of two updates is not of "
@@ -42,6 +47,7 @@ def copy_at(model: nn.Module, source: str, weight: float, adapter_name: str) -> 
     """
     for layer in layers_of(model, source):
         copy_factors(layer, source, adapter_name)
+        layer.dual_lora_dropout[adapter_name].train(layer.dual_lora_dropout[source].training)
         if adapter_name in layer.tied:
             continue  # the factors are the embedding's
         strength = weight * layer.scaling[source] / layer.scaling[adapter_name]
@@ -52,7 +58,8 @@ def copy_at(model: nn.Module, source: str, weight: float, adapter_name: str) -> 
         mark_as_stored(layer._stored(adapter_name))
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper) and source in module.modules_to_save:
-            module.modules_to_save[adapter_name].load_state_dict(module.modules_to_save[source].state_dict())
+            own = module.modules_to_save[adapter_name].train(module.modules_to_save[source].training)
+            own.load_state_dict(module.modules_to_save[source].state_dict())
         elif isinstance(module, TrainableTokensLayer) and source in module.trainable_tokens_delta:
             module.trainable_tokens_delta[adapter_name].data.copy_(module.trainable_tokens_delta[source].data)
 

@@ -229,6 +229,10 @@ def _card(
     parts += [f"{name}: {reason}" for name, reason in refused.items()]
     if rows:
         parts.append(rows if isinstance(rows, str) else f"Length: {rows.words}. --max-length N estimates longer ones.")
+    if "full" in methods and columns[0].options.dtype != "float32":
+        parts.append(
+            "Method full trains its weights in float32 unless a recipe says otherwise: --dtype float32 estimates that."
+        )
     if not calibrated:
         parts.append("No time: `dual-lora estimate --calibrate` measures this machine once, in a minute.")
     return Group(*parts)

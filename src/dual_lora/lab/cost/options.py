@@ -111,6 +111,7 @@ def _rank_field(name: str) -> str:
 def from_recipe(recipe: Recipe, **changes: Any) -> StepOptions:
     """The training step of a recipe, with every row as long as data.max_length. changes: fields of StepOptions."""
     if precision.leaves_open(recipe):
+        recipe = precision.with_trained_in_full(recipe)
         gpu = changes.get("on") == "gpu"
         recipe = precision.settled(recipe, "bf16" if gpu else precision.fast_precision("cpu").precision)
     part = recipe.train

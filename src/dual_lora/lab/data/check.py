@@ -195,7 +195,7 @@ def _repeated(result: Checked, head: str) -> None:
     result.duplicates = sum(count - 1 for count in whole.values())
     if result.duplicates:
         first = _where(result.examples, next(key for key, count in whole.items() if count > 1))
-        result.warnings.append(f"Duplicates: {result.duplicates:,} records, the first at {first}.")
+        result.warnings.append(f"Duplicates: {result.duplicates:,}, the first at {first}.")
     if head == "classification":
         answers: dict[str, set[str]] = defaultdict(set)
         for asked, answer in whole:

@@ -53,7 +53,9 @@ def read_examples(source: str, data: DataSection, records: list[Record] | None =
         renamed = [
             {o: r.values.get(t) if o in free else value_of(r, t) for o, t in data.fields.items()} for r in records
         ]
-        records = [replace(r, values=r.values | values) for r, values in zip(records, renamed, strict=True)]
+        records = [
+            replace(r, values=r.values | values, theirs=data.fields) for r, values in zip(records, renamed, strict=True)
+        ]
     form = data.format if data.format != "auto" else format_of(records[0], data)
     examples = [example_of(record, form) for record in records]
     if data.answers == "text":

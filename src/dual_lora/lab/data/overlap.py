@@ -86,6 +86,13 @@ def undeclared(data: DataSection, found: list[Shared] | None = None) -> str:
     )
 
 
+def unlearned(data: DataSection) -> list[str]:
+    """The labels of validation and test records that no training record has: a classifier cannot be measured there."""
+    known = {example.label for example in _records(data, "train")}
+    others = {example.label for split in ("validation", "test") for example in _records(data, split)}
+    return sorted(others - known) if known else []
+
+
 def _asked(example: Example) -> set[str]:
     """What is asked, and the group that it belongs to."""
     asked = item_of(example)

@@ -4,7 +4,7 @@ import csv
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,12 +16,18 @@ from dual_lora.lab.read import lines_of, parse_json, regular, repeated
 class Record:
     """Raw values and where they stand (``train.json, record 12`` or ``dev.tsv, line 7``).
 
-    cells: they come from a table, where nothing tells an empty text from one that is missing.
+    cells: they come from a table, where nothing tells an empty text from one that is missing. theirs: the file's name
+    of a field that was renamed.
     """
 
     values: dict[str, Any]
     where: str
     cells: bool = False
+    theirs: dict[str, str] = field(default_factory=dict)
+
+    def called(self, name: str) -> str:
+        """A field as its file names it, in quotes: a message is for the one who opens that file."""
+        return repr(self.theirs.get(name, name))
 
 
 def data_folder() -> Path:

@@ -15,7 +15,7 @@ def is_missing(value: Any) -> bool:
 
 def value_of(record: Record, name: str) -> Any:
     if name in record.values and record.values[name] is None:
-        raise UserError(f"{record.where}: field {name!r} is null.")
+        raise UserError(f"{record.where}: field {record.called(name)} is null.")
     if name not in record.values:
         found = [str(known) for known in record.values]
         near = suggest(name, found)
@@ -29,10 +29,10 @@ def value_of(record: Record, name: str) -> Any:
 def text_in(record: Record, name: str) -> str:
     if record.cells and record.values.get(name, "x") == "":
         raise UserError(
-            f"{record.where}: the cell {name!r} is empty. Fill it, take the line out, or give records as JSON, where "
-            "an empty text differs from a missing one."
+            f"{record.where}: the cell {record.called(name)} is empty. Fill it, take the line out, or give "
+            "records as JSON, where an empty text differs from a missing one."
         )
-    return written(value_of(record, name), f"{record.where}: field {name!r}")
+    return written(value_of(record, name), f"{record.where}: field {record.called(name)}")
 
 
 def written(value: Any, what: str) -> str:
@@ -48,7 +48,7 @@ def list_in(record: Record, name: str) -> list[Any]:
     """A list that a record may have."""
     value = record.values.get(name) or []
     if not isinstance(value, list):
-        raise UserError(f"{record.where}: field {name!r} is a {type(value).__name__}, expected a list.")
+        raise UserError(f"{record.where}: field {record.called(name)} is a {type(value).__name__}, expected a list.")
     return value
 
 

@@ -112,6 +112,15 @@ def mark_whole(folder: Path) -> None:
     write_json(folder / WHOLE, {p.relative_to(folder).as_posix(): p.stat().st_size for p in inside if p.is_file()})
 
 
+def write_listed(file: Path, content: str) -> None:
+    """Write a file anew into a folder that has a list: ours before, or not there, it is ours in its new size too."""
+    ours = listed_in(file.parent).get(file, not file.exists())
+    write_atomically(file, content)
+    if ours and (file.parent / WHOLE).is_file():
+        known = read_object(file.parent / WHOLE)
+        write_json(file.parent / WHOLE, known | {file.name: file.stat().st_size})
+
+
 def listed_in(folder: Path) -> dict[Path, bool]:
     """The files that were written into a folder, by its list: whether each is there in its full size. One that the list
     places outside of the folder is not: the list may be a stranger's."""

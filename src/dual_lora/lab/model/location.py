@@ -234,19 +234,26 @@ def check_here(path: str, revision: str | None = None, others: str = "") -> None
     if not isinstance(held, str):
         raise UserError(
             f"There is no model{others} {path!r}: no such folder is here, the hub's cache has none of that name, and "
-            f"HF_HUB_OFFLINE forbids a download.{meant(path)}"
+            f"HF_HUB_OFFLINE forbids a download.{meant(path, runs=bool(others))}"
         )
 
 
-def meant(path: str) -> str:
-    """A sentence that suggests a model on this machine with nearly that name; "" where there is none."""
+def meant(path: str, runs: bool = False) -> str:
+    """A sentence that suggests a model on this machine with nearly that name; "" where there is none.
+
+    runs: a run or an adapter will do too. Then a folder above it may be misspelled as well.
+    """
     with contextlib.suppress(metadata.PackageNotFoundError, ValueError):
         if any(f.suffix in (".gguf", ".safetensors") for f in metadata.distribution(path).files or []):
             return f" Did you mean package:{path}?"
     given = Path(path).expanduser()
     beside = given.parent if given.parent.is_dir() else Path()
+    marks = ("config.json", "record.json", "adapter_config.json") if runs else ("config.json",)
     with contextlib.suppress(OSError):
-        folders = [f for f in beside.iterdir() if f.is_dir() and ((f / "config.json").is_file() or [*f.glob("*.gguf")])]
+        if runs and beside != given.parent:
+            above = get_close_matches(given.parent.name, [f.name for f in Path().iterdir() if f.is_dir()], n=1)
+            beside = Path(*above)
+        folders = [f for f in beside.iterdir() if any((f / mark).is_file() for mark in marks) or [*f.glob("*.gguf")]]
         files = [f for f in beside.iterdir() if f.suffix == ".gguf"]
         names = {f.name.lower(): str(f) for f in folders + files}
         last = given.name.lower()

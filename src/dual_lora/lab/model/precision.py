@@ -122,13 +122,17 @@ def _replaced(recipe: Recipe, values: dict[tuple[str, str], str]) -> Recipe:
     return recipe
 
 
-def settled_here(recipe: Recipe) -> Recipe:
-    """The recipe with what this device is fast in; nothing is measured if it leaves nothing open.
+def with_trained_in_full(recipe: Recipe) -> Recipe:
+    """The recipe with fp32 instead of `auto` for weights that are trained themselves.
 
-    Weights that are trained themselves stay fp32: in bf16 most steps of an optimizer are smaller than its rounding.
+    In bf16 most steps of an optimizer are smaller than its rounding.
     """
-    if recipe.method["name"] == "full":
-        recipe = _replaced(recipe, {("model", "dtype"): "float32"})
+    return _replaced(recipe, {("model", "dtype"): "float32"}) if recipe.method["name"] == "full" else recipe
+
+
+def settled_here(recipe: Recipe) -> Recipe:
+    """The recipe with what this device is fast in; nothing is measured if it leaves nothing open."""
+    recipe = with_trained_in_full(recipe)
     return settled(recipe, fast_precision().precision) if leaves_open(recipe) else recipe
 
 

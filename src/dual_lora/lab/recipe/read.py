@@ -142,10 +142,11 @@ def _problem(item: Any) -> str:
         if not hint.startswith(" Did"):
             hint = suggest(wrong, everywhere) if suggest(wrong, everywhere).startswith(" Did") else hint
         return f"unknown field {field!r}.{hint}"
+    key = {"model": "path", "method": "name", "data": "train"}.get(field)
     if item["type"] == "missing":
-        return f"field {field!r} is missing."
+        written = f"{field}: {{{key}: …}}" if key else f"{field.rpartition('.')[2]}: …"
+        return f"field {field!r} is missing: write {written}, or give --{field}{f'.{key}' if key else ''}."
     if item["type"] in ("dict_type", "model_type", "model_attributes_type"):
-        key = {"model": "path", "method": "name", "data": "train"}.get(field)
         if key is None or not isinstance(item["input"], str):
             return f"{field} is {item['input']!r}, expected a mapping of fields to values."
         value = item["input"]

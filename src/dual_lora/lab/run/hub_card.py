@@ -20,7 +20,7 @@ from dual_lora.lab import yaml_text
 from dual_lora.lab.data.encode import VALUE
 from dual_lora.lab.errors import UserError, damaged
 from dual_lora.lab.files.folder import RunFolder, result_of
-from dual_lora.lab.files.write import write_atomically
+from dual_lora.lab.files.write import write_listed
 from dual_lora.lab.model.note import named
 from dual_lora.lab.model.weights import folder_digest, have_changed
 from dual_lora.lab.read import parse_yaml, read_object, read_yaml_text
@@ -52,7 +52,7 @@ def write_card(
     Left out, both are what an earlier card says.
     """
     file = result_of(folder) / "README.md"
-    write_atomically(file, card_text(folder, recipe, file, base_model=base_model, licence=licence))
+    write_listed(file, card_text(folder, recipe, file, base_model=base_model, licence=licence))
     return file
 
 

@@ -14,7 +14,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from dual_lora._warning import warn
 from dual_lora.lab.data.encode import rows_digest
-from dual_lora.lab.data.overlap import undeclared
+from dual_lora.lab.data.overlap import undeclared, unlearned
 from dual_lora.lab.errors import UserError, described, is_disk_full, memory_full
 from dual_lora.lab.files.folder import RunFolder
 from dual_lora.lab.files.write import write_folder_atomically
@@ -114,6 +114,13 @@ def _check(session: Session) -> None:
     check_objective(recipe, config)
     if session.main and (why := undeclared(recipe.data)):
         warn(f"The sets overlap: {why}", stacklevel=2)
+    if session.main and recipe.model.head == "classification" and (labels := unlearned(recipe.data)):
+        shown = ", ".join(map(repr, labels[:5])) + (", …" if len(labels) > 5 else "")
+        warn(
+            f"Test or validation records have labels that no training record has ({shown}): `dual-lora "
+            "evaluate` stops at the first one. `dual-lora check-data` counts the labels of each set.",
+            stacklevel=2,
+        )
 
 
 def _begin(session: Session) -> Begun:
