@@ -263,7 +263,7 @@ def test_frozen_groups_do_not_count(tiny):
         ({"overrides": {"data": {"train": "TEST"}}}, r"data.train and data.test are the same"),
         ({"overrides": {"train": {"stepz": 3}}}, r"unknown field 'train.stepz'"),
         ({"search": {"space": {"learning_rate": [1.0]}, "metric": "accuracy"}}, r"language model has no accuracy"),
-        ({"search": {"space": {"method.lora_alpha": [4]}}}, r"methods.dual_lora: .* varies method.lora_alpha, which"),
+        ({"search": {"space": {"method.ste": ["clip"]}}}, r"methods.lora: .* varies method.ste, which"),
         ({"search": {"space": {"method.r": [2, 64]}}}, r"varies method.r, .*budget of parameters holds equal"),
         (
             {"search": {"space": {"train.steps": [2, 64]}}, "budget": {"match": "time", "like": "lora"}},

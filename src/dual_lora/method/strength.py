@@ -1,6 +1,6 @@
 """How strong the adapters of a layer act: α/√(r1 r2), or what a user has set in its place, times λ (`warmup`)."""
 
-from collections.abc import MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,22 @@ class AdapterState:
     def strength(self) -> float:
         """α/√(r1 r2)."""
         return scaling(self.alpha, self.r1, self.r2)
+
+
+class _Ranks(Mapping[str, int]):
+    """r1 + r2 by adapter, as the states have them when it is asked."""
+
+    def __init__(self, states: Mapping[str, AdapterState]):
+        self._states = states
+
+    def __getitem__(self, adapter: str) -> int:
+        return self._states[adapter].r1 + self._states[adapter].r2
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._states)
+
+    def __len__(self) -> int:
+        return len(self._states)
 
 
 class Scaling(dict[str, float]):
@@ -77,9 +93,9 @@ class Strength:
         return [*dict.fromkeys(filter(self.states.__contains__, names))]
 
     @property
-    def r(self) -> dict[str, int]:
+    def r(self) -> Mapping[str, int]:
         """r1 + r2 by adapter, for code that knows LoRA."""
-        return {name: state.r1 + state.r2 for name, state in self.states.items()}
+        return _Ranks(self.states)
 
     @property
     def scaling(self) -> Scaling:
