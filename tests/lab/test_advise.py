@@ -14,7 +14,9 @@ import yaml
 
 pytest.importorskip("peft")
 
+from peft import get_peft_model
 from tiny_study import outcomes, write_model, write_records
+from torch import nn
 
 from dual_lora.lab.advise import advise as advising
 from dual_lora.lab.advise import pace, paired, said
@@ -24,11 +26,13 @@ from dual_lora.lab.advise.paired import DUAL, LORA, NO_SIGN, Length, length_of, 
 from dual_lora.lab.advise.rule import Rival, Why
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model import device
+from dual_lora.lab.model.methods import method_config
 from dual_lora.lab.recipe.read import build_recipe, read_recipe
 from dual_lora.lab.study import perform
 from dual_lora.lab.study import statistics as stats
 from dual_lora.lab.study.job import Outcome
 from dual_lora.lab.study.plan import Plan, lay_out
+from dual_lora.lab.study.rank_rule import rank_rule
 from dual_lora.lab.study.rejudge import rejudge
 from dual_lora.lab.study.verdicts import Verdict
 
@@ -310,6 +314,32 @@ def test_what_the_recipe_says_of_its_method_is_kept():
     assert found[DUAL] == {"name": "dual_lora", "alpha": 64}, "the same strength"
     assert methods(name="full")[LORA] == {"name": "lora", "r": 16, "lora_alpha": "2r"}
     assert "direction_activation" not in methods(name="dual_lora", direction_activation="identity")[DUAL]
+
+
+def strengths(method):
+    """Of two layers: the rank, and `lora_alpha` at equal strength, as a model gets them; and what trains of biases."""
+    fields = {key: rank_rule(value, method.get("r", 8), key) for key, value in method.items()}
+    config = method_config(fields | ({} if "r1" in fields else {"r": fields.get("r", 8)}), "causal", 1, [])
+    config.task_type, dual = None, fields["name"] == "dual_lora"
+    model = get_peft_model(nn.ModuleDict({"q_proj": nn.Linear(8, 8), "v_proj": nn.Linear(8, 8)}), config)
+    layers = [model.base_model.model[name] for name in ("q_proj", "v_proj")]
+    return config.bias.removeprefix("dual_"), [
+        (a.r["default"], a.scaling["default"] * a.r["default"] / (4 if dual else 1)) for a in layers
+    ]
+
+
+@pytest.mark.parametrize("name", ["lora", "dual_lora"])
+@pytest.mark.parametrize(
+    "alphas", [{"alpha": 16, "alpha_pattern": {"v_proj": 6}}, {"alpha_pattern": {"v_proj": 6}}, {}]
+)
+@pytest.mark.parametrize("ranks", [{"rank_pattern": {"v_proj": 4}}, {}])
+def test_single_layers_and_biases_are_the_same_for_all(name, alphas, ranks):
+    if name == "lora":
+        alphas = {f"lora_{key}" if key == "alpha" else key: value for key, value in alphas.items()}
+    written = {"name": name, "r": 8, "bias": "lora_only", "target_modules": ["q_proj", "v_proj"], **ranks, **alphas}
+    own, *others = (strengths(method) for method in methods(**written).values())
+    assert own == strengths(written)
+    assert others == [own, own]
 
 
 def test_a_shorter_study_has_shorter_ramps(letters):

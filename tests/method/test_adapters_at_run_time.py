@@ -359,6 +359,7 @@ def test_low_cpu_mem_usage(tmp_path):
     model = PeftModel.from_pretrained(llama(), tmp_path, low_cpu_mem_usage=True).eval()
     assert {p.device.type for p in model.parameters()} == {"cpu"}
     torch.testing.assert_close(logits(model), expected)
+    model.add_adapter("elsewhere", DualLoraConfig(r=2, target_modules=["o_proj"]))  # whose layers are asked as well
     model.load_adapter(tmp_path, "again", low_cpu_mem_usage=True)
     model.set_adapter("again")
     torch.testing.assert_close(logits(model), expected)

@@ -89,6 +89,16 @@ def compiled(model):
     two_scalers(fast)
 
 
+def a_step_compiled_whole(model):
+    torch.compile(a_scaler, backend="aot_eager")(model)
+
+
+def traced(model):
+    graph = torch.jit.trace(model, points(64))
+    loss_of(graph).backward()  # its constants are of no scaler's time
+    two_scalers(graph)
+
+
 def deepspeed(model):
     engine(model, torch.optim.SGD(trainable(model))).backward(loss_of(model))
 
@@ -97,7 +107,7 @@ WAYS = {
     "its own scale": lambda model: a_scaler(model, kind=OwnScale),
     **{way.__name__.replace("_", " "): way for way in (
         a_scaler, two_scalers, one_that_has_grown, one_that_is_said, several_losses_at_once, tensors_kept_outside,
-        checkpointed, compiled, deepspeed,
+        checkpointed, compiled, a_step_compiled_whole, traced, deepspeed,
     )},
 }  # fmt: skip
 

@@ -266,6 +266,20 @@ def test_a_share_of_the_run_becomes_steps_when_the_trainer_begins(tmp_path):
         assert factor(again) == pytest.approx(expected)
 
 
+def test_a_share_is_of_the_run_in_which_the_adapter_trains():
+    config = adapted(warmup_steps=0.25).peft_config["default"]
+    first, second = (get_peft_model(Mlp(), config) for _ in range(2))  # one configuration, as a loop over seeds has it
+    first.add_adapter("other", config)
+    begins(first, 40)
+    begins(second, 80)
+    first.set_adapter("other")
+    begins(first, 120)
+    assert [layer(m).steps_left(name) for m, name in ((first, "default"), (second, "default"), (first, "other"))] == [
+        10, 20, 30,
+    ]  # fmt: skip
+    assert config.warmup_steps == 0.25
+
+
 # Copies, averages, saving and loading.
 
 

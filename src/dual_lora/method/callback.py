@@ -3,6 +3,7 @@
 It has a file of its own: PEFT may be imported while transformers still is, which cannot give its TrainerCallback then.
 """
 
+import copy
 from typing import Any
 
 from transformers import TrainerCallback
@@ -14,9 +15,11 @@ class DualLoraCallback(TrainerCallback):
     """Tells adapters whose `warmup_steps` is a share of the run how many steps that is."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        for name, config in getattr(model, "peft_config", {}).items():
+        for name, config in [*getattr(model, "peft_config", {}).items()]:
             share = getattr(config, "warmup_steps", None)
-            if isinstance(share, float) and 0 < share < 1 and (layers := layers_of(model, name)):
-                config.warmup_steps = max(1, round(share * state.max_steps))
+            layers = layers_of(model, name) if isinstance(share, float) and 0 < share < 1 else []
+            if any(layer.trainable_factors(name) for layer in layers):  # another one's run has another length
+                model.peft_config[name] = own = copy.copy(config)  # the user's may be that of a next run as well
+                own.warmup_steps = max(1, round(share * state.max_steps))
                 for layer in layers:
-                    layer.set_length(name, config.warmup_steps)
+                    layer.set_length(name, own.warmup_steps)

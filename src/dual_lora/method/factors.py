@@ -305,7 +305,7 @@ class FactorsLayer(Warmup, Strength, Seeds, nn.Module, BaseTunerLayer):
         base = self.get_base_layer()
         held = next(chain(base.parameters(), base.buffers()), None)  # of whatever name: HQQ's and attention's differ
         device = held.device if device is None and held is not None else device
-        if device is None or device.type == "meta":
+        if device is None or device.type == "meta" or adapter_name not in self.states:  # PEFT asks every layer
             return
         for factors in self._dicts_of(adapter_name):
             factor = factors[adapter_name]

@@ -17,6 +17,7 @@ from torch._guards import detect_fake_mode
 from torch.autograd import Variable
 from torch.utils._pytree import tree_leaves
 
+_C: Any = torch._C
 _said: list[Any] = []  # by `grad_scaler`, the innermost last
 _present: dict[torch.device, Tensor] = {}  # the factor of the backward pass that runs, else 1; read when it is needed
 _running = False  # whether they hold that of a pass
@@ -37,7 +38,7 @@ def grad_scaler(scaler: Any) -> Iterator[None]:
 
 def loss_scale(device: torch.device) -> Tensor | None:
     """What will hold the factor on the loss in backward, 0-dim; None where no gradient is wanted, or none is taken."""
-    if not torch.is_grad_enabled():
+    if not (torch.is_grad_enabled() or torch._C._get_tracing_state()):  # torch.jit does not say whether a trace trains
         return None
     if _said:
         scale = _said[-1].get_scale() if _said[-1].is_enabled() else 1.0
@@ -47,14 +48,16 @@ def loss_scale(device: torch.device) -> Tensor | None:
 
 @torch._dynamo.assume_constant_result  # the tensor is, its value is not
 def _held(device: torch.device) -> Tensor | None:
-    traced = torch._C._get_tracing_state() is not None
-    if traced or (torch._C._len_torch_dispatch_stack() and detect_fake_mode() is not None):
-        return None  # a graph of torch.jit or of an export has no backward pass of the factors
+    if torch._C._len_torch_dispatch_stack() and detect_fake_mode() is not None:
+        return None  # fake tensors, of which an export is made, take no others and have no backward pass
     if _running and torch._C._current_graph_task_id() < 0:
         _set(None)  # a backward pass that failed has left its own
     if device not in _present:
+        tracing = _C._get_tracing_state()
+        _C._set_tracing_state(None)  # else each call of what torch.jit traces would make a tensor of its own
         with torch.inference_mode(False):
             _present[device] = torch.ones((), device=device)
+        _C._set_tracing_state(tracing)
     return _present[device]
 
 
@@ -66,17 +69,24 @@ def _set(factor: Tensor | float | None) -> None:
         held.data.copy_(torch.as_tensor(1.0 if factor is None else factor))  # unseen by autograd
 
 
+@torch._dynamo.disable  # of a step that is compiled with its backward pass this runs in the middle
+def _begin(factor: Tensor | float, grad: Tensor) -> None:
+    _set(factor)
+    Variable._execution_engine.queue_callback(_end)
+
+
+@torch._dynamo.disable
+def _end() -> None:
+    _set(None)
+
+
 @torch._dynamo.disable
 def tell(losses: Any, factor: Tensor | float) -> None:
     """Let the backward pass of a loss, or of several, know that they are multiplied by `factor`."""
 
-    def begins(grad: Tensor) -> None:
-        _set(factor)
-        Variable._execution_engine.queue_callback(lambda: _set(None))
-
     for loss in tree_leaves(losses):
         if isinstance(loss, Tensor) and loss.requires_grad:
-            loss.register_hook(begins)
+            loss.register_hook(functools.partial(_begin, factor))
 
 
 def _let_tell(kind: Any) -> None:

@@ -1,7 +1,7 @@
 """The study behind an advice: LoRA, Dual LoRA and Dual LoRA without Sign on one recipe, of equal size.
 
-What the recipe's own `method` says about LoRA or Dual LoRA holds for that one; its rank, alpha, dropout and modules
-hold for all three.
+What the recipe's own `method` says about LoRA or Dual LoRA holds for that one; its rank, alpha, dropout, modules and
+biases hold for all three, also where they are a layer's own.
 """
 
 from pathlib import Path
@@ -18,7 +18,9 @@ from dual_lora.lab.study.budget import planned_steps
 from dual_lora.lab.study.cell import rank_field
 from dual_lora.lab.study.read import build_study
 from dual_lora.lab.study.study import Study
-from dual_lora.method.config import LORA_ALPHA
+from dual_lora.method.config import ALPHA, LORA_ALPHA
+from dual_lora.method.lora_fields import scaled
+from dual_lora.method.ranks import ranks_of
 
 LORA, DUAL, NO_SIGN = "LoRA", "Dual LoRA", "Dual LoRA without Sign"
 SPREAD = 3.0  # between two of the three learning rates that are tried; the recipe's own is in the middle
@@ -151,6 +153,8 @@ def methods_of(recipe: Recipe) -> dict[str, dict[str, Any]]:
         r1, r2, whole = rank - rank // 2, rank // 2, rank
     lora: dict[str, Any] = {"lora_alpha": alpha or "2r", **({"lora_dropout": dropout} if dropout else {})}
     dual: dict[str, Any] = {"alpha": LORA_ALPHA * alpha if alpha else "4r", **({"dropout": dropout} if dropout else {})}
+    for_lora, for_dual = _by_layer(kind, own)
+    lora, dual = lora | for_lora, dual | for_dual
     if kind == "lora":
         lora = own
     elif kind == "dual_lora":
@@ -163,6 +167,22 @@ def methods_of(recipe: Recipe) -> dict[str, dict[str, Any]]:
         DUAL: {"name": "dual_lora", **shared, **dual},
         NO_SIGN: {"name": "dual_lora", **shared, **dual, "direction_activation": "identity"},
     }
+
+
+def _by_layer(kind: str, own: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a method says of single layers and of biases, for LoRA and for Dual LoRA at equal ranks and strengths."""
+    alphas, ranks, bias = (own.get(key) or {} for key in ("alpha_pattern", "rank_pattern", "bias"))
+    ranks = {name: sum(ranks_of(rank)) if isinstance(rank, list) else rank for name, rank in ranks.items()}
+    has_alpha = any(own.get(key) for key in ("alpha", "lora_alpha"))
+    if kind == "dual_lora":
+        alphas = scaled(alphas, 1 / LORA_ALPHA) if own.get("alpha") else alphas
+        if not has_alpha:  # each layer's default goes by its own rank
+            alphas = {name: ALPHA / LORA_ALPHA * rank for name, rank in ranks.items()} | alphas
+    both = {"rank_pattern": ranks, "bias": bias if bias in ("none", "all") else bias and "lora_only"}
+    return tuple(  # type: ignore[return-value]
+        {key: value for key, value in {**both, "alpha_pattern": pattern}.items() if value}
+        for pattern in (alphas, scaled(alphas, LORA_ALPHA))
+    )
 
 
 def _held_out(recipe: Recipe) -> int | None:

@@ -22,7 +22,7 @@ Head = Literal["causal", "classification"]
 # What a method says of a model's layers, which another method in its place says too.
 SHARED = (
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
-    "target_parameters", "trainable_token_indices", "fan_in_fan_out",
+    "target_parameters", "trainable_token_indices", "fan_in_fan_out", "layer_replication", "ensure_weight_tying",
 )  # fmt: skip
 # Bytes of optimizer state: times the bytes of the trained parameters, and more for each of them. 8-bit states have a
 # 4-byte scale for every 256 values, twice. Adafactor keeps a row and a column of each matrix, next to nothing.
