@@ -161,7 +161,7 @@ def test_where_dual_lora_wins(lora_wins, letters, call, short, monkeypatch):
         c |= {"verdict": "significantly better" if better else "inconclusive", "difference": 0.4 * better}
         c |= {"low": 0.3, "high": 0.5}
     monkeypatch.setattr(advising, "compare", lambda *_, **__: results)
-    recipe = recipe_file(letters, "weak", method={"name": "lora", "r": 4, "alpha_pattern": {".*": 1e-6}})
+    recipe = recipe_file(letters, "weak", method={"name": "lora", "r": 4, "use_rslora": True})
     out = letters / "dual-wins"
     code, shown, _ = call("advise", recipe, "--minutes", SOME, "--out", out, "--json")
     assert code == 0
@@ -171,7 +171,7 @@ def test_where_dual_lora_wins(lora_wins, letters, call, short, monkeypatch):
     assert advice["sentences"][0].startswith(f"Use {DUAL}: it is significantly better than LoRA (reduction of")
     best = read_recipe(out / "recommended.yaml")
     assert best.method["name"] == "dual_lora"
-    assert "alpha_pattern" not in best.method, "what the recipe says of LoRA is LoRA's"
+    assert "use_rslora" not in best.method, "what the recipe says of LoRA is LoRA's"
     code, _, _ = call("train", out / "recommended.yaml", "--train.steps", 2, "--out", out / "trained")
     assert code == 0
 
@@ -272,7 +272,7 @@ def test_too_few_minutes_say_how_many_are_needed(letters, tmp_path, monkeypatch)
     ("changes", "asked", "message"),
     [
         ({"data": {"train": "train.jsonl"}}, {}, "test records that no run trains on: set data.train and data.test"),
-        ({"model": {"path": "x", "head": "regression"}, "evaluate": {}}, {"metric": "mse"}, "unit of mse.*--margin"),
+        ({"model": {"path": "x", "head": "regression"}, "evaluate": {}}, {"metric": "mse"}, "mse is in the unit of your data.*--margin"),
         ({}, {"metric": "accuracy"}, "A language model has no accuracy: choose choice, exact_match"),
         ({}, {"metric": "los"}, "Did you mean 'loss'"),
         ({}, {"minutes": 0}, "--minutes is 0, expected a number above 0"),

@@ -116,7 +116,7 @@ def test_a_run_learns_plain_text(tmp_path, lm_values, write_recipe, call):
     assert found["tuned"]["loss"] < found["base"]["loss"]
     code, _, err = call("evaluate", run, "--evaluate.tasks", "exact_match")
     assert code == 1
-    assert "without a prompt" in err
+    assert "needs prompts" in err
 
 
 def test_one_row_and_one_text_that_unpack_to_too_much(tmp_path, monkeypatch):

@@ -244,7 +244,7 @@ def test_a_head_for_one_number(encoder_values, tmp_path):
     assert set(result.metrics["tuned"]) == {"pearson", "spearman", "mse"}
     assert result.metrics["tuned"]["pearson"] > 0.8
     assert evaluate(trained.tuned, progress=False).metrics == result.metrics
-    with pytest.raises(UserError, match="whose head is for regression"):
+    with pytest.raises(UserError, match="which has a head for regression"):
         evaluate(trained.tuned, spec=EvaluateSection(tasks=["classification"]), progress=False)
 
 

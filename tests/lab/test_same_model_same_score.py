@@ -498,5 +498,5 @@ def test_a_decoder_whose_positions_begin_elsewhere_is_refused(loaded, tmp_path):
     size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     RobertaForCausalLM(RobertaConfig(vocab_size=99, is_decoder=True, **size)).save_pretrained(tmp_path)
     loaded[1].save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"is of type roberta\. As a decoder it counts positions"):
+    with pytest.raises(UserError, match=r"Models of type roberta cannot be trained as language models"):
         load_model(ModelSection(path=str(tmp_path)))
