@@ -272,7 +272,11 @@ def test_too_few_minutes_say_how_many_are_needed(letters, tmp_path, monkeypatch)
     ("changes", "asked", "message"),
     [
         ({"data": {"train": "train.jsonl"}}, {}, "test records that no run trains on: set data.train and data.test"),
-        ({"model": {"path": "x", "head": "regression"}, "evaluate": {}}, {"metric": "mse"}, "mse is in the unit of your data.*--margin"),
+        (
+            {"model": {"path": "x", "head": "regression"}, "evaluate": {}},
+            {"metric": "mse"},
+            "unit of your data.*--margin",
+        ),
         ({}, {"metric": "accuracy"}, "A language model has no accuracy: choose choice, exact_match"),
         ({}, {"metric": "los"}, "Did you mean 'loss'"),
         ({}, {"minutes": 0}, "--minutes is 0, expected a number above 0"),
