@@ -36,11 +36,12 @@ def shared(data: DataSection) -> list[Shared]:
 
     The runs of a study ask for the same records again and again: these are read once, until a file changes.
     """
-    return list(_shared(data.model_dump_json(), _stamps(data)))
+    return list(_read(data.model_dump_json(), _stamps(data))[0])
 
 
 @functools.lru_cache(maxsize=64)
-def _shared(section: str, stamps: tuple[Stamp | None, ...]) -> tuple[Shared, ...]:
+def _read(section: str, stamps: tuple[Stamp | None, ...]) -> tuple[tuple[Shared, ...], tuple[str, ...]]:
+    """What the sets share, and the labels that `unlearned` names: the records are read once for both."""
     data = DataSection.model_validate_json(section)
     sets = {split: found for split in WORDS if (found := _records(data, split))}
     known = {split: set().union(*map(_every, examples)) for split, examples in sets.items()}
@@ -49,7 +50,10 @@ def _shared(section: str, stamps: tuple[Stamp | None, ...]) -> tuple[Shared, ...
         for of, among in PAIRS
         if of in sets and among in sets
     ]
-    return tuple(each for each in counted if each.found)
+    labels = {split: {example.label for example in examples} for split, examples in sets.items()}
+    learned = labels.pop("train", set())
+    strange = set().union(*labels.values()) - learned if learned else set()
+    return tuple(each for each in counted if each.found), tuple(sorted(strange))
 
 
 def _stamps(data: DataSection) -> tuple[Stamp | None, ...]:
@@ -88,9 +92,7 @@ def undeclared(data: DataSection, found: list[Shared] | None = None) -> str:
 
 def unlearned(data: DataSection) -> list[str]:
     """The labels of validation and test records that no training record has: a classifier cannot be measured there."""
-    known = {example.label for example in _records(data, "train")}
-    others = {example.label for split in ("validation", "test") for example in _records(data, split)}
-    return sorted(others - known) if known else []
+    return list(_read(data.model_dump_json(), _stamps(data))[1])
 
 
 def _asked(example: Example) -> set[str]:
