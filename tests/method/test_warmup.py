@@ -270,6 +270,7 @@ def test_a_share_is_of_the_run_in_which_the_adapter_trains():
     config = adapted(warmup_steps=0.25).peft_config["default"]
     first, second = (get_peft_model(Mlp(), config) for _ in range(2))  # one configuration, as a loop over seeds has it
     first.add_adapter("other", config)
+    set_left(second, -1)  # as it was once saved before a run
     begins(first, 40)
     begins(second, 80)
     first.set_adapter("other")

@@ -38,7 +38,7 @@ def grad_scaler(scaler: Any) -> Iterator[None]:
 
 def loss_scale(device: torch.device) -> Tensor | None:
     """What will hold the factor on the loss in backward, 0-dim; None where no gradient is wanted, or none is taken."""
-    if not (torch.is_grad_enabled() or torch._C._get_tracing_state()):  # torch.jit does not say whether a trace trains
+    if not (torch.is_grad_enabled() or _C._get_tracing_state()):  # torch.jit does not say whether a trace trains
         return None
     if _said:
         scale = _said[-1].get_scale() if _said[-1].is_enabled() else 1.0
@@ -48,9 +48,9 @@ def loss_scale(device: torch.device) -> Tensor | None:
 
 @torch._dynamo.assume_constant_result  # the tensor is, its value is not
 def _held(device: torch.device) -> Tensor | None:
-    if torch._C._len_torch_dispatch_stack() and detect_fake_mode() is not None:
+    if _C._len_torch_dispatch_stack() and detect_fake_mode() is not None:
         return None  # fake tensors, of which an export is made, take no others and have no backward pass
-    if _running and torch._C._current_graph_task_id() < 0:
+    if _running and _C._current_graph_task_id() < 0:
         _set(None)  # a backward pass that failed has left its own
     if device not in _present:
         tracing = _C._get_tracing_state()
@@ -83,7 +83,6 @@ def _end() -> None:
 @torch._dynamo.disable
 def tell(losses: Any, factor: Tensor | float) -> None:
     """Let the backward pass of a loss, or of several, know that they are multiplied by `factor`."""
-
     for loss in tree_leaves(losses):
         if isinstance(loss, Tensor) and loss.requires_grad:
             loss.register_hook(functools.partial(_begin, factor))

@@ -76,8 +76,9 @@ class Warmup:
         """A count as it can stand here: one for each expert, and no more than the warm-up's steps."""
         stored, steps = self.dual_lora_left[adapter], self.states[adapter].warmup
         given = torch.as_tensor(left, dtype=torch.int32, device=stored.device)
-        given = torch.where(given < 0, NOT_BEGUN, given)  # -1, as it was once saved
-        return given.clamp(0, int(steps) if steps >= 1 else None).expand(stored.shape).clone()
+        # Of a share, -1 was once saved before the run began.
+        given = given.clamp(0, int(steps)) if steps >= 1 else torch.where(given < 0, NOT_BEGUN, given)
+        return given.expand(stored.shape).clone()
 
     def set_length(self, adapter: str, steps: int) -> None:
         """Give a warm-up that is a share of a run its length."""
