@@ -73,7 +73,10 @@ def test_every_whole_number_has_a_bound_or_is_free(kind, number, model):
         (OFTConfig(num_cayley_neumann_terms=10**9), "num_cayley_neumann_terms holds 1,000,000,000, and expected at mo"),
         (LoraConfig(init_lora_weights="pissa_niter_999999999"), "expected at most 100 iterations"),
         (LoraConfig(init_lora_weights="pissa_niter_" + "9" * 900), "expected at most 100 iterations"),
-        (LoraConfig(init_lora_weights="loftq", loftq_config={"loftq_iter": 10**9}), "holds loftq_iter: 1,000,000,000"),
+        (
+            Made(LoraConfig, init_lora_weights="loftq", loftq_config={"loftq_iter": 10**9}),
+            "holds loftq_iter: 1,000,000,000",
+        ),
         (LoraConfig(rank_pattern={"q_proj": 10**8}), "rank_pattern holds 100,000,000, and no weight of this model has"),
         (LoraConfig(layer_replication=[[0, 10**9]]), "makes a model of 1,000,000,000 layers"),
         (VBLoRAConfig(num_vectors=10**7, vector_length=4096), "num_vectors × vector_length is 40,960,000,000 numbers"),
