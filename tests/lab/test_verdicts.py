@@ -158,6 +158,16 @@ def test_a_method_that_learned_nothing_is_not_equivalent_to_one_that_did(tmp_pat
     assert "Equivalence is not claimed." in c["sentence"]
 
 
+def test_a_method_below_chance_has_not_learned_either(tmp_path):
+    below, learned = {"figures": {"matthews": -0.03}}, {"figures": {"matthews": 0.95}}
+    cells = [cell(tmp_path, "a", [MAJORITY, MINORITY], **below), cell(tmp_path, "b", [LEARNED] * 2, **learned)]
+    (note,) = (note for note in judged(tmp_path, cells)["notes"] if "has not learned" in note)
+    assert (
+        note
+        == "a has not learned t: what it predicts does not rise with what is right in any run (Matthews 0 or less)."
+    )
+
+
 def test_a_verdict_names_the_settings_that_were_chosen(tmp_path):
     cells = [cell(tmp_path, name, [LEARNED, MAJORITY, LEARNED]) for name in ("a", "b", "c")]
     for f, rate in zip(cells, (1e-3, 1e-3, 3e-3), strict=True):

@@ -119,8 +119,9 @@ def why_unlearned_in(
     figures = [run or {} for run in runs]
     if figures and all(f.get("matthews") == 0 for f in figures):
         return "every run is right as often as one that gives every item the same answer (Matthews 0)"
-    if figures and all((correlation := f.get("pearson")) is not None and correlation <= 0 for f in figures):
-        return "what it predicts does not rise with what is right in any run (Pearson 0 or less)"
+    for correlation in ("matthews", "pearson"):
+        if figures and all((value := f.get(correlation)) is not None and value <= 0 for f in figures):
+            return f"what it predicts does not rise with what is right in any run ({correlation.title()} 0 or less)"
     if score is None:
         return ""
     sign = metrics.direction(method["better"])
