@@ -129,15 +129,16 @@ def test_products_that_are_known_and_those_that_are_not():
             y = f(composed)
         return torch.autograd.grad(y.square().sum(), [x, W, other], materialize_grads=True)
 
-    import transformers.integrations.moe  # noqa: F401 - registers its operator
+    import transformers.integrations.moe  # noqa: F401 - registers its operator, from 5.1 on
 
     known = {
         "linear": lambda W: functional.linear(x, W[0]),
         "linear by name": lambda W: functional.linear(x, weight=W[0], bias=other[0]),
         "matmul": lambda W: x @ W[1],
         "transposed": lambda W: torch.matmul(x, W[1].mT),
-        "grouped": lambda W: torch.ops.transformers.grouped_mm_fallback(x, W.mT, ends),
     }
+    if hasattr(torch.ops.transformers, "grouped_mm_fallback"):
+        known["grouped"] = lambda W: torch.ops.transformers.grouped_mm_fallback(x, W.mT, ends)
     unknown = {
         "another's": lambda W: functional.linear(x, other) + W[0].sum(),
         "batched": lambda W: torch.bmm(x.view(1, 200, 8).expand(3, -1, -1), W).sum(0),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from quantized_layers import KINDS, I, wrapped
-from tiny import MODELS, TARGETS, adapted, factor, layers, logits, tokens, trainable
+from tiny import MODELS, ONE_GRAPH, TARGETS, adapted, factor, layers, logits, tokens, trainable
 from torch import nn
 from transformers import Trainer, TrainingArguments, set_seed
 
@@ -11,9 +11,6 @@ from dual_lora import DualLoraConfig
 
 STEPS = 4
 LAYERS = {"llama": 2, "gpt2": 1, "bert": 1}  # of one model two layers, which share nothing but the graph
-ONE_GRAPH = pytest.mark.skipif(
-    torch.__version__ < "2.7", reason="torch 2.6 cannot trace PEFT's own context manager in one graph"
-)
 
 
 @pytest.fixture

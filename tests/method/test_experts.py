@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 from peft import get_peft_model
-from tiny import EXPERTS, MIXTURES, mixture
+from tiny import EXPERTS, GROUPED, MIXTURES, mixture
 
 from dual_lora import DualLoraConfig
 from dual_lora.core import whole
@@ -15,11 +15,8 @@ from dual_lora.method.layers import experts
 from dual_lora.method.layers.experts import ParamWrapper
 
 LAYOUT = pytest.mark.parametrize("layout", MIXTURES)
-GROUPED = pytest.param(
-    "grouped_mm",
-    marks=pytest.mark.skipif(torch.__version__ < "2.9", reason="transformers wants torch 2.9 for grouped_mm"),
-)
-IMPLEMENTATION = pytest.mark.parametrize("implementation", ["eager", GROUPED, "batched_mm"])
+WITH_GROUPS = pytest.param("grouped_mm", marks=GROUPED)
+IMPLEMENTATION = pytest.mark.parametrize("implementation", ["eager", WITH_GROUPS, "batched_mm"])
 IDS = torch.arange(4).view(1, 4)
 
 
@@ -44,7 +41,7 @@ def test_only_routed_experts_are_composed(layout, implementation, monkeypatch):
     assert len(composed) == 4
 
 
-@pytest.mark.parametrize("implementation", ["eager", GROUPED])
+@pytest.mark.parametrize("implementation", ["eager", WITH_GROUPS])
 def test_composed_weights_are_not_kept_for_backward(implementation, monkeypatch):
     model = adapted(mixture("mixtral", implementation))
     made = []

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from peft import HiraConfig, LoHaConfig, LoraConfig, PeftModel, get_peft_model
+from tiny import ONE_GRAPH
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -299,6 +300,7 @@ def test_other_layers_are_named():
         fuse(get_peft_model(Model(), LoraConfig(target_modules=TARGETS)))
 
 
+@ONE_GRAPH
 @pytest.mark.parametrize("method", METHODS)
 def test_compiled(method):
     model, x = theirs(method), inputs()

@@ -8,6 +8,7 @@ import torch
 import transformers
 from tiny import (
     MODELS,
+    ONE_GRAPH,
     TARGETS,
     Mlp,
     adapted,
@@ -387,7 +388,7 @@ def test_gradient_checkpointing(reentrant):
     assert all(torch.equal(plain[n], checkpointed[n]) for n in plain)
 
 
-@pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6 cannot trace PEFT's own context manager in one graph")
+@ONE_GRAPH
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compile_equals_eager_and_does_not_recompile_as_the_ramp_rises(backend):
     torch._dynamo.reset()

@@ -180,9 +180,9 @@ def test_unmerging_leaves_nothing_of_the_merged_weight_on_the_layer():
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_torchao_scales_its_input_first(dynamic):
     """SmoothQuant multiplies x by a scale of its own before the product, which is no part of the weight."""
+    base = torchao(dynamic)
     from torchao.quantization.quantize_.workflows.int8.int8_tensor import Int8Tensor
 
-    base = torchao(dynamic)
     assert isinstance(base.weight, Int8Tensor)
     base.weight.act_pre_scale = scale = torch.rand(I) + 0.5
     model, layer = adapted(base)

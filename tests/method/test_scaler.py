@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import Mlp, adapted, engine, points, trainable
+from tiny import ONE_GRAPH, Mlp, adapted, engine, points, trainable
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dual_lora import grad_scaler
@@ -112,7 +112,7 @@ WAYS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [pytest.param(way, marks=ONE_GRAPH) if way == "compiled" else way for way in WAYS])
 def test_the_factor_is_that_of_the_loss_whose_backward_pass_runs(way, model):
     """Powers of two scale exactly, so that the gradients are the same bits."""
     want = grads_of(model)

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from tiny import Mlp, adapted, changed, layer, layers, points, state, train, trainable
+from tiny import ONE_GRAPH, Mlp, adapted, changed, layer, layers, points, state, train, trainable
 
 CHANGES = {
     "to": lambda model: model.to("cpu"),
@@ -50,6 +50,7 @@ def unpickled(model):
     return pickle.loads(pickle.dumps(model))  # noqa: S301 - our own
 
 
+@ONE_GRAPH
 @pytest.mark.parametrize(
     ("way", "copied"),
     [*((way, lambda model: model) for way in WRITTEN), ("item", copy.deepcopy), ("update", unpickled)],

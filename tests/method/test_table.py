@@ -15,6 +15,7 @@ from peft.utils.hotswap import hotswap_adapter_from_state_dict
 from quantized_layers import int4_config
 from reference_layer import Holder, assert_same_bits
 from safetensors.torch import load_file
+from tiny import ONE_GRAPH
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
@@ -237,6 +238,7 @@ def test_a_checkpoint_changes_no_gradient(kind, fixed_order):
     assert_same_bits(*found)
 
 
+@ONE_GRAPH
 def test_compiled(kind):
     torch._dynamo.reset()
     model, x = adapted(kind, **FORMS["frozen signs"]), kind.x()

@@ -84,7 +84,8 @@ class QuantizedLinear(Linear):
 
     def _is_plain(self) -> bool:
         """As for every layer, where the base's forward is x times the dequantised weight."""
-        known = isinstance(self.quantization_backend, Bnb4bitBackend | HqqBackend | TorchaoBackend)
+        # torch 2.6 compiles no `A | B` in here.
+        known = isinstance(self.quantization_backend, (Bnb4bitBackend, HqqBackend, TorchaoBackend))
         own = self._quantises_activations() or self._pre_scale() is not None
         return super()._is_plain() and known and not own
 
