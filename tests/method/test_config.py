@@ -76,7 +76,7 @@ def test_ranks(given, ranks):
         (dict(alpha=8, lora_alpha=16), ["alpha=8", "lora_alpha=16", "alpha=32", "keep `alpha`"]),
         (dict(lora_alpha="16"), ["lora_alpha must be a positive number", "'16'"]),
         (dict(dropout=0.1, lora_dropout=0.2), ["dropout=0.1", "lora_dropout=0.2"]),
-        (dict(init_std=0), ["init_std must be a positive number", "0.1"]),
+        (dict(init_std=0), ["init_std must be a positive number or None (the default)", "0"]),
         (dict(init_std=-0.1), ["init_std must be a positive number", "-0.1"]),
         (dict(warmup_steps=50), ["warmup_steps=50", "paper's start", "DualLoraConfig.paper(warmup_steps=50"]),
         (dict(init_weights="paper", warmup_steps=-1), ["warmup_steps", "0 or more", "-1"]),

@@ -29,8 +29,8 @@ ALPHA = 4.0
 EARLIER_ALPHA = 2.0
 """The same for the paper's start, and for adapters of earlier versions."""
 
-STD, EARLIER_STD = 0.1, 0.02
-"""σ by default: of C and D with the default start, and of earlier versions and the paper's start."""
+STD, OTHER_STD, EARLIER_STD = 0.04, 0.1, 0.02
+"""σ by default: of the default start, with aligned signs or none, and of the paper's start and earlier versions."""
 
 
 @dataclass
@@ -88,8 +88,8 @@ class DualLoraConfig(PeftConfig):
     init_std: float | None = field(
         default=None,
         metadata={
-            "help": "Standard deviation σ of C and D (default 0.1), which sets how fast signs flip. With 'zero' and "
-            "'paper' (default 0.02) also of A, and with 'paper' of B."
+            "help": "Standard deviation σ of C and D, which sets how fast signs flip. With 'zero' and 'paper' also of "
+            "A, and with 'paper' of B. Default: 0.04; with 'aligned' 0.1, with 'zero' and 'paper' 0.02."
         },
     )
     warmup_steps: int | float | None = field(
@@ -232,10 +232,8 @@ class DualLoraConfig(PeftConfig):
         self._complete = True
 
     def _check_start(self) -> None:
-        if self.init_std is None:
-            self.init_std = STD if self.starts_like_lora else EARLIER_STD
-        if not is_positive(self.init_std):
-            raise ValueError(f"init_std must be a positive number, got {self.init_std!r}; the default is {STD}.")
+        if self.init_std is not None and not is_positive(self.init_std):
+            raise ValueError(f"init_std must be a positive number or None (the default), got {self.init_std!r}.")
         check_warmup(self)
 
     @property
@@ -249,17 +247,17 @@ class DualLoraConfig(PeftConfig):
         return self.direction_activation == "frozen"
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """As usual; ranks and start stay consistent: a new r1 or r2 changes `r`, a start has its σ and warm-up."""
+        """As usual; ranks and start stay consistent: a new r1 or r2 changes `r`, a start has its warm-up."""
         if vars(self).get("_complete") and name in ("alpha", "alpha_pattern"):
             lora_fields.keep_units(self, name, value)
         if not vars(self).get("_complete") or name not in ("r", "r1", "r2", "init_weights", "init_std", "warmup_steps"):
             super().__setattr__(name, value)
             return
         if name[0] != "r":
-            tried, std = copy.copy(self), self.init_std
+            tried = copy.copy(self)
             vars(tried).update({"_complete": False, name: value})
             if name == "init_weights" and value != self.init_weights:
-                vars(tried).update(init_std=None if std in (STD, EARLIER_STD) else std, warmup_steps=None)
+                vars(tried)["warmup_steps"] = None
             tried._check_start()
             vars(self).update(vars(tried), _complete=True)
             return
@@ -291,6 +289,13 @@ class DualLoraConfig(PeftConfig):
         The other options are those of `DualLoraConfig`; `alpha` is 2 (r1 + r2) by default.
         """
         return cls(**{"ste": "clip"} | options | {"init_weights": "paper", "warmup_steps": warmup_steps})
+
+    @property
+    def std(self) -> float:
+        """σ of C and D, and with an earlier start of the others: `init_std`, or what is best for the start."""
+        if self.init_std is not None or not self.starts_like_lora:
+            return self.init_std or EARLIER_STD
+        return STD if self.init_weights is True and self.direction_activation == "sign" else OTHER_STD
 
     def default_alpha(self, r1: int, r2: int) -> float:
         """α of a layer of these ranks where none is set: the same if a start is left out, as weights will be loaded."""

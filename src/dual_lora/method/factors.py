@@ -179,7 +179,7 @@ class FactorsLayer(Warmup, Strength, Seeds, nn.Module, BaseTunerLayer):
         With init_weights="aligned" the same with signs of rank one; with "paper" all from N(0, σ²), with "zero" all but
         B, with False at a visible strength.
         """
-        std = (config.init_std or 0.0) if config.init_weights else 0.3  # for tests: it shows in a model of any width
+        std = config.std if config.init_weights else 0.3  # for tests: it shows in a model of any width
         for letter, factors in zip("ABCD", self._dicts_of(adapter_name), strict=False):
             factor = factors[adapter_name]
             if factor.device.type == "meta":
