@@ -148,7 +148,7 @@ def test_a_template_that_never_ends_an_answer_is_ended(preferences, tiny_lm, tmp
     loops = "".join(f"{{% for {name} in range(99999) %}}" for name in "abc") + "{% endfor %}" * 3
     template = base / "chat_template.jinja"
     template.write_text(f"{{% if messages[-1].role == 'assistant' %}}{loops}{{% endif %}}" + template.read_text())
-    monkeypatch.setattr("dual_lora.lab.run.aligned.SECONDS", 1.0)
+    monkeypatch.setattr("dual_lora.verify.template.SECONDS", 1.0)
     with pytest.raises(UserError, match="chat template takes longer than 1 s"):
         run(build_recipe(preferences | {"model": {"path": str(base)}}), tmp_path / "run", progress=False)
 

@@ -66,6 +66,16 @@ def a_view(checkpoint):
     torch.save(held, checkpoint / "optimizer.pt")
 
 
+def groups(checkpoint, **values):
+    held = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    held["param_groups"] = [group | values for group in held["param_groups"]]
+    torch.save(held, checkpoint / "optimizer.pt")
+
+
+def schedule(checkpoint, **values):
+    torch.save(torch.load(checkpoint / "scheduler.pt", weights_only=True) | values, checkpoint / "scheduler.pt")
+
+
 def packed(file):
     """The entries of a file of PyTorch's in an archive that takes less room."""
     with zipfile.ZipFile(file) as archive:
@@ -86,6 +96,10 @@ def packed(file):
         (lambda c: (c / "optimizer.pt").unlink(), r"has no optimizer\.pt"),
         (lambda c: state(c, global_step=4), r"has global_step 4 in its trainer_state\.json, expected 2"),
         (lambda c: state(c, save_steps=10**9), "has save_steps 1000000000"),
+        (lambda c: groups(c, maximize=True), "has maximize of group 0 True, and the recipe False"),
+        (lambda c: groups(c, weight_decay=0.9), "has weight_decay of group 0 0.9"),
+        (lambda c: schedule(c, base_lrs=[7.0, 7.0]), r"has base_lrs \[7.0, 7.0\], and the recipe"),
+        (lambda c: schedule(c, last_epoch=0), "has a schedule of 0 steps, expected 2"),
         (lambda c: (c / "trainer_state.json").write_text("[]"), r"has a damaged trainer_state\.json"),
     ],
 )
@@ -95,6 +109,18 @@ def test_what_the_run_did_not_write_is_refused(change, said, stopped, tmp_path):
     mark_whole(folder / "checkpoints/checkpoint-2")
     with pytest.raises(UserError, match=said):
         run(stopped[1], folder, resume=True, progress=False)
+
+
+@pytest.mark.parametrize("stopped", ["lora"], indirect=True)
+def test_the_rate_is_the_schedule_s(stopped, tmp_path):
+    weights = []
+    for name, change in (("a", lambda _: None), ("b", lambda c: groups(c, lr=5.0))):
+        folder = shutil.copytree(stopped[0], tmp_path / name)
+        change(folder / "checkpoints/checkpoint-2")
+        mark_whole(folder / "checkpoints/checkpoint-2")
+        run(stopped[1], folder, resume=True, progress=False)
+        weights.append(load_file(folder / "adapter/adapter_model.safetensors"))
+    assert all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
 
 
 def test_a_whole_model_takes_no_base_s_place(stopped, tmp_path):

@@ -325,6 +325,17 @@ def test_a_card_of_more_figures_than_any_evaluation_has(copy):
         hub_card.write_card(RunFolder(copy), recipe_of_run(copy))
 
 
+def test_a_text_in_place_of_a_number_is_not_repeated(copy):
+    """A text times ten million fills the memory."""
+    record = json.loads((copy / "record.json").read_text())
+    (copy / "record.json").write_text(json.dumps(record | {"rows_at_once": "x" * 10**6}))
+    recipe = (copy / "recipe.yaml").read_text()
+    (copy / "recipe.yaml").write_text(recipe.replace("accumulate: 1\n", "accumulate: 10000000\n"))
+    assert recipe_of_run(copy).train.accumulate == 10**7
+    with pytest.raises(UserError, match="damaged"):
+        hub_card.write_card(RunFolder(copy), recipe_of_run(copy))
+
+
 def test_what_a_record_lacks_is_named(copy):
     record = json.loads((copy / "record.json").read_text())
     del record["result"]["steps"]

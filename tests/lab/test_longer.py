@@ -83,6 +83,8 @@ def test_the_rows_before_its_end_stay(lm_values, tmp_path):
     assert after[: len(before)] == before
     assert sorted(after[24:]) == list(range(48))  # a whole pass begins there
     assert in_order(short, examples, tokenizer, [], 1, [6]).order == before
+    with pytest.raises(UserError, match="was made longer 2,000 times by its record"):  # each begins a pass
+        in_order(long, examples, tokenizer, [], 1, range(2000))
 
 
 def test_fewer_steps_than_were_made(lm_values, tmp_path):

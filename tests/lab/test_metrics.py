@@ -165,6 +165,18 @@ def test_three_class_f1_is_the_macro_mean():
     assert metrics.matthews(table) == pytest.approx(matthews_corrcoef(labels, guesses))
 
 
+def test_many_classes_take_no_more_than_their_cells():
+    """A whole matrix for each cell would be 65 GB of 300 classes."""
+    classes = [f"c{i:03}" for i in range(300)]
+    rows = [{"predicted": name} for name in classes[:20]]
+    found = metrics.features("f1", rows, classes[:20], classes)
+    assert np.shape(found) == (20, 300**2)
+    assert [sum(row) for row in found] == [1] * 20
+    assert [row.index(1.0) for row in found] == [301 * i for i in range(20)]
+    with pytest.raises(UserError, match="f1 of 4,000 items in 300 classes needs a table of 360,000,000 cells"):
+        metrics.features("f1", rows * 200, classes[:20] * 200, classes)
+
+
 def test_f1_leaves_out_a_class_that_nobody_names():
     rows = [{"correct": True, "predicted": "a", "nats": 0.0}, {"correct": False, "predicted": "b", "nats": 1.0}] * 2
     check("f1", "classification", rows, list("aabb"), list("abc"))

@@ -1,5 +1,6 @@
 """What a stranger's model, tokenizer or adapter names outside of its folder is neither read nor run."""
 
+import base64
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.load import load_model, load_tokenizer
 from dual_lora.lab.model.named_files import MADE
 from dual_lora.lab.model.opened import open_tuned
+from dual_lora.lab.model.tokenizer_rules import check_rules
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.recipe.schema import ModelSection
 from dual_lora.lab.run.train import run
@@ -122,6 +124,84 @@ def test_every_number_by_which_a_tokenizer_makes_tokens_has_its_bound():
     assert not [name for name in looped & numbers if not MADE.fullmatch(name)]
 
 
+TEXT, TOKEN = {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "<s>", "type_id": 0}}
+PAIR = [TEXT, {"Sequence": {"id": "B", "type_id": 1}}]
+
+
+def around(*pieces, ids=1):
+    known = {"<s>": {"id": "<s>", "ids": [1] * ids, "tokens": ["<s>"] * ids}}
+    return {"type": "TemplateProcessing", "single": [*pieces], "pair": PAIR, "special_tokens": known}
+
+
+def replaced(text, **pattern):
+    return {"type": "Replace", "pattern": pattern, "content": text}
+
+
+def in_turn(kind, *steps):
+    return {"type": "Sequence", kind: [*steps]}
+
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+SLOW = {"type": "Split", "pattern": {"Regex": r"(?:.|.){22}\b\B"}, "behavior": "Isolated", "invert": False}
+TABLE = base64.b64encode(b"\0\0\0\0" + b"a" * 2000 + b"\0").decode()
+WORDS = {"type": "WordPiece", "unk_token": "<unk>", "continuing_subword_prefix": "##", "max_input_chars_per_word": 100}
+RULES = [
+    ("post_processor", around(*[TOKEN] * 40, TEXT, ids=40), "more than 1,000 tokens around a text"),
+    ("post_processor", around(TEXT, TEXT), "or writes it twice"),
+    ("normalizer", in_turn("normalizers", *[replaced("a" * 100, String="a")] * 4), "4 steps of its normalizer may"),
+    ("normalizer", replaced("a" * 1000, Regex="x?"), "of its normalizer may make 1e.03 letters of one"),
+    ("normalizer", {"type": "Precompiled", "precompiled_charsmap": TABLE}, "of its normalizer may make 2e.03 letters"),
+    ("pre_tokenizer", in_turn("pretokenizers", *[BYTES] * 40), "40 steps of its pre_tokenizer may make 1.1e.12"),
+    ("pre_tokenizer", SLOW, "patterns of its pre_tokenizer might never end"),
+    ("decoder", in_turn("decoders", *[replaced("a" * 100, String="a")] * 4), "4 steps of its decoder"),
+    ("model", WORDS | {"max_input_chars_per_word": 10**9}, "max_input_chars_per_word is 1,000,000,000"),
+    ("model", WORDS | {"continuing_subword_prefix": "#" * 101}, "continuing_subword_prefix has 101 letters"),
+]
+
+
+@pytest.mark.parametrize(("part", "rules", "said"), RULES, ids=[f"{part} {i}" for i, (part, *_) in enumerate(RULES)])
+def test_a_tokenizer_s_rules_make_no_text_without_an_end(part, rules, said, base):
+    """Each is a file of a few kB, and filled the memory, or took minutes for one text of a few words."""
+    own = json.loads((base / "tokenizer.json").read_text())
+    words = {"vocab": own["model"]["vocab"]} if part == "model" else {}
+    settings(base / "tokenizer.json", **{part: rules | words})
+    with pytest.raises(UserError, match=f"tokenizer.json of .*{said}"):
+        load_tokenizer(str(base))
+
+
+def test_nor_those_of_another_version_s_file(base):
+    own = json.loads((base / "tokenizer.json").read_text())
+    (base / "tokenizer.4.0.json").write_text(json.dumps(own | {"pre_tokenizer": SLOW}))
+    settings(base / "tokenizer_config.json", fast_tokenizer_files=["tokenizer.4.0.json"])
+    with pytest.raises(UserError, match=r"tokenizer.4.0.json of .*might never end"):
+        load_tokenizer(str(base))
+
+
+def test_nor_those_that_come_from_other_files(base, monkeypatch):
+    """As from a tokenizer.model or a GGUF file, whose rules transformers writes itself."""
+    monkeypatch.setattr("dual_lora.lab.model.named_files._settings", lambda *_: {})
+    settings(base / "tokenizer.json", post_processor=around(TEXT, TEXT))
+    with pytest.raises(UserError, match="or writes it twice"):
+        load_tokenizer(str(base))
+
+
+GPT_4 = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+
+
+def test_published_rules_are_taken(base):
+    nmt_nfkc = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(b"\0" * 4 + "x\0لله".encode()).decode()}
+    steps = [replaced('"', String="``"), {"type": "NFKD"}, {"type": "Lowercase"}, replaced(" ", Regex=" {2,}")]
+    parts = {
+        "normalizer": in_turn("normalizers", *steps),
+        "pre_tokenizer": in_turn("pretokenizers", SLOW | {"pattern": {"Regex": GPT_4}}, BYTES),
+        "post_processor": around(TOKEN, TEXT, TOKEN),
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+    }
+    check_rules(parts | {"normalizer": in_turn("normalizers", nmt_nfkc, *steps), "model": WORDS}, "x")
+    settings(base / "tokenizer.json", **parts)
+    assert load_tokenizer(str(base))("The fire is warm").input_ids
+
+
 @pytest.mark.parametrize(
     ("templates", "said"),
     [
@@ -154,7 +234,10 @@ def test_a_base_carries_no_adapter(base):
         load_model(ModelSection(path=str(base)))
 
 
-@pytest.mark.parametrize("name", ["deep/er/w.safetensors", "../w.safetensors", "/dev/stdin", "deep\\w.safetensors"])
+@pytest.mark.parametrize(
+    "name",
+    ["deep/er/w.safetensors", "../w.safetensors", "/dev/stdin", "deep\\w.safetensors", "w.pt", "w.json", "safetensors"],
+)
 def test_weights_lie_next_to_their_index(name, base):
     (base / "deep/er").mkdir(parents=True)
     os.mkfifo(base / "deep/er/w.safetensors")

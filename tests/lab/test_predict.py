@@ -11,6 +11,7 @@ import pytest
 from dual_lora.lab.data.questions import read_questions
 from dual_lora.lab.data.records import Record
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.files.write import held
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.recipe.schema import DataSection
 from dual_lora.lab.run.results_file import check_cells, write_rows
@@ -145,6 +146,13 @@ def test_what_was_interrupted_goes_on(classifier, sentences, call, tmp_path, mon
     assert sum(computed[2:]) == 14, "what was there is not computed again"
     assert parts.read_text() == whole.read_text()
     assert not unfinished.exists()
+
+
+def test_two_commands_do_not_write_the_same_results(classifier, sentences, call, tmp_path):
+    with held(tmp_path / "out.csv"):
+        code, _, err = call("predict", classifier, sentences, "--out", tmp_path / "out.csv")
+    assert code == 1
+    assert "is being written by another command" in " ".join(err.split())
 
 
 def test_other_records_or_settings_are_not_gone_on_with(classifier, sentences, call, tmp_path):

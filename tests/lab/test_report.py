@@ -48,6 +48,8 @@ def test_a_mean_over_layers_counts_entries():
     rows = [{"O": 1, "I": 1, "zero": 0.0}, {"O": 1, "I": 3, "zero": 1.0}, {"O": 9, "I": 9}]
     assert mean_over_layers(rows, "zero") == 0.75
     assert mean_over_layers(rows, "nothing") is None
+    with pytest.raises(ValueError, match="could not convert string to float"):  # of 10¹³ letters, if it were repeated
+        mean_over_layers([{"O": 10**9, "I": 10**4, "zero": "x"}], "zero")
     assert spread_over_layers([{"x": i} for i in range(11)], "x") == (1, 9)
 
 

@@ -43,7 +43,8 @@ def read_evaluation(file: Path) -> Row:
 
 def mean_over_layers(rows: Sequence[Row], key: str) -> float | None:
     """Weighted by O · I where the rows have them; None where no row has the key."""
-    found = [(row[key], row.get("O", 1) * row.get("I", 1)) for row in rows if row.get(key) is not None]
+    here = [row for row in rows if row.get(key) is not None]  # a text times a number would be a text of that length
+    found = [(float(row[key]), float(row.get("O", 1)) * float(row.get("I", 1))) for row in here]
     total = sum(weight for _, weight in found)
     return sum(value * weight for value, weight in found) / total if total else None
 

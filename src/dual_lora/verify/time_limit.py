@@ -1,5 +1,6 @@
 """Work on what comes from a stranger, ended after a time."""
 
+import faulthandler
 import signal
 import threading
 import time
@@ -7,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 AGAIN = 1.0  # seconds after which it is told once more
+STUCK = 15.0  # seconds of all processors that what heeds no signal has besides
 
 
 class Late(BaseException):
@@ -14,8 +16,12 @@ class Late(BaseException):
 
 
 @contextmanager
-def ended_after(seconds: float) -> Iterator[None]:
-    """Raises Late inside, after so many seconds. Only in a process's main thread, and not on Windows."""
+def ended_after(seconds: float, with_process: bool = False) -> Iterator[None]:
+    """Raises Late inside, after so many seconds. Only in a process's main thread, and not on Windows.
+
+    with_process: one operation of Python's, as a comparison of lists of lists of lists, heeds no signal. The system
+    ends it then, together with the process, which shows where it was.
+    """
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -28,6 +34,9 @@ def ended_after(seconds: float) -> Iterator[None]:
 
     began, before = time.monotonic(), signal.signal(signal.SIGALRM, late)
     others, interval = signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN)
+    if with_process:
+        faulthandler.register(signal.SIGPROF, file=2, all_threads=False, chain=True)
+        profiled = signal.setitimer(signal.ITIMER_PROF, seconds + STUCK)
     try:
         yield
     finally:
@@ -36,3 +45,6 @@ def ended_after(seconds: float) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
         signal.setitimer(signal.ITIMER_REAL, left, interval)
+        if with_process:
+            signal.setitimer(signal.ITIMER_PROF, *profiled)
+            faulthandler.unregister(signal.SIGPROF)

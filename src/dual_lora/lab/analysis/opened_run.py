@@ -25,6 +25,7 @@ from dual_lora.lab.model.weights import weights_digest
 from dual_lora.lab.read import read_object
 from dual_lora.lab.recipe.schema import EvaluateSection, Recipe
 from dual_lora.lab.run.evaluate import mean_losses
+from dual_lora.lab.run.longer import ends_of
 from dual_lora.lab.run.prepare import in_order, show_gradients, wants_gradients
 from dual_lora.lab.run.resume import check_same_inputs, recipe_of_run
 from dual_lora.method.layer import DualLoraLayer
@@ -61,7 +62,7 @@ class OpenedRun:
             self.tokenizer,
             self.classes,
             _processes(self.record),
-            self.record.get("extended") or (),
+            ends_of(self.record),
         )
         check_same_inputs(RunFolder(self.path), {"rows": rows_digest(ready.rows)})
         collate = collator(self.tokenizer, bool(self.classes), self.model)
@@ -132,7 +133,7 @@ def open_run(path: str | Path, device: str | None = None) -> OpenedRun:
             loaded.tokenizer,
             classes,
             _processes(record),
-            record.get("extended") or (),
+            ends_of(record),
         )
         collate = collator(loaded.tokenizer, bool(classes), loaded.model)
         show_gradients(loaded.model, config, ready, recipe.train.batch_size, collate)

@@ -13,6 +13,7 @@ from dual_lora.lab.commands.parameters import AutoDtype, Base, Device, Json, Sou
 from dual_lora.lab.data.questions import read_questions
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.files.folder import RunFolder, result_of
+from dual_lora.lab.files.write import held
 from dual_lora.lab.progress import stage
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.recipe.schema import DataSection, EvaluateSection, Recipe
@@ -77,10 +78,11 @@ def predict(
     with stage(f"loading {source}"):
         use_device(device)
         tuned = open_tuned(source, base, dtype, unsaid="auto")
-    result = run_prediction(
-        tuned, file, records, examples, target, settings.data, settings.evaluate,
-        variant="base" if without_adapter else None, overwrite=overwrite,
-    )  # fmt: skip
+    with held(target):  # two would mix their results in the file of the unfinished ones
+        result = run_prediction(
+            tuned, file, records, examples, target, settings.data, settings.evaluate,
+            variant="base" if without_adapter else None, overwrite=overwrite,
+        )  # fmt: skip
     facts = {"records": f"{result.examples:,} in {duration(result.seconds)}"}
     if result.resumed_from:
         facts["records"] += f", {result.resumed_from:,} of them before the interruption"

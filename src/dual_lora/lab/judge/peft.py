@@ -266,7 +266,7 @@ def _result(name: str, recipe: Recipe, record: dict[str, Any], method: dict[str,
         "step": ended["steps"],
         SCORES.get(method["metric"], f"test {method['metric']}"): run["score"],
         "train loss": ended["loss"],
-        "train samples": ended["steps"] * train.batch_size * train.accumulate * record.get("processes", 1),
+        "train samples": int(ended["steps"]) * int(record.get("processes", 1)) * train.batch_size * train.accumulate,
         "train total tokens": ended["tokens"],
     }
     if (forgotten := (run["figures"] or {}).get("forgetting")) is not None:

@@ -22,7 +22,13 @@ from dual_lora.lab.model.location import (
     meant,
     nobody_answers,
 )
-from dual_lora.lab.model.named_files import check_templates, check_tokenizer_arguments, check_whole_model
+from dual_lora.lab.model.named_files import (
+    check_templates,
+    check_tokenizer_arguments,
+    check_tokenizer_rules,
+    check_whole_model,
+    pickled_weights,
+)
 from dual_lora.lab.model.quantize import check_packed, quantization_config
 
 if TYPE_CHECKING:
@@ -60,7 +66,9 @@ def load_tokenizer(path: str, location: Location | None = None) -> PreTrainedTok
     location = location or locate(path)
     with _clear_errors(path), quick_reading(location):
         check_tokenizer_arguments(location.name, location.revision)
+        check_tokenizer_rules(location.name, location.revision)
         tokenizer = AutoTokenizer.from_pretrained(location.name, **location.arguments())
+        check_tokenizer_rules(location.name, location.revision, tokenizer)
         if location.gguf_file and Version(transformers.__version__) < Version("5.20"):
             set_special_tokens(Path(location.name) / location.gguf_file, tokenizer)
     check_templates(path, tokenizer.chat_template)
@@ -84,9 +92,9 @@ def load_model(part: ModelSection, num_labels: int | None = None, device: str | 
 
     location = locate(part.path, part.revision)
     check_settings(location)
-    with _clear_errors(part.path):
+    with _clear_errors(part.path), quiet():
         check_whole_model(location.name, location.revision)
-        check_weights(Path(location.name))
+        check_weights(pickled_weights(location.name, location.revision))
     tokenizer = load_tokenizer(part.path, location)
     arguments: dict[str, Any] = {"dtype": getattr(torch, dtype_of(part, device)), **location.arguments()}
     if part.attention:

@@ -36,7 +36,8 @@ MOST_OF = {
     **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts"), 10_000),
     **dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size", "n_embd", "n_inner"), 1_000_000),
     **dict.fromkeys(("d_model", "d_ff", "ffn_dim", "ffn_hidden_size", "dim", "hidden_dim", "dff"), 1_000_000),
-    **dict.fromkeys(("num_labels", "vocab_size", "num_attention_heads", "n_head", "num_heads", "head_dim"), 1_000_000),
+    "num_labels": 100_000,
+    **dict.fromkeys(("vocab_size", "num_attention_heads", "n_head", "num_heads", "head_dim"), 1_000_000),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length"), 20_000_000),
 }
 # Its sections that say which layers are packed: transformers searches with each of their texts in each layer's name, by
@@ -178,7 +179,8 @@ def check_settings(location: Location) -> None:
         if most is not None and isinstance(value, int) and value > most:
             raise UserError(f"The model {location.name} has {name} {value:,}, expected at most {most:,}.")
         if name == "transformers_weights" and value is not None:
-            check_plain_name(str(value), f"The model {location.name}, {name},")
+            kinds = (".safetensors", *[".safetensors.index.json"] * Path(location.name).is_dir())
+            check_plain_name(str(value), f"The model {location.name}, {name},", kinds)
         if name in PACKED:
             check_searched(f"The model {location.name}, {name}", list(_texts_in(value)))
 

@@ -7,12 +7,14 @@ an adapter_config.json next to a config.json an adapter, which transformers puts
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.model.tokenizer_rules import check_rules
 from dual_lora.lab.read import read_object, regular
 
 ARGUMENTS = ("tokenizer_config.json", "special_tokens_map.json")  # of the tokenizer's class, both of them
@@ -46,6 +48,22 @@ def check_tokenizer_arguments(model: str, revision: str | None = None) -> None:
                     "the file's content would become a part of the tokenizer and be saved with it. Nothing "
                     f"was read: remove {key}."
                 )
+
+
+def check_tokenizer_rules(model: str, revision: str | None, tokenizer: Any = None) -> None:
+    """Raise UserError for a tokenizer whose rules make very much out of little.
+
+    tokenizer: as it was loaded, of whatever files. Without it tokenizer.json is read, whose rules are used on its own
+    tokens while it is loaded.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if tokenizer is None:
+        others = _settings(model, ARGUMENTS[0], revision).get("fast_tokenizer_files")  # of other versions
+        for name in ["tokenizer.json", *map(str, others if isinstance(others, list) else ())]:
+            check_rules(_settings(model, name, revision), f"{name} of {model}")
+    elif backend is not None:
+        parts = {name: getattr(backend, name) for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder")}
+        check_rules({name: json.loads(part.__getstate__()) for name, part in parts.items() if part}, model)
 
 
 def _check_made(settings: dict[str, Any], where: str, config: Callable[[], dict[str, Any]]) -> None:
@@ -99,17 +117,42 @@ def check_whole_model(model: str, revision: str | None = None) -> None:
 
 
 def check_plain_names(folder: Path) -> None:
-    """Raise UserError for an index in a folder that names weights in another one."""
+    """Raise UserError for an index in a folder that names weights in another one, or what are no files of weights."""
     for index in sorted(folder.glob("*.index.json")) if folder.is_dir() else ():
-        weights = _read(index).get("weight_map")
-        for shard in set(map(str, weights.values())) if isinstance(weights, dict) else ():
+        for shard in _shards(index):
             check_plain_name(shard, str(index))
 
 
-def check_plain_name(name: str, where: str) -> None:
-    """Raise UserError for a file of weights that lies in another folder. where: what names it."""
-    if len(PurePosixPath(name).parts) != 1 or len(PureWindowsPath(name).parts) != 1 or name == "..":
-        raise UserError(f"{where} names {name[:200]!r}, expected files of weights that lie next to it.")
+def check_plain_name(name: str, where: str, kinds: tuple[str, ...] = (".safetensors", ".bin")) -> None:
+    """Raise UserError for a file of weights that lies in another folder, or is of another kind: transformers takes all
+    but safetensors for PyTorch's. where: what names it."""
+    if len(PurePosixPath(name).parts) != 1 or len(PureWindowsPath(name).parts) != 1 or not name.endswith(kinds):
+        raise UserError(
+            f"{where} names {name[:200]!r}, expected files of weights that lie next to it ({' or '.join(kinds)})."
+        )
+
+
+def pickled_weights(model: str, revision: str | None = None) -> list[Path]:
+    """A model's files of weights that PyTorch wrote; of one on the hub those that transformers would read."""
+    folder = Path(model)
+    if folder.is_dir():
+        return sorted(folder.glob("*.bin"))
+    for name in (
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+    ):
+        if first := _file_of(model, name, revision):
+            names = _shards(Path(first)) if name.endswith(".json") else {name}
+            files = (_file_of(model, each, revision) for each in sorted(names) if each.endswith(".bin"))
+            return [Path(file) for file in files if file]
+    return []
+
+
+def _shards(index: Path) -> set[str]:
+    weights = _read(index).get("weight_map")
+    return set(map(str, weights.values())) if isinstance(weights, dict) else set()
 
 
 def _is_outside(text: str, roots: list[str]) -> bool:

@@ -201,7 +201,7 @@ def _open_adapter(
     except Exception as error:  # whatever a foreign file makes PEFT raise: KeyError, AttributeError, RecursionError
         raise UserError(f"The adapter {adapter} could not be read: {described(error)}") from error
     check_stored_numbers(adapter / "adapter_model.safetensors", f"The adapter {adapter}")
-    check_weights(adapter)
+    check_weights(sorted(adapter.glob("*.bin")))
     part = recipe.model if recipe else _part_of(config, adapter, unsaid)
     another = {"path": base, "revision": None} if base and base != part.path else {}
     unpacked = {"quantize": "none"} if whole else {}

@@ -5,7 +5,7 @@ tensor may be a view of one number, which becomes whole as soon as it is copied.
 """
 
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +38,12 @@ def check_unpacked(file: Path) -> None:
         )
 
 
-def check_weights(folder: Path) -> None:
-    """Raise UserError for weights in a model's or an adapter's folder that would take more memory than their file has.
+def check_weights(files: Iterable[Path]) -> None:
+    """Raise UserError for weights of a model or an adapter that would take more memory than their file has.
 
     One that is damaged, or holds no weights, is left to whoever reads it.
     """
-    for file in sorted(folder.glob("*.bin")):
+    for file in files:
         check_unpacked(file)
         try:
             held = _held_in(file)

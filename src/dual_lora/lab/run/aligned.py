@@ -15,8 +15,7 @@ from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.run.loop import arguments_of, as_the_recipe_says, optimizer_of
 from dual_lora.lab.run.rewards import rewards_of
 from dual_lora.lab.run.watch import Watch
-from dual_lora.verify.template import SECONDS
-from dual_lora.verify.time_limit import Late, ended_after
+from dual_lora.verify.template import in_its_time
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback
@@ -152,13 +151,10 @@ def _limit_template(tokenizer: Any) -> None:
 
     def limited(*given: Any, **more: Any) -> Any:
         try:
-            with ended_after(SECONDS):
+            with in_its_time(tokenizer):
                 return write(*given, **more)
-        except Late:
-            raise UserError(
-                f"The chat template takes longer than {SECONDS:g} s for one conversation: take another model, or set "
-                "data.template."
-            ) from None
+        except TimeoutError as error:
+            raise UserError(str(error)) from None
 
     tokenizer.apply_chat_template = limited
 

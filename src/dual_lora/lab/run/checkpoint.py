@@ -20,6 +20,10 @@ from dual_lora.verify.numbers import header
 STATE = "trainer_state.json"
 NEEDED = (STATE, "optimizer.pt", "scheduler.pt", "rng_state*.pth")
 WHOLE_MODEL = ("model*.safetensors", "pytorch_model*.bin", "*.index.json")
+SETTINGS = (  # of torch's optimizers, and of those that are like them
+    *("initial_lr", "betas", "eps", "weight_decay", "momentum", "dampening", "nesterov", "amsgrad", "maximize"),
+    *("alpha", "centered", "decoupled_weight_decay"),
+)
 ADAPTER = ("*/adapter_model.*",)
 
 
@@ -67,6 +71,36 @@ def _check_state(checkpoint: Path, step: int, arguments: Any) -> None:
     for name, value in ({"global_step": step} | expected).items():
         if state.get(name) != value:
             _refuse(checkpoint, f"has {name} {state.get(name)!r:.100} in its {STATE}, expected {value}")
+
+
+def keep_settings(trainer: Any, checkpoint: Path, longer: bool) -> None:
+    """Have the trainer refuse a checkpoint whose optimizer or schedule has other settings than the recipe, which it
+    would take over with their state. longer: whether `Longer` sets the rates anew."""
+    load = trainer._load_optimizer_and_scheduler
+
+    def loaded(folder: str | None) -> None:
+        before = _settings(trainer)
+        load(folder)
+        for name, value in _settings(trainer).items():
+            if name in before and before[name] != value:
+                _refuse(checkpoint, f"has {name} {value!r:.100}, and the recipe {before[name]!r:.100}")
+        plain = getattr(trainer.lr_scheduler, "scheduler", trainer.lr_scheduler)
+        shapes, done = getattr(plain, "lr_lambdas", ()), plain.last_epoch
+        step = int(checkpoint.name.rpartition("-")[2])
+        if shapes and done != step and not (trainer.args.fp16 and 0 <= done < step):  # which leaves steps out
+            _refuse(checkpoint, f"has a schedule of {done!r:.100} steps, expected {step}")
+        for group, base, shape in zip(trainer.optimizer.param_groups, plain.base_lrs, shapes, strict=False):
+            group["lr"] = group["lr"] if longer else base * shape(done)
+
+    trainer._load_optimizer_and_scheduler = loaded
+
+
+def _settings(trainer: Any) -> dict[str, Any]:
+    """What the recipe says of each group of weights; some optimizers keep numbers of theirs there as well."""
+    groups = enumerate(trainer.optimizer.param_groups)
+    return {f"{name} of group {i}": group[name] for i, group in groups for name in SETTINGS if name in group} | {
+        "base_lrs": list(trainer.lr_scheduler.state_dict()["base_lrs"])
+    }
 
 
 def _refuse(checkpoint: Path, why: str) -> Any:

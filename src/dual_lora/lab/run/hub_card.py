@@ -127,7 +127,7 @@ def _body(
             labels="" if kind == "CausalLM" else _labels(record.get("classes") or [VALUE]),
             source=source_name(recipe.data.train or ""),
             lost=too_long(recipe, result["left_out"]),
-            rows=record.get("rows_at_once", recipe.train.batch_size) * recipe.train.accumulate,
+            rows=int(record.get("rows_at_once", recipe.train.batch_size)) * recipe.train.accumulate,
             losses=", ".join(f"{value:.4f} {when}" for when, value in losses.items() if value is not None),
         )
     except UndefinedError as error:  # what a damaged record lacks

@@ -32,6 +32,7 @@ from dual_lora.lab.recipe.schema import Recipe
 
 GRADIENT_BATCHES = 8  # that LoRA-GA's start sees
 NEXT_SEED = 1_000_003  # between the orders of a run's passes before and after it was made longer
+MOST_ENDS = 1000
 MOST_ROWS = 50_000_000  # of a run, repeats counted; their order is a list in memory
 
 
@@ -128,12 +129,14 @@ def in_order(
     rows_a_step = part.batch_size * part.accumulate * processes
     if recipe.objective.name == "grpo":  # a prompt has several answers
         rows_a_step = max(1, rows_a_step // recipe.objective.completions)
-    asked = part.steps or len(rows) * part.epochs / rows_a_step
-    if asked * rows_a_step > MOST_ROWS:
+    asked = part.steps or max(1.0, len(rows) * part.epochs / rows_a_step)
+    if asked * rows_a_step > MOST_ROWS:  # before `ceil`, as it may be infinite
         raise UserError(
             f"train asks for {asked:,.0f} steps of {rows_a_step:,} examples; at most {MOST_ROWS:,} examples in all are "
-            "put in order: lower train.steps, train.epochs or the batch size."
+            "put in order: lower train.steps, train.epochs, train.accumulate or the batch size."
         )
+    if len(ends) > MOST_ENDS:  # each begins a pass over all rows
+        raise UserError(f"The run was made longer {len(ends):,} times by its record, expected at most {MOST_ENDS:,}.")
     steps = math.ceil(asked)
     lengths = [len(row.input_ids) for row in rows]
     order: list[int] = []

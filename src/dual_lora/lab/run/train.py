@@ -28,7 +28,7 @@ from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.run import longer
 from dual_lora.lab.run.aligned import build_aligned, check_objective
 from dual_lora.lab.run.best import Best, check_best, counts_from
-from dual_lora.lab.run.checkpoint import check_checkpoint
+from dual_lora.lab.run.checkpoint import check_checkpoint, keep_settings
 from dual_lora.lab.run.failures import Diverged as Diverged
 from dual_lora.lab.run.failures import clear_failures, note_failure
 from dual_lora.lab.run.keep import RunResult as RunResult
@@ -209,6 +209,7 @@ def _fit(session: Session, begun: Begun, more: Sequence[TrainerCallback], report
             same_sharding(begun.checkpoint, trainer)
             if begun.checkpoint and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
                 check_checkpoint(begun.checkpoint, begun.start, begun.model, trainer.args)
+                keep_settings(trainer, begun.checkpoint, bool(begun.ends))
             with watch.interruptible():
                 trainer.train(resume_from_checkpoint=str(begun.checkpoint) if begun.checkpoint else None)
     return Fitted(trainer, watch, best, checks)

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from dual_lora.lab.errors import UserError, suggest
 
 Table = NDArray[np.float64]
+MOST_CELLS = 20_000_000  # of all items' confusion matrices, which are written as numbers
 
 
 class Metric(NamedTuple):
@@ -126,6 +127,11 @@ def features(
         x, y = ((values - truth.mean()) / (truth.std() or 1.0) for values in (guess, truth))  # of order 1 in any unit
         return list(np.stack([x, y, x * x, y * y, x * y], 1).tolist())
     if metric in ("f1", "matthews"):
+        if (cells := len(rows) * len(classes) ** 2) > MOST_CELLS:
+            raise UserError(
+                f"The {metric} of {len(rows):,} items in {len(classes):,} classes needs a table of {cells:,} cells, "
+                f"expected at most {MOST_CELLS:,}: compare by accuracy, or take fewer test records."
+            )
         number = {name: i for i, name in enumerate(classes)}
         truth = np.array([number[label] for label in labels])
         guess = np.array([number[row["predicted"]] for row in rows])
@@ -237,7 +243,9 @@ def f1(confusion: Table) -> float:
 def confusion_cells(labels: ArrayLike, predictions: ArrayLike, classes: int) -> Table:
     """One-hot confusion cells [S, N, classes²] from labels [N] and predictions [S, N] (integers)."""
     cells = np.asarray(labels)[None] * classes + np.asarray(predictions)
-    return np.asarray(np.eye(classes * classes)[cells])
+    found = np.zeros((*cells.shape, classes * classes))
+    np.put_along_axis(found, cells[..., None], 1.0, -1)
+    return found
 
 
 def pearson(means: Table) -> float:
