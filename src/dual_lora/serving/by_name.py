@@ -62,7 +62,7 @@ class ByName:
             await _refuse(send, 503, str(error))
             return
         try:
-            await self.app(scope, receive, _patiently(send))
+            await self.app(scope, receive, _with_read_timeout(send))
         finally:
             self.turns.leave()
 
@@ -113,7 +113,7 @@ class ByName:
         return scope["method"] == "POST" and has_body and not path.startswith(self.own)
 
 
-def _patiently(send: Send) -> Send:
+def _with_read_timeout(send: Send) -> Send:
     """The same, until a request has waited for its reader for PATIENCE seconds in all."""
     left = PATIENCE
 
