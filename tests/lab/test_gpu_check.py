@@ -25,8 +25,8 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 @pytest.fixture
 def few(monkeypatch):
     """Two launches in the place of all of them."""
-    every = gpu_trials.every
-    monkeypatch.setattr(gpu_trials, "every", lambda *a: list(every(*a))[:2])
+    every = gpu_trials.all_launches
+    monkeypatch.setattr(gpu_trials, "all_launches", lambda *a: list(every(*a))[:2])
 
 
 def run(*options):

@@ -270,7 +270,7 @@ def test_workers_take_the_gpus_in_turn(cards, visible, expected, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert [executors._share(slot, 3).get("CUDA_VISIBLE_DEVICES") for slot in range(3)] == expected
+    assert [executors._worker_environment(slot, 3).get("CUDA_VISIBLE_DEVICES") for slot in range(3)] == expected
     assert executors.runs_side_by_side("process", None) == (cards or os.cpu_count())
     assert (executors.runs_side_by_side("process", 5), executors.runs_side_by_side("serial", 5)) == (5, 1)
 

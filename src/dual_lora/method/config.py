@@ -13,7 +13,7 @@ from peft.utils import PeftType
 
 from ..core.reference import Form, Magnitude, Ste
 from . import lora_fields
-from .config_checks import PAPER_WARMUP, check_frozen, check_share, check_warmup, of_format_1
+from .config_checks import PAPER_WARMUP, check_frozen, check_share, check_warmup, upgrade_format_1
 from .lora_fields import LORA_ALPHA, is_positive
 from .ranks import Rank, ranks_of, split_rank
 from .saved import check_file
@@ -319,15 +319,15 @@ class DualLoraConfig(PeftConfig):
         ).check()
 
 
-def _by_loras_names(init: Any) -> Any:
+def _accept_lora_fields(init: Any) -> Any:
     """The generated `__init__`, which takes LoRA's fields as well. (As fields of the class they would be saved.)"""
     own = set(inspect.signature(init).parameters)
 
     @functools.wraps(init)
     def wrapped(self: Any, *args: Any, **options: Any) -> None:
         if options.get("peft_type") and "format_version" not in options and "init_std" in options:
-            options = of_format_1(options)
-        init(self, *args, **lora_fields.translated(options, own))
+            options = upgrade_format_1(options)
+        init(self, *args, **lora_fields.translate(options, own))
 
     signature = inspect.signature(init)  # PEFT looks there for what a saved configuration may hold
     theirs = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in lora_fields.names() - own]
@@ -335,7 +335,7 @@ def _by_loras_names(init: Any) -> Any:
     return wrapped
 
 
-def _described(config: type) -> str:
+def _docstring_with_fields(config: type) -> str:
     """The class's text and, as PEFT's own classes have it, its fields: from their help, which is written once."""
     lines = [
         f"    {f.name} (`{f.type}`, default {f.default if f.default_factory is MISSING else f.default_factory()!r}): "
@@ -346,5 +346,5 @@ def _described(config: type) -> str:
     return "\n".join([inspect.cleandoc(config.__doc__ or ""), "", "Args:", *lines])
 
 
-DualLoraConfig.__init__ = _by_loras_names(DualLoraConfig.__init__)  # type: ignore[method-assign]
-DualLoraConfig.__doc__ = _described(DualLoraConfig)
+DualLoraConfig.__init__ = _accept_lora_fields(DualLoraConfig.__init__)  # type: ignore[method-assign]
+DualLoraConfig.__doc__ = _docstring_with_fields(DualLoraConfig)

@@ -61,7 +61,7 @@ def check_warmup(config: Any) -> None:
         )
 
 
-def of_format_1(saved: dict[str, Any]) -> dict[str, Any]:
+def upgrade_format_1(saved: dict[str, Any]) -> dict[str, Any]:
     """What a configuration that an earlier version has saved says in the present format."""
     if saved.get("alpha") is None:  # its pattern had α's numbers all the same
         saved = saved | {"alpha_pattern": scaled(saved.get("alpha_pattern"), 1 / LORA_ALPHA) or {}}

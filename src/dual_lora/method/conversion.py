@@ -23,7 +23,7 @@ from .layer import Linear, named_layers
 from .saved import PEFT_PREFIX, named_as_saved
 
 # Above this, look at the loss on data before a LoRA stands in for the adapter.
-TOO_MUCH = 0.3
+LARGE_ERROR = 0.3
 WEIGHTS = "adapter_model.safetensors"
 
 
@@ -88,7 +88,7 @@ def convert_to_lora(
     for name, layer in layers.items():
         if not all(bool(f.isfinite().all()) for f in layer.factors(adapter_name)):
             raise ValueError(f"The layer {name!r} of adapter {adapter_name!r} holds NaN or infinity: it seems broken.")
-        A, B, error = truncated(layer._matrix(layer.get_delta_weight(adapter_name)), rank)
+        A, B, error = truncated_svd(layer._matrix(layer.get_delta_weight(adapter_name)), rank)
         state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"] = A, B
         losses.append(LayerLoss(name.removeprefix(PEFT_PREFIX), A.shape[0], error))
         advance(1)
@@ -96,9 +96,9 @@ def convert_to_lora(
     for key, factor in state.items():  # A [rank, I] or B [O, rank]
         rows, columns = (0, widest - factor.shape[1]) if "lora_B" in key else (widest - factor.shape[0], 0)
         state[key] = nn.functional.pad(factor, (0, columns, 0, rows))
-    lora = LoraConfig(r=widest, lora_alpha=widest, **what_stays(model, config, layers))
-    conversion = Conversion(lora, named_as_saved(state | what_else_is_saved(model, adapter_name)), losses)
-    if conversion.median > TOO_MUCH:
+    lora = LoraConfig(r=widest, lora_alpha=widest, **shared_options(model, config, layers))
+    conversion = Conversion(lora, named_as_saved(state | other_saved_tensors(model, adapter_name)), losses)
+    if conversion.median > LARGE_ERROR:
         what = f"LoRA of rank {rank}" if isinstance(rank, int) else f"LoRA with {rank:.0%} of the energy"
         warn(
             f"{what} loses {conversion.median:.0%} of the update of the median layer: ΔW is of high rank. "
@@ -121,7 +121,7 @@ def save_as_lora(
     return conversion
 
 
-def truncated(matrix: Tensor, rank: int | float) -> tuple[Tensor, Tensor, float]:
+def truncated_svd(matrix: Tensor, rank: int | float) -> tuple[Tensor, Tensor, float]:
     """(A [k, I], B [O, k], relative error) of the best B A of rank k, or of the least k for a share of the energy."""
     with torch.no_grad():
         U, S, V = torch.linalg.svd(matrix, full_matrices=False)
@@ -133,7 +133,7 @@ def truncated(matrix: Tensor, rank: int | float) -> tuple[Tensor, Tensor, float]
         return A, B, float((matrix - B @ A).norm() / norm) if norm else 0.0
 
 
-_ALIKE = (
+_SHARED_FIELDS = (
     "modules_to_save", "trainable_token_indices", "ensure_weight_tying", "layer_replication",
     "task_type", "base_model_name_or_path", "revision",
 )  # fmt: skip
@@ -148,9 +148,9 @@ def refuse_biases(config: Any) -> None:
         )
 
 
-def what_stays(model: nn.Module, config: Any, layers: dict[str, Any]) -> dict[str, Any]:
+def shared_options(model: nn.Module, config: Any, layers: dict[str, Any]) -> dict[str, Any]:
     """What the configurations of both methods say alike of a converted adapter."""
-    same = {name: value for name in _ALIKE if (value := getattr(config, name, None)) is not None}
+    same = {name: value for name in _SHARED_FIELDS if (value := getattr(config, name, None)) is not None}
     return same | {"target_modules": _targets(model, layers), "inference_mode": True}
 
 
@@ -165,7 +165,7 @@ def _targets(model: nn.Module, layers: dict[str, Any]) -> list[str] | str:
     return "|".join(map(re.escape, sorted(whole)))  # PEFT holds it against whole names
 
 
-def what_else_is_saved(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+def other_saved_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     """What PEFT saves with the adapter besides its factors: a classification head, trained tokens."""
     if not hasattr(model, "peft_config"):
         return {}

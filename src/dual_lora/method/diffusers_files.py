@@ -18,7 +18,7 @@ from .config import LORA_ALPHA, DualLoraConfig
 _MARK, _ALPHA = ".dual_lora_", ".dual_lora_alpha"
 
 
-def teach(function: Any, ours: str) -> Callable[..., Any]:
+def patch_in_place(function: Any, ours: str) -> Callable[..., Any]:
     """Let a function of diffusers ask `ours`, a function of this module, first; returns what it was.
 
     ours: takes what the function was, and its arguments.
@@ -42,7 +42,7 @@ def note_alpha(B: Any, layer: Any, adapter: str) -> None:
         B._dual_lora_alpha = layer.scaling[adapter] / scaling(1.0, state.r1, state.r2)
 
 
-def converted(original: Callable[..., Any], state: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+def convert_state(original: Callable[..., Any], state: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
     """A state as `save_lora_weights` writes it: of this method as it is, with α where it is known."""
     if not any(_MARK in name for name in state):
         return original(state, *args, **kwargs)
@@ -54,7 +54,7 @@ def converted(original: Callable[..., Any], state: dict[str, Any], *args: Any, *
     return {**state, **alphas}
 
 
-def configuration(original: Callable[..., Any], state: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+def make_configuration(original: Callable[..., Any], state: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
     """The configuration of the adapter in a state: from its metadata, or from the shapes of its factors."""
     if not any(_MARK in name for name in state):
         return original(state, *args, **kwargs)
@@ -89,11 +89,11 @@ def connect_conversion() -> None:
     """Teach `convert_state_dict_to_diffusers`; to be called once its module has been imported."""
     from diffusers.utils import state_dict_utils
 
-    teach(state_dict_utils.convert_state_dict_to_diffusers, "converted")
+    patch_in_place(state_dict_utils.convert_state_dict_to_diffusers, "convert_state")
 
 
 def connect_loading() -> None:
     """Teach what makes a configuration in `load_lora_weights`; to be called once its module has been imported."""
     from diffusers.utils import peft_utils
 
-    teach(peft_utils._create_lora_config, "configuration")
+    patch_in_place(peft_utils._create_lora_config, "make_configuration")

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .._warning import warn
-from ..core.compose_op import Composed, dual_lora_weight, recomposing
+from ..core.compose_op import Composed, dual_lora_weight, recompose_in_backward
 from ..core.dispatch import autocast_dtype
 from ..core.op import dual_lora_linear
 from ..core.reference import Adapter, Factors, Form
@@ -53,7 +53,7 @@ class _FusedLayer:
         """Whether the layer has an adapter."""
         raise NotImplementedError
 
-    def _drops(self, name: str) -> bool:
+    def _has_dropout(self, name: str) -> bool:
         """Whether an adapter has dropout of any kind."""
         raise NotImplementedError
 
@@ -65,7 +65,7 @@ class _FusedLayer:
         """f(x; W + ΣΔW)."""
         raise NotImplementedError
 
-    def _why_not(self, names: list[str]) -> str | None:
+    def _fallback_reason(self, names: list[str]) -> str | None:
         """Why a forward of these adapters is left to PEFT, whatever the input is; None if it is not."""
         base = self.base_layer
         if not is_plain(base, self.forwards):
@@ -77,18 +77,18 @@ class _FusedLayer:
             return "its base trains, and the update is a multiple of it"
         if getattr(base, "padding_mode", "zeros") != "zeros":
             return f"padding_mode={base.padding_mode!r}, which PEFT's update has not"
-        if any(map(self._drops, names)):
+        if any(map(self._has_dropout, names)):
             return "dropout, under which the update sees another input, or is another, than without"
         return None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As PEFT's."""
         names = [] if self.disable_adapters or self.merged else [n for n in self.active_adapters if self._has(n)]
-        if not names or args or kwargs or not self._takes(x) or self._why_not(names):
+        if not names or args or kwargs or not self._accepts(x) or self._fallback_reason(names):
             return super().forward(x, *args, **kwargs)  # type: ignore[misc, no-any-return]
         return self._product(x, [self._adapter(name) for name in names])
 
-    def _takes(self, x: Tensor) -> bool:
+    def _accepts(self, x: Tensor) -> bool:
         """Whether the base takes x as it is, or in autocast's precision."""
         weight = self.base_layer._parameters.get("weight")
         if weight is None or weight.is_meta or not weight.numel():  # it is brought by hooks
@@ -111,7 +111,7 @@ class FusedHiraLinear(_FusedLayer, hira.Linear):
     def _has(self, name: str) -> bool:
         return name in self.hira_A
 
-    def _drops(self, name: str) -> bool:
+    def _has_dropout(self, name: str) -> bool:
         return isinstance(self.hira_dropout[name], nn.Dropout)
 
     def _adapter(self, name: str) -> Adapter:
@@ -130,7 +130,7 @@ class _FusedLoHa(_FusedLayer):
     def _has(self, name: str) -> bool:
         return name in self._available_adapters  # type: ignore[attr-defined]
 
-    def _drops(self, name: str) -> bool:
+    def _has_dropout(self, name: str) -> bool:
         return bool(self.rank_dropout[name] or self.module_dropout[name])  # type: ignore[attr-defined]
 
     def _adapter(self, name: str) -> Adapter:
@@ -152,17 +152,17 @@ class FusedLoHaLinear(_FusedLoHa, loha.Linear):
 class _FusedLoHaConv(_FusedLoHa):
     forwards = nn.Conv1d.forward, nn.Conv2d.forward
 
-    def _why_not(self, names: list[str]) -> str | None:
+    def _fallback_reason(self, names: list[str]) -> str | None:
         if any(name in self.hada_t1 for name in names):
             return "an effective convolution (use_effective_conv2d), whose factors are no matrices"
-        return super()._why_not(names)
+        return super()._fallback_reason(names)
 
     def _product(self, x: Tensor, adapters: list[Adapter]) -> Tensor:
         base = self.base_layer
         dtype = autocast_dtype(x.device, x.dtype) or x.dtype
         weight = base.weight.flatten(1)
         composed = Composed(dual_lora_weight(weight, adapters, dtype=dtype), weight, adapters)
-        with recomposing(composed):
+        with recompose_in_backward(composed):
             return base._conv_forward(x, composed.result.view(base.weight.shape), base.bias).to(x.dtype)
 
 
@@ -217,7 +217,7 @@ def fuse(model: nn.Module, token_sampling: Sampling = None) -> Fused:
             left[name] = f"PEFT's {before.__module__.split('.')[-2]}.{before.__name__} has no other form here"
             continue
         layer.__class__ = ours
-        reason = layer._why_not([n for n in layer._all_available_adapter_names() if layer._has(n)])
+        reason = layer._fallback_reason([n for n in layer._all_available_adapter_names() if layer._has(n)])
         if reason:
             layer.__class__ = _plain_class(ours)
             left[name] = reason

@@ -64,7 +64,7 @@ def hotswap_from_state_dict(
                 f"Hot swapping the adapter did not succeed: the seed of frozen signs, {name}.dual_lora_seed, is "
                 "missing. Save the adapter with `save_pretrained`."
             )
-    key_of = _keys(model)
+    key_of = _key_function(model)
     scales: dict[DualLoraLayer, Tensor] = {}
     with torch.no_grad():
         for key, value in others.items():
@@ -74,11 +74,11 @@ def hotswap_from_state_dict(
             scales[layer] = layer._scale(adapter_name)
             if adapter_name in layer.tied:
                 continue  # its factors are the embedding's
-            for letter, factors in zip(RANK_DIMENSION, layer._dicts_of(adapter_name), strict=False):
+            for letter, factors in zip(RANK_DIMENSION, layer._factor_dicts(adapter_name), strict=False):
                 _write(factors[adapter_name], new.get(f"{name}.dual_lora_{letter}"))
             if adapter_name in layer.dual_lora_seed and (seed := new.get(f"{name}.dual_lora_seed")) is not None:
                 layer.set_seed(adapter_name, seed)
-            mark_as_stored(layer._stored(adapter_name))
+            mark_as_stored(layer._stored_factors(adapter_name))
             r1, r2, alpha = layer_options(config, key_of(name, layer))
             before, left = layer.states[adapter_name], new.get(f"{name}.dual_lora_left")
             state = AdapterState(r1, r2, alpha, before.form, before.warmup, before.share)
@@ -99,7 +99,7 @@ def hotswap_from_state_dict(
         _write_options(changed, model, adapter_name)
 
 
-def _keys(model: nn.Module) -> Callable[[str, DualLoraLayer], str]:
+def _key_function(model: nn.Module) -> Callable[[str, DualLoraLayer], str]:
     """How patterns know a layer, by its name: as it was called when it was made, an attention's projection like it."""
     tuners = (f"{name}.model.".lstrip(".") for name, m in model.named_modules() if isinstance(m, BaseTuner))
     root = next(tuners, "")
@@ -113,7 +113,7 @@ def _keys(model: nn.Module) -> Callable[[str, DualLoraLayer], str]:
 
 def _write_options(config: Any, model: nn.Module, adapter: str) -> None:
     """The ranks and the α of every layer, as they are stored, as patterns where they are not the usual ones."""
-    key_of, named = _keys(model), named_layers(model, adapter)
+    key_of, named = _key_function(model), named_layers(model, adapter)
     layers = {key_of(name, layer): _stored_options(layer, adapter) for name, layer in named.items()}
     if not layers:
         return
@@ -125,14 +125,14 @@ def _write_options(config: Any, model: nn.Module, adapter: str) -> None:
 
 def _stored_options(layer: DualLoraLayer, adapter: str) -> tuple[int, int, float]:
     """Ranks of the factors as they are stored, padded or not, and the α that makes the same scale with these."""
-    factors, state = layer._stored(adapter), layer.states[adapter]
+    factors, state = layer._stored_factors(adapter), layer.states[adapter]
     r1, r2 = factors.A.shape[-2], factors.C.shape[-2] if state.r2 else 0
     return r1, r2, state.strength / scaling(1.0, r1, r2)
 
 
 def _check_shapes(layers: dict[str, DualLoraLayer], new: dict[str, Tensor], adapter: str) -> None:
     for name, layer in layers.items():
-        for (letter, dimension), factors in zip(RANK_DIMENSION.items(), layer._dicts_of(adapter), strict=False):
+        for (letter, dimension), factors in zip(RANK_DIMENSION.items(), layer._factor_dicts(adapter), strict=False):
             key = f"{name}.dual_lora_{letter}"
             old = list(factors[adapter].shape)
             got = list(new[key].shape) if key in new else old

@@ -69,7 +69,7 @@ def keep_units(config: Any, name: str, value: Any) -> None:
         )
 
 
-def translated(options: dict[str, Any], own: set[str]) -> dict[str, Any]:
+def translate(options: dict[str, Any], own: set[str]) -> dict[str, Any]:
     """The options of `DualLoraConfig` for what may be options of `LoraConfig`.
 
     own: the names that `DualLoraConfig` has itself. Next to no `alpha` its pattern has LoRA's numbers as it is.
@@ -86,7 +86,9 @@ def translated(options: dict[str, Any], own: set[str]) -> dict[str, Any]:
         _set(result, "dropout", options["lora_dropout"], "lora_dropout", options["lora_dropout"])
     if (start := options.get("init_lora_weights")) is not None:
         if not isinstance(start, bool) and start not in PLAIN_STARTS:
-            raise ValueError(_other("init_lora_weights", start, f"the start or variant {start!r} of LoRA"))
+            raise ValueError(
+                _other_method_message("init_lora_weights", start, f"the start or variant {start!r} of LoRA")
+            )
         _set(result, "init_weights", bool(start), "init_lora_weights", start)
     if result.get("bias") == "lora_only":
         result["bias"] = "dual_lora_only"
@@ -95,7 +97,7 @@ def translated(options: dict[str, Any], own: set[str]) -> dict[str, Any]:
         if isinstance(value, dict) and not any(value.values()):  # as a saved file has an object of switches
             continue
         if value != usual and (value or usual) and name not in ("qalora_group_size", "megatron_core"):
-            raise ValueError(_other(name, value, MEANINGS.get(name, "another method")))
+            raise ValueError(_other_method_message(name, value, MEANINGS.get(name, "another method")))
     return result
 
 
@@ -115,7 +117,7 @@ def _set(result: dict[str, Any], ours: str, value: Any, theirs: str, given: Any)
     result[ours] = value
 
 
-def _other(name: str, value: Any, meaning: str) -> str:
+def _other_method_message(name: str, value: Any, meaning: str) -> str:
     return (
         f"{name}={value!r} asks for {meaning}, which is another method than Dual LoRA. Leave it out to train Dual "
         "LoRA, or keep LoraConfig."

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 _locks: weakref.WeakKeyDictionary[nn.Module, AbstractContextManager[Any]] = weakref.WeakKeyDictionary()
-_of_locks = threading.Lock()
+_registry_lock = threading.Lock()
 
 
 @contextmanager
@@ -20,7 +20,7 @@ def replaced(module: nn.Module, values: Mapping[str, Any]) -> Iterator[None]:
     The parameters themselves, their order and whoever else holds them are not touched. Threads take turns: one that
     came while another is inside would find its value, and put that back as if it were the parameter.
     """
-    with _alone(module):
+    with _lock_of(module):
         slots = [_slot(module, name, value) for name, value in values.items()]
         before = [home.get(key, _ABSENT) for home, key, _ in slots]
         for home, key, value in slots:
@@ -38,11 +38,11 @@ def replaced(module: nn.Module, values: Mapping[str, Any]) -> Iterator[None]:
 _ABSENT = object()
 
 
-def _alone(module: nn.Module) -> AbstractContextManager[Any]:
+def _lock_of(module: nn.Module) -> AbstractContextManager[Any]:
     """The module's lock; nested blocks of one thread (several parameters of a module) pass it."""
     if torch.compiler.is_compiling():  # a graph has no locks
         return nullcontext()
-    with _of_locks:
+    with _registry_lock:
         return _locks.setdefault(module, threading.RLock())
 
 

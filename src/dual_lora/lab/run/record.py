@@ -64,7 +64,7 @@ def surroundings() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
         "commit": _commit(),
-        "source": _source(),
+        "source": _source_hash(),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
 
@@ -113,7 +113,7 @@ def peak_memory() -> int:
     return size if sys.platform == "darwin" else size * 1024
 
 
-def memory_there() -> int:
+def total_memory() -> int:
     """Bytes of the accelerator's memory, or of the machine's; a container's limit where that is less. 0: not known."""
     import torch
 
@@ -185,11 +185,11 @@ _DECIDING = (
 def code_version() -> str:
     """The version of the code that decides a run's scores: a hash of ours, and the libraries that it trains with."""
     libraries = [f"{name} {(version_of(name) or '?').partition('+')[0]}" for name in ("torch", "transformers", "peft")]
-    return ", ".join([_source(_DECIDING), *libraries])
+    return ", ".join([_source_hash(_DECIDING), *libraries])
 
 
 @functools.cache
-def _source(parts: tuple[str, ...] = ("",)) -> str:
+def _source_hash(parts: tuple[str, ...] = ("",)) -> str:
     """A hash of this package's Python files: two runs with the same one ran the same code."""
     found = hashlib.sha256()
     for file in sorted(PACKAGE.rglob("*.py")):

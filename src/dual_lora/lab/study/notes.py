@@ -235,7 +235,7 @@ def shared_machine(methods: Sequence[MethodRow]) -> Iterator[str]:
     """Times of runs that shared the machine differ from times of runs that had it for themselves."""
     found = numbers_at_a_time(methods)
     if len(found) > 1:
-        _, listed = _grouped(
+        _, listed = _group_by_words(
             (" and ".join("unknown" if n is None else str(n) for n in numbers), _cell(m))
             for m in methods
             if (numbers := m["measured_beside"])
@@ -252,7 +252,7 @@ def shared_machine(methods: Sequence[MethodRow]) -> Iterator[str]:
 
 def devices(finished: Sequence[Finished]) -> Iterator[str]:
     """Runs of a study that went on elsewhere: times of two machines do not compare."""
-    found, listed = _grouped((o.device, str(f.cell)) for f in finished for _, o in f.finals if o and o.device)
+    found, listed = _group_by_words((o.device, str(f.cell)) for f in finished for _, o in f.finals if o and o.device)
     if len(found) > 1:
         yield f"Times and speeds are not comparable: the runs were done on different devices. {listed}."
 
@@ -260,14 +260,14 @@ def devices(finished: Sequence[Finished]) -> Iterator[str]:
 def precisions(finished: Sequence[Finished]) -> list[str]:
     """In which precision the runs were done: figures of two do not compare."""
     recipes = [(f.cell.recipe, str(f.cell)) for f in finished]
-    found, listed = _grouped(
+    found, listed = _group_by_words(
         (f"{r.model.dtype} weights{'' if r.train.autocast == 'none' else f' with {r.train.autocast} autocast'}", cell)
         for r, cell in recipes
     )
     return [f"Runs differ in precision. {listed}."] if len(found) > 1 else [f"All runs: {words}." for words in found]
 
 
-def _grouped(pairs: Iterable[tuple[str, str]]) -> tuple[list[str], str]:
+def _group_by_words(pairs: Iterable[tuple[str, str]]) -> tuple[list[str], str]:
     """From what holds of a cell, and the cell: each of the first, and in words which cells it holds of."""
     groups: dict[str, dict[str, None]] = {}
     for words, cell in pairs:
@@ -294,7 +294,7 @@ def warned(ended: Iterable[Ended]) -> list[str]:
     texts: dict[tuple[str, str], dict[str, list[str]]] = {}
     for job, outcome in ended:
         for text in outcome.warnings if outcome else ():
-            alike = texts.setdefault(job.scenario, {}).setdefault(form(text), [])
+            alike = texts.setdefault(job.scenario, {}).setdefault(without_numbers(text), [])
             if text not in alike:
                 alike.append(text)
     return [
@@ -305,6 +305,6 @@ def warned(ended: Iterable[Ended]) -> list[str]:
     ]
 
 
-def form(warning: str) -> str:
+def without_numbers(warning: str) -> str:
     """A warning without its numbers, which differ from run to run. Digits of names stay."""
     return _NUMBER.sub("#", warning)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core import dispatch
-from ...core.compose_op import recomposing
+from ...core.compose_op import recompose_in_backward
 from ...core.dispatch import refuse_meta
 from ...core.reference import Adapter, Factors
 from ..config import DualLoraConfig
@@ -71,7 +71,7 @@ class MultiheadAttention(DualLoraLayer):
 
     def _parts(self, adapter: Adapter) -> dict[str, Adapter]:
         """An adapter's share of every input projection."""
-        adapter = adapter.whole()
+        adapter = adapter.with_mean_square()
         parts, start = {}, 0
         for name, weight in self._merge_parameters().items():
             O, I = weight.shape
@@ -130,7 +130,7 @@ class MultiheadAttention(DualLoraLayer):
             )
         self._check_forward_args(query)
         names = self._adapters_to_add()
-        if (out_merged := self._present(self._out.merged_adapters)) != self.merged_adapters:
+        if (out_merged := self._known_names(self._out.merged_adapters)) != self.merged_adapters:
             raise ValueError(
                 f"The output projection has {out_merged} merged, the attention itself "
                 f"{self.merged_adapters}: merge and unmerge the attention, which does both."
@@ -138,7 +138,7 @@ class MultiheadAttention(DualLoraLayer):
         if not names:
             return self.base_layer(query, *args, **kwargs)
         for weight in (*self._merge_parameters().values(), self._out.get_base_layer().weight):
-            sharded.refuse(self._base, weight)
+            sharded.refuse_sharded(self._base, weight)
             refuse_meta(query, weight)
         parts = {n: self._parts(adapter) for n, adapter in self._adapters(names).items()}
         keeps = self._base._qkv_same_embed_dim  # of three, a layer could keep one alone
@@ -146,7 +146,7 @@ class MultiheadAttention(DualLoraLayer):
             name: self._composed(weight, {n: p[name] for n, p in parts.items()}, weight, keeps)
             for name, weight in self._merge_parameters().items()
         }
-        with recomposing(*ins.values()), replaced(self._base, {name: c.result for name, c in ins.items()}):
+        with recompose_in_backward(*ins.values()), replaced(self._base, {name: c.result for name, c in ins.items()}):
             return self.base_layer(query, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:

@@ -42,15 +42,15 @@ _UNKNOWN = object()
 class QuantizedLinear(Linear):
     """Dual LoRA on a linear layer that a quantisation library has made."""
 
-    reads_codes = True
+    reads_foreign_tensors = True
 
-    takes_parts = False
+    supports_sharded_weight = False
 
     def __init__(self, base_layer: nn.Module, *args: Any, quantization_backend: Any, **kwargs: Any) -> None:
         super().__init__(base_layer, *args, **kwargs)
         self.quantization_backend: Any = quantization_backend
         self.merge_error: float | None = None  # ‖requantised - exact‖ / ‖ΣΔW‖ of what is merged
-        self._kept: Any = None
+        self._quantised_original: Any = None
         self._handle = self._new_handle()
 
     @torch.inference_mode(False)
@@ -141,7 +141,9 @@ class QuantizedLinear(Linear):
 
     def _write_merged(self, names: list[str], safe_merge: bool) -> None:
         backend: Any = self.quantization_backend
-        if self._kept is None and find_backend(self.get_base_layer(), _UNKNOWN) is None:  # `model.dequantize()`
+        if (
+            self._quantised_original is None and find_backend(self.get_base_layer(), _UNKNOWN) is None
+        ):  # `model.dequantize()`
             super()._write_merged(names, safe_merge)
             return
         if names and (not backend.supports_merge or self._pre_scale() is not None):
@@ -152,9 +154,9 @@ class QuantizedLinear(Linear):
             )
         composed_weights.drop(self)
         torch.autograd.graph.increment_version(self._handle.number)  # a graph that waits for its backward would read on
-        kept = _Kept.of(self) if self._kept is None else self._kept
+        kept = _Original.of(self) if self._quantised_original is None else self._quantised_original
         kept.restore(self)
-        self._kept, self.merge_error = None, None
+        self._quantised_original, self.merge_error = None, None
         if names:
             with torch.no_grad():
                 weight = self._weight()
@@ -171,7 +173,7 @@ class QuantizedLinear(Linear):
                 kept.repair(self)
                 lost = self._weight().float() - exact
                 self.merge_error = float(lost.norm() / moved) if moved else 0.0
-            self._kept = kept
+            self._quantised_original = kept
         self.merged_adapters = names
 
     def _weight(self) -> Tensor:
@@ -183,7 +185,7 @@ class QuantizedLinear(Linear):
         return ", ".join(filter(None, (super().extra_repr(), quantization_extra_repr(self))))
 
 
-class _Kept(NamedTuple):
+class _Original(NamedTuple):
     """What a merge overwrites: the quantised weight itself, never a copy that was quantised again."""
 
     base: nn.Module
@@ -193,7 +195,7 @@ class _Kept(NamedTuple):
     quant_state: Any  # of bitsandbytes, which has it on the layer as well
 
     @classmethod
-    def of(cls, layer: QuantizedLinear) -> _Kept:
+    def of(cls, layer: QuantizedLinear) -> _Original:
         base: Any = layer.get_base_layer()
         if isinstance(layer.quantization_backend, Bnb4bitBackend):
             undo_packing_for_cpu(base)
