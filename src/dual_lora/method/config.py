@@ -1,4 +1,4 @@
-"""DualLoraConfig: what a user sets, checked when it is written down."""
+"""DualLoraConfig: the user's options, checked when they are set."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Sampling = float | Literal["auto"] | None
 FORMAT_VERSION = 2  # 1: the paper's start was the default, `init_weights=True`
 
 ALPHA = 4.0
-"""α over r by default: what one step at LoRA's rate gains is then what LoRA's gains with `lora_alpha=2*r`."""
+"""α / r by default. One step at LoRA's learning rate then gains as much as LoRA's does with `lora_alpha=2*r`."""
 
 EARLIER_ALPHA = 2.0
 """The same for the paper's start, and for adapters of earlier versions."""
@@ -249,7 +249,7 @@ class DualLoraConfig(PeftConfig):
         return self.direction_activation == "frozen"
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """As usual; ranks and start stay consistent: a new r1 or r2 changes `r`, a start has its σ and warm-up."""
+        """Set a field and keep the others consistent: a new r1 or r2 changes `r`, a new start its σ and warm-up."""
         if vars(self).get("_complete") and name in ("alpha", "alpha_pattern"):
             lora_fields.keep_units(self, name, value)
         if not vars(self).get("_complete") or name not in ("r", "r1", "r2", "init_weights", "init_std", "warmup_steps"):
@@ -293,7 +293,7 @@ class DualLoraConfig(PeftConfig):
         return cls(**{"ste": "clip"} | options | {"init_weights": "paper", "warmup_steps": warmup_steps})
 
     def default_alpha(self, r1: int, r2: int) -> float:
-        """α of a layer of these ranks where none is set: the same if a start is left out, as weights will be loaded."""
+        """Return the default α for these ranks. It is the same for `init_weights=False`, before weights are loaded."""
         return (EARLIER_ALPHA if self.init_weights in ("paper", "zero") else ALPHA) * (r1 + r2)
 
     lora_alpha = property(
@@ -320,7 +320,7 @@ class DualLoraConfig(PeftConfig):
 
 
 def _accept_lora_fields(init: Any) -> Any:
-    """The generated `__init__`, which takes LoRA's fields as well. (As fields of the class they would be saved.)"""
+    """Wrap the generated `__init__` to take LoRA's fields as well. (Fields of the class would be saved.)"""
     own = set(inspect.signature(init).parameters)
 
     @functools.wraps(init)
@@ -329,14 +329,14 @@ def _accept_lora_fields(init: Any) -> Any:
             options = upgrade_format_1(options)
         init(self, *args, **lora_fields.translate(options, own))
 
-    signature = inspect.signature(init)  # PEFT looks there for what a saved configuration may hold
+    signature = inspect.signature(init)  # from which PEFT takes the fields that a saved configuration may have
     theirs = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in lora_fields.names() - own]
     wrapped.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *theirs])  # type: ignore[attr-defined]
     return wrapped
 
 
 def _docstring_with_fields(config: type) -> str:
-    """The class's text and, as PEFT's own classes have it, its fields: from their help, which is written once."""
+    """Return the class's docstring with its fields, as PEFT's own classes have them, from the fields' help texts."""
     lines = [
         f"    {f.name} (`{f.type}`, default {f.default if f.default_factory is MISSING else f.default_factory()!r}): "
         f"{f.metadata['help']}"

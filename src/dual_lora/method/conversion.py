@@ -1,9 +1,9 @@
-"""A Dual LoRA adapter as a LoRA adapter, with what each layer loses.
+"""Convert a Dual LoRA adapter to a LoRA adapter, and report the error of each layer.
 
-ΔW = ReLU(B A) ⊙ Sign(D C) is of high rank, so a LoRA of small rank keeps a part of it: the report says how much.
-The best LoRA of a rank (truncated SVD) loses ‖ΔW - B A‖ / ‖ΔW‖ in the Frobenius norm. `peft.convert_to_lora` takes
-these layers too; here every layer has the same shape of factors and scale 1 (smaller ranks are filled up with zeros),
-because servers of LoRA adapters know neither ranks nor scales of single layers.
+ΔW = ReLU(B A) ⊙ Sign(D C) is of high rank, so a LoRA of small rank keeps only a part of it. The best LoRA of a rank
+(truncated SVD) has the error ‖ΔW - B A‖ / ‖ΔW‖ in the Frobenius norm. `peft.convert_to_lora` takes these layers too.
+Here all layers get one rank and scale 1 (smaller ranks are padded with zeros), because servers of LoRA adapters have
+no ranks or scales of single layers.
 """
 
 import os
@@ -28,7 +28,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 class LayerLoss(NamedTuple):
-    """What a layer's update loses: `error` is ‖ΔW - B A‖ / ‖ΔW‖, 0 for an exact conversion and 1 for none."""
+    """A layer's error ‖ΔW - B A‖ / ‖ΔW‖: 0 for an exact conversion, 1 if nothing of ΔW is kept."""
 
     layer: str
     rank: int
@@ -36,7 +36,7 @@ class LayerLoss(NamedTuple):
 
 
 class Conversion(NamedTuple):
-    """A LoRA adapter and how close it comes, layer by layer."""
+    """A LoRA adapter, with the error of each layer."""
 
     config: LoraConfig
     state_dict: dict[str, Tensor]
@@ -48,12 +48,12 @@ class Conversion(NamedTuple):
 
     @property
     def median(self) -> float:
-        """The middle layer's error."""
+        """The median layer's error."""
         return median_high(loss.error for loss in self.losses)
 
 
 def table(lines: dict[str, str]) -> str:
-    """A line about each layer."""
+    """Format a table with a line for each layer."""
     width = max(map(len, lines))
     return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
 
@@ -122,7 +122,10 @@ def save_as_lora(
 
 
 def truncated_svd(matrix: Tensor, rank: int | float) -> tuple[Tensor, Tensor, float]:
-    """(A [k, I], B [O, k], relative error) of the best B A of rank k, or of the least k for a share of the energy."""
+    """Return A [k, I], B [O, k] and the relative error of the best B A.
+
+    rank: k, or the share of the energy ‖ΔW‖² to keep, for which k is the least rank.
+    """
     with torch.no_grad():
         U, S, V = torch.linalg.svd(matrix, full_matrices=False)
         energy = S.double().square().cumsum(0)
@@ -149,24 +152,24 @@ def refuse_biases(config: Any) -> None:
 
 
 def shared_options(model: nn.Module, config: Any, layers: dict[str, Any]) -> dict[str, Any]:
-    """What the configurations of both methods say alike of a converted adapter."""
+    """Return the options of a converted adapter's LoraConfig that both methods share."""
     same = {name: value for name in _SHARED_FIELDS if (value := getattr(config, name, None)) is not None}
     return same | {"target_modules": _targets(model, layers), "inference_mode": True}
 
 
 def _targets(model: nn.Module, layers: dict[str, Any]) -> list[str] | str:
-    """What matches these layers and no other: the last parts of their names, their names, or an expression of these."""
+    """Return `target_modules` that match exactly these layers: short names if possible, full names, or a pattern."""
     whole, others = (
         {name.removeprefix(PEFT_PREFIX) for name in names} for names in (layers, dict(model.named_modules()))
     )
     for targets in ({name.rpartition(".")[2] for name in whole}, whole):
         if whole == {name for name in others if any(f".{name}".endswith(f".{target}") for target in targets)}:
             return sorted(targets)
-    return "|".join(map(re.escape, sorted(whole)))  # PEFT holds it against whole names
+    return "|".join(map(re.escape, sorted(whole)))  # PEFT matches a pattern with whole names
 
 
 def other_saved_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-    """What PEFT saves with the adapter besides its factors: a classification head, trained tokens."""
+    """Return the tensors that PEFT saves with an adapter besides its factors: a classification head, trained tokens."""
     if not hasattr(model, "peft_config"):
         return {}
     state = get_peft_model_state_dict(model, adapter_name=adapter_name)
@@ -174,7 +177,7 @@ def other_saved_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor
 
 
 def write_adapter(path: str | os.PathLike[str], config: PeftConfig, state: dict[str, Tensor]) -> None:
-    """An adapter folder as PEFT reads it."""
+    """Write an adapter folder that PEFT can load."""
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))

@@ -1,4 +1,4 @@
-"""PEFT's own HiRA and LoHa layers by this package's product: the same numbers, in less time and memory.
+"""PEFT's own HiRA and LoHa layers, computed by this package's product: the same results in less time and memory.
 
     HiRA   y = x (W + Σ W ⊙ B A)ᵀ + bias                  LoHa   y = x (W + Σ α/r · (w1_a w1_b) ⊙ (w2_a w2_b))ᵀ + bias
 
@@ -39,7 +39,7 @@ LOHA = Form(magnitude="identity", direction="identity")
 
 
 class _FusedLayer:
-    """The forward of a layer of PEFT's, by the composed weight where nothing asks for PEFT's own."""
+    """A PEFT layer whose forward uses the composed weight unless it has to be PEFT's own (`_fallback_reason`)."""
 
     forwards: tuple[Any, ...]
     frozen_base = False  # whether the base's weight must not train
@@ -66,7 +66,7 @@ class _FusedLayer:
         raise NotImplementedError
 
     def _fallback_reason(self, names: list[str]) -> str | None:
-        """Why a forward of these adapters is left to PEFT, whatever the input is; None if it is not."""
+        """Return why the forward of these adapters has to be PEFT's own for every input; None if it does not."""
         base = self.base_layer
         if not is_plain(base, self.forwards):
             return f"its base {type(base).__name__} is quantised, has hooks, or a forward of its own"
@@ -89,16 +89,16 @@ class _FusedLayer:
         return self._product(x, [self._adapter(name) for name in names])
 
     def _accepts(self, x: Tensor) -> bool:
-        """Whether the base takes x as it is, or in autocast's precision."""
+        """Whether the fused product takes x: floating-point, in the weight's dtype or under autocast."""
         weight = self.base_layer._parameters.get("weight")
-        if weight is None or weight.is_meta or not weight.numel():  # it is brought by hooks
+        if weight is None or weight.is_meta or not weight.numel():  # hooks load it
             return False
         floats = x.is_floating_point() and not x.is_nested
         return floats and (x.dtype == weight.dtype or autocast_dtype(x.device, x.dtype) is not None)
 
 
 def _scale(x: Tensor, value: float) -> Tensor:
-    # In fp32 as PEFT has it, to whose numbers fp64's agree.
+    # fp32, as in PEFT: fp64 layers then give PEFT's results too.
     return torch.full((), value, dtype=torch.float32, device=x.device)
 
 
@@ -183,14 +183,14 @@ FUSED: dict[type[nn.Module], type[Any]] = {
 
 
 class Fused(NamedTuple):
-    """What `fuse` did: the layers that compute by this package's product, and why it left the others as they were."""
+    """The result of `fuse`: the layers that use this package's product, and for each other layer the reason."""
 
     layers: list[str]
     left: dict[str, str]
 
 
 def fuse(model: nn.Module, token_sampling: Sampling = None) -> Fused:
-    """Let PEFT's HiRA and LoHa layers of a model compute by one product with the composed weight.
+    """Make PEFT's HiRA and LoHa layers of a model compute one product with the composed weight.
 
     token_sampling: as `DualLoraConfig` has it, for linear layers: the share of the tokens from which the adapters'
         gradients are estimated, "auto", or None for all of them.
@@ -231,7 +231,7 @@ def fuse(model: nn.Module, token_sampling: Sampling = None) -> Fused:
 
 
 def unfuse(model: nn.Module) -> list[str]:
-    """Give the layers that `fuse` has changed back to PEFT, as they were; returns their names."""
+    """Restore PEFT's forward in the layers that `fuse` has changed. Returns their names."""
     found = {name: module for name, module in model.named_modules() if isinstance(module, _FusedLayer)}
     for layer in found.values():
         layer.__class__ = _plain_class(type(layer))  # type: ignore[assignment]

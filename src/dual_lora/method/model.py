@@ -43,7 +43,7 @@ LAYERS: dict[type[nn.Module], type[DualLoraLayer]] = {
 
 
 def _names_of_modules(module: nn.Module) -> Iterator[str]:
-    """Parts of the names of all modules inside, without what adapters hold by their own names."""
+    """Yield the names of all child modules, without the dicts inside adapted layers, whose keys are adapters."""
     own = isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
     for name, child in module.named_children():
         if not (own and isinstance(child, nn.ModuleDict | nn.ParameterDict)):
@@ -68,7 +68,7 @@ class DualLoraModel(BaseTuner):
     _prepare_model = LoraModel._prepare_model  # type: ignore[assignment]
 
     def _get_module_names_tied_with_embedding(self) -> list[str]:
-        """As PEFT's, by the names from before the first adapter: a further one would tie nothing."""
+        """As PEFT's, but with the names from before the first adapter; else a further adapter would tie nothing."""
         return [name.removesuffix(".base_layer") for name in super()._get_module_names_tied_with_embedding()]
 
     def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
@@ -314,9 +314,9 @@ class DualLoraModel(BaseTuner):
 
     @classmethod
     def _named_as_in(cls, model: nn.Module, adapter_name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The state by the model's own names, also where somebody has put another `state_dict` in its method's place.
+        """Return the state with the model's own names, in case its `state_dict` method was replaced.
 
-        PEFT reads the names off that method, and would load nothing in silence.
+        PEFT takes the names from that method, and would load nothing, without an error.
         """
         held = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
         own = {cls._remove_adapter_name_from_key(n, adapter_name): n for n, _ in held if ".dual_lora_" in n}
@@ -324,7 +324,7 @@ class DualLoraModel(BaseTuner):
 
 
 def _unmerge(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Put the weights of before any merge into a model's state, from which PEFT saves embeddings with an adapter."""
+    """Put the original weights of merged layers into a model's state, from which PEFT saves embeddings."""
     merged = {
         id(parameter): layer._original[part]
         for layer in layers_of(model)

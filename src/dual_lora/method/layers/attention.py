@@ -47,7 +47,7 @@ class MultiheadAttention(DualLoraLayer):
                 "are not called one by one, so that the adapter cannot see another input."
             )
         out, name = self._base.out_proj, f"{key}.out_proj"
-        is_first = not isinstance(out, ReadLinear)  # else it may have an adapter that the attention has not
+        is_first = not isinstance(out, ReadLinear)  # the projection may have adapters that the attention lacks
         if is_first:
             self._base.out_proj = ReadLinear(out, adapter_name, config=config, warned=self.warned, key=name, **ranks)
         super().update_layer(adapter_name, config=config, key=key, **ranks)
@@ -70,7 +70,7 @@ class MultiheadAttention(DualLoraLayer):
         return sum(O for O, _ in shapes), max(I for _, I in shapes)
 
     def _parts(self, adapter: Adapter) -> dict[str, Adapter]:
-        """An adapter's share of every input projection."""
+        """Cut an adapter into one for each input projection."""
         adapter = adapter.with_mean_square()
         parts, start = {}, 0
         for name, weight in self._merge_parameters().items():
@@ -141,7 +141,7 @@ class MultiheadAttention(DualLoraLayer):
             sharded.refuse_sharded(self._base, weight)
             refuse_meta(query, weight)
         parts = {n: self._parts(adapter) for n, adapter in self._adapters(names).items()}
-        keeps = self._base._qkv_same_embed_dim  # of three, a layer could keep one alone
+        keeps = self._base._qkv_same_embed_dim  # the cache holds one weight a layer, not three
         ins = {
             name: self._composed(weight, {n: p[name] for n, p in parts.items()}, weight, keeps)
             for name, weight in self._merge_parameters().items()
@@ -150,7 +150,7 @@ class MultiheadAttention(DualLoraLayer):
             return self.base_layer(query, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        """As nn.Module; what encoder layers read off an attention is the base's."""
+        """As nn.Module; attributes that encoder layers read are the base's."""
         if name in READ_BY_ENCODERS:
             return self._out.get_base_layer() if name == "out_proj" else getattr(self._base, name)
         return super().__getattr__(name)

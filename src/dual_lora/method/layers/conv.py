@@ -45,7 +45,7 @@ class _Conv(MapLayer):
 
 
 def _input_and_geometry(base: Any, x: Tensor) -> tuple[Tensor, Geometry]:
-    """What the kernel moves over, and how; a padding other than with zeros on both sides is there already."""
+    """Return the convolution's input and geometry, with other padding than zeros on both sides applied to the input."""
     if base.padding_mode == "zeros" and not isinstance(base.padding, str):
         return x, Geometry(base.stride, base.padding, base.dilation)
     mode = "constant" if base.padding_mode == "zeros" else base.padding_mode

@@ -37,7 +37,7 @@ class ParamWrapper(DualLoraLayer):
         self, base_layer: nn.Module, adapter_name: str, parameter_name: str, config: DualLoraConfig, **kwargs: Any
     ) -> None:
         self.parameter_name = parameter_name
-        self._routed_experts: dict[str, Tensor] = {}  # which experts took part since an adapter's last step, int32 [E]
+        self._routed_experts: dict[str, Tensor] = {}  # by adapter: experts with tokens since its last step, int32 [E]
         for field in ("dropout", "fan_in_fan_out"):
             if getattr(config, field):
                 raise ValueError(
@@ -142,10 +142,10 @@ class ParamWrapper(DualLoraLayer):
         with recompose_in_backward(composed), replaced(base, {name: self._from_matrix(W)}), products.context():
             return self.base_layer(*args, **kwargs)
 
-    # The paper's warm-up, of each expert for itself.
+    # The paper's warm-up, separate for each expert.
 
     def _note_routed_experts(self, names: list[str], routing: Tensor | None) -> None:
-        """Remember which experts take part in this pass, as long as an adapter warms up and gradients are wanted."""
+        """Record which experts get tokens in this pass, if an adapter has a warm-up and gradients are enabled."""
         for name in names if torch.is_grad_enabled() and not is_traced() else ():
             if self.states[name].warmup and routing is not None:
                 part = self._routed_experts.get(name)
@@ -161,7 +161,7 @@ class ParamWrapper(DualLoraLayer):
         return 1 if part is None else part.to(self.left(adapter).device)
 
     def _routing(self, base: nn.Module, args: Any, kwargs: Any) -> Tensor | None:
-        """The experts of every token, where the module is told them; None if all have to be composed."""
+        """Return the argument with the experts of every token; None if there is none, and all have to be composed."""
         if len(self._stored_shape()) == 2 or is_traced():
             return None
         arguments = dict(zip(inspect.signature(base.forward).parameters, args, strict=False)) | kwargs
@@ -172,7 +172,7 @@ class ParamWrapper(DualLoraLayer):
         return None
 
     def extra_repr(self) -> str:
-        """The parameter, and its shape as a matrix."""
+        """Print the parameter's name, and its shape as a matrix."""
         return f"parameter_name={self.parameter_name!r}, {super().extra_repr()}"
 
 

@@ -35,7 +35,7 @@ from ..config import DualLoraConfig
 from ..layer import Linear, is_exporting
 from .quantized_rows import row_source, undo_packing_for_cpu
 
-# Where PEFT finds no `get_apply_tensor_subclass` (the model was quantised without transformers), there is no merge.
+# Stands for a missing `get_apply_tensor_subclass` (the model was quantised without transformers): then no merge.
 _UNKNOWN = object()
 
 
@@ -55,7 +55,7 @@ class QuantizedLinear(Linear):
 
     @torch.inference_mode(False)
     def _new_handle(self) -> Handle:
-        """For the weight as it is at the time of a pass: libraries repack and replace what the base layer holds."""
+        """Make a handle that opens the weight at each pass, because libraries repack and replace it."""
         base: Any = self.base_layer
         return handle(partial(row_source, base, self.quantization_backend), (base.out_features, base.in_features))
 
@@ -98,7 +98,7 @@ class QuantizedLinear(Linear):
         return named or "Activation" in type(weight).__name__
 
     def _pre_scale(self) -> Tensor | None:
-        """What torchao multiplies x by before its product (SmoothQuant)."""
+        """Return the factor by which torchao multiplies x before its product (SmoothQuant)."""
         return getattr(getattr(self.base_layer, "weight", None), "act_pre_scale", None)
 
     def _map(self, x: Tensor, names: list[str], with_base: bool) -> Tensor:
@@ -115,9 +115,9 @@ class QuantizedLinear(Linear):
         return y if autocast is not None else y.to(given)
 
     def _base_call(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base's forward; with the dequantised weight's gradient where the library's own stops.
+        """Call the base's forward; where the library has no backward, x gets the dequantised weight's gradient.
 
-        Raises RuntimeError where the gradient would stop in silence.
+        Raises RuntimeError where the gradient would stop without an error.
         """
         base: Any = self.base_layer
         if self._quantises_activations() and torch.is_grad_enabled() and x.requires_grad:
@@ -177,7 +177,7 @@ class QuantizedLinear(Linear):
         self.merged_adapters = names
 
     def _weight(self) -> Tensor:
-        """The dequantised weight as forward reads it; whole matrices are misread by bitsandbytes on some CPUs."""
+        """Return the dequantised weight, read by rows as in forward (bitsandbytes misreads matrices on some CPUs)."""
         return row_source(self.get_base_layer(), self.quantization_backend).rows(0, self._matrix_shape()[0])
 
     def extra_repr(self) -> str:
@@ -186,7 +186,7 @@ class QuantizedLinear(Linear):
 
 
 class _Original(NamedTuple):
-    """What a merge overwrites: the quantised weight itself, never a copy that was quantised again."""
+    """The state that a merge overwrites: the quantised weight itself, never one that was quantised again."""
 
     base: nn.Module
     weight: Any
@@ -205,7 +205,7 @@ class _Original(NamedTuple):
         return cls(base, weight, attributes, state, quant_state)
 
     def restore(self, layer: QuantizedLinear) -> None:
-        """Put everything back as it was."""
+        """Restore the quantised weight."""
         base: Any = self.base
         if self.weight is None:
             layer.base_layer = base
@@ -220,7 +220,7 @@ class _Original(NamedTuple):
             base.quant_state = self.quant_state
 
     def repair(self, layer: QuantizedLinear) -> None:
-        """Undo what PEFT's backend does to the old weight, and add what it forgets on the new layer."""
+        """Restore the old weight's attributes, which PEFT's backend changes, and the bias of HQQ's new layer."""
         if self.weight is not None:
             vars(self.weight).clear()
             vars(self.weight).update(self.attributes)
@@ -229,7 +229,7 @@ class _Original(NamedTuple):
 
 
 def find_backend(base: nn.Module, get_apply_tensor_subclass: Any = None) -> QuantizationBackend | None:
-    """PEFT's backend for a quantised layer, or None for a plain one."""
+    """Return PEFT's backend for a quantised layer, None for a plain one."""
     backend = resolve_quantization_backend(base, get_apply_tensor_subclass=get_apply_tensor_subclass or _UNKNOWN)
     if isinstance(backend, TorchaoBackend) and get_apply_tensor_subclass is None:
         backend.supports_merge = False
