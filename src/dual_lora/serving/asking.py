@@ -56,7 +56,7 @@ def _recording_connections(kept: list[http.client.HTTPConnection]) -> list[urlli
 
 
 def ask(request: urllib.request.Request, seconds: float, largest: int) -> Reply:
-    """What the server answers, of which `largest` bytes are read and one more. Proxies are those of the environment.
+    """Send a request and read up to `largest` bytes of the answer and one more. Proxies are the environment's.
 
     Raises TimeoutError where all of it takes longer than `seconds`, OSError and http.client.HTTPException where the
     server cannot be reached or speaks no HTTP.
@@ -111,7 +111,7 @@ def _read(reply: Any, most: int, ends: float) -> bytes:
 
 
 def _with_time_limit(seconds: float, work: Callable[[], Reply]) -> Reply:
-    """What `work` returns; TimeoutError if it takes longer. A socket's own limit is for each byte anew."""
+    """Return what `work` returns. Raises TimeoutError if it takes longer; a socket's own limit is for each read."""
     came: Future[Reply] = Future()
 
     def run() -> None:

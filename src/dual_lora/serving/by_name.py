@@ -114,7 +114,7 @@ class ByName:
 
 
 def _with_read_timeout(send: Send) -> Send:
-    """The same, until a request has waited for its reader for PATIENCE seconds in all."""
+    """Wrap `send` so that a request ends after waiting for its reader for PATIENCE seconds in all."""
     left = PATIENCE
 
     async def sent(message: Message) -> None:
@@ -146,7 +146,7 @@ async def _read(receive: Receive) -> tuple[bytes, Receive]:
 
 
 async def _refuse(send: Send, status: int, why: str) -> None:
-    """An error as OpenAI's clients read it."""
+    """Send an error in the form that OpenAI's clients read."""
     body = json.dumps({"error": {"message": why, "type": "ServerError", "code": status}}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": headers})

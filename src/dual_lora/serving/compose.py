@@ -75,7 +75,7 @@ class ComposedWeights:
             self._check_tensor(name, shape, floating)
 
     def stream(self, weights: Stream) -> Iterator[tuple[str, Tensor]]:
-        """The same names, with composed weights for adapted modules. weights: name and whole tensor, as on disk.
+        """Yield the same names with composed weights for adapted modules. weights: name and whole tensor, as on disk.
 
         Raises AdapterError at its end if an adapted weight was not among them: no layer is left out in silence.
         """
@@ -258,7 +258,7 @@ def _adapted(model: nn.Module, folder: Path, config: Any, files: Shapes, device:
 
 
 def _layers(adapted: Any) -> dict[str, Any]:
-    """For each adapted weight, by its name in the base model, the PEFT layer that composes it."""
+    """Return the PEFT layer that composes each adapted weight, by the weight's name in the base model."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers: dict[str, Any] = {}

@@ -73,13 +73,13 @@ class ServedAdapters:
             await self.give_names(settings.named, settings.limit_bytes)
 
     def left(self) -> str:
-        """What the server has, in a sentence."""
+        """Say which adapter the server has."""
         if not self.whole:
             return "The server has parts of two models and answers nothing until a swap works."
         return f"The server has {_last_two_parts(self.main.folder) if self.main else 'the base model'}."
 
     async def swap(self, folder: str | None, kept: Any = None) -> None:
-        """Let the server's own names have another adapter; None: the base model alone. Waits for running requests.
+        """Swap the adapter of the server's own names; None: the base model alone. Waits for running requests.
 
         kept: held as long as the adapter is in use. Raises AdapterError with the server as it was.
         """
@@ -210,14 +210,14 @@ class ServedAdapters:
             )
 
     async def _checked(self, folder: str, kept: Any = None) -> Adapter:
-        """Everything that can be wrong with a folder, found before anything is changed."""
+        """Check a folder completely, before anything is changed."""
         version = version_of(folder)
         await asyncio.to_thread(_check, self.engine.vllm_config.model_config, folder)
         return Adapter(folder, version, kept)
 
 
 def _last_two_parts(folder: str) -> str:
-    """What identifies a folder; in the answers that it sends vLLM writes <path> instead of a whole path."""
+    """Shorten a folder to its last two parts: vLLM replaces whole paths in answers by <path>."""
     return "/".join(Path(folder).parts[-2:])
 
 

@@ -93,7 +93,7 @@ def declared_fields(method: str) -> list[str]:
 
 
 def _classes_in(file: Path) -> dict[str, tuple[list[str], list[str]]]:
-    """Of each class in a file its bases and the fields that it declares."""
+    """Return the bases and the declared fields of each class in a file."""
     try:
         tree = ast.parse(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, SyntaxError):

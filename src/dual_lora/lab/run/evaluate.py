@@ -59,13 +59,13 @@ class EvalResult:
 
     @contextmanager
     def timed(self, variant: str) -> Iterator[None]:
-        """What happens inside takes the variant's seconds."""
+        """Add the time spent inside the block to the variant's seconds."""
         start = time.perf_counter()
         yield
         self.seconds[variant] += round(time.perf_counter() - start, 3)
 
     def add(self, variant: str, task: Task, rows: list[dict[str, Any]], examples: list[Example]) -> None:
-        """What a variant gave for a task. A figure whose name is taken has the task before it."""
+        """Add a variant's figures for a task. A figure whose name is taken gets the task as a prefix."""
         known = self.metrics[variant]
         for name, value in figures(task, rows, examples).items():
             known[f"{task}_{name}" if name in known else name] = value
@@ -177,7 +177,7 @@ def _custom_examples(examples: list[Example], data: DataSection, spec: EvaluateS
 
 
 def changed_settings(recipe: Recipe, data: DataSection, spec: EvaluateSection) -> dict[str, Any]:
-    """The settings by which scores are not those of the recipe; its tasks and its split are free."""
+    """Return the settings that differ from the recipe's and change scores; tasks and split may differ."""
     free = {"tasks", "split", "base", "batch_size"}
     parts = ("data", data, recipe.data), ("evaluate", spec, recipe.evaluate)
     return {
@@ -189,7 +189,7 @@ def changed_settings(recipe: Recipe, data: DataSection, spec: EvaluateSection) -
 
 
 def _changed_model(tuned: Tuned) -> dict[str, str]:
-    """The base and the precision that were asked for, where they are not the recipe's."""
+    """Return the requested base and precision if they are not the recipe's."""
     part = tuned.recipe.model if tuned.recipe else None
     known = {"base": part.path, "dtype": part.dtype} if part else {}
     return {name: value for name, value in tuned.given.items() if value != known.get(name)}
@@ -207,7 +207,7 @@ def write_result(result: EvalResult, folder: Path) -> Path:
 
 @contextmanager
 def _clear_not_finite(tuned: Tuned, variant: str) -> Iterator[None]:
-    """Say of a model that computes no numbers that it has no score."""
+    """Turn NotFinite into a UserError that says that the model has no score."""
     try:
         yield
     except NotFinite as error:
@@ -225,7 +225,7 @@ def _check_numbers(rows: Rows) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    """Of a choice, -infinity is a likelihood of 0."""
+    """Whether a score is a number. For a choice -infinity is one: a likelihood of 0."""
     return not isinstance(value, float) or (math.isfinite(value) or value == -math.inf)
 
 
@@ -255,7 +255,7 @@ def _tasks(asked: list[Task], examples: list[Example], tuned: Tuned) -> list[Tas
 
 
 def _count_long(examples: list[Example], prompter: Prompter, data: DataSection, tuned: Tuned) -> int:
-    """Examples longer than data.max_length: texts were cut to it, prompts were not."""
+    """Count the examples longer than data.max_length; texts were cut to it, prompts were not."""
     if examples[0].text:
         return sum(len(tuned.tokenizer(*e.text).input_ids) > data.max_length for e in examples)
     examples = [e for e in examples if not e.whole]  # which are cut into rows

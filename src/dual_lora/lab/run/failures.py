@@ -74,7 +74,7 @@ def _kept_checkpoint(folder: RunFolder) -> str:
 
 
 def note_failure(folder: RunFolder, error: BaseException) -> None:
-    """Let record.json say that the run stopped, and why."""
+    """Write to record.json that the run stopped, and why."""
     with suppress(OSError, ValueError):
         record = read_object(folder.record)
         if record["state"] == "running":

@@ -214,7 +214,7 @@ def _tags(before: Iterable[str], recipe: Recipe, base: str | None, adapter: bool
 
 
 def too_long_note(recipe: Recipe, count: int) -> str:
-    """What became of the training records that are too long, to be said after the number of examples."""
+    """Say what happened to training records that are too long; the text follows the number of examples."""
     gone = "left out" if recipe.model.head == "causal" else "cut"
     return f", {count:,} longer than {recipe.data.max_length} tokens {gone}" if count else ""
 
@@ -223,7 +223,7 @@ ON_OTHER_TEXT = ("forgetting", "text_loss")  # figures that are not of the test 
 
 
 def _model_index(results: Sequence[Mapping[str, Any]], recipe: Recipe) -> list[EvalResult]:
-    """The same for the hub's own tables: the trained model's figures on test records."""
+    """Return the trained model's figures on test records for the hub's own tables."""
     return [
         EvalResult(
             task_type=TASKS[recipe.model.head][0],
@@ -267,7 +267,7 @@ def without_private_paths(text: object) -> str:
 
 
 def cell(text: object) -> str:
-    """The same in one line of a Markdown table: what means something to Markdown or HTML is written out."""
+    """Return a text as one cell of a Markdown table, with the special characters of Markdown and HTML escaped."""
     return re.sub(r"([\\|<>`*_\[\]!#])", r"\\\1", " ".join(without_private_paths(text).split()))
 
 

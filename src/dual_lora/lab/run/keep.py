@@ -24,7 +24,7 @@ from dual_lora.lab.verify import fingerprint
 
 @dataclass
 class RunResult:
-    """What a run came to. Sizes in bytes, times in seconds of training proper (all sessions of a resumed run)."""
+    """The result of a run. Sizes in bytes, times in seconds of training proper (all sessions of a resumed run)."""
 
     folder: str
     state: str  # "finished", or "interrupted" with a checkpoint to resume from

@@ -151,7 +151,7 @@ class _Trainer(Trainer):
 
 
 def _filled_up(rows: Sequence[Encoded], multiple: int) -> list[Encoded]:
-    """The rows, and as many without a label as make full batches of them; accelerate would fill up with rows again."""
+    """Append rows without labels until all batches are full; accelerate would fill them with repeated rows."""
     blank = [
         replace(row, labels=[math.nan if isinstance(label, float) else IGNORED for label in row.labels])
         for row in rows[:1]  # whole: some models take rows of one length only
@@ -238,7 +238,7 @@ def arguments_of(
     recipe: Recipe, precision: str, folder: RunFolder, steps: int, validating: bool, reports: dict[str, Any],
     kind: type[TrainingArguments] = TrainingArguments, more: Mapping[str, Any] | None = None,
 ) -> TrainingArguments:  # fmt: skip
-    """What Trainer, or a trainer of TRL's with arguments of that kind and more of them, is told."""
+    """Return the arguments for Trainer, or for a trainer of TRL's whose arguments extend Trainer's."""
     part = recipe.train
     values: dict[str, Any] = {
         "output_dir": str(folder.checkpoints),
@@ -308,7 +308,7 @@ def check_names(part: TrainSection) -> None:
 
 
 def _custom_factory(name: str) -> Any:
-    """What `MODULE:FACTORY` names; None for an optimizer by name."""
+    """Import the factory that `MODULE:FACTORY` names; None for an optimizer by name."""
     module, colon, factory = name.rpartition(":")
     found = getattr(import_allowed(module, f"train.optimizer {name!r}"), factory, None) if colon else None
     if colon and not callable(found):

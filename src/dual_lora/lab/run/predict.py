@@ -171,7 +171,7 @@ def _is_row(row: Any, names: Names) -> bool:
 
 
 def _names_of(tuned: Tuned, data: DataSection, examples: list[Example]) -> list[Names]:
-    """Of each record the names that its probabilities have, () for a text, None for a number."""
+    """Return the class names of each record's probabilities, () for a text, None for a number."""
     if tuned.classes:
         return [None if tuned.classes == [VALUE] else tuned.classes] * len(examples)
     return [example.choices if data.choices else () for example in examples]
@@ -180,7 +180,7 @@ def _names_of(tuned: Tuned, data: DataSection, examples: list[Example]) -> list[
 def _inputs_digest(
     tuned: Tuned, records: list[Record], data: DataSection, spec: EvaluateSection, variant: str | None
 ) -> str:
-    """What the results depend on."""
+    """Return a digest of everything that the results depend on."""
     held = RunFolder(tuned.run).result if tuned.run else None
     how: dict[str, Any] = {"model": tuned.source, "weights": folder_digest(held) if held else {}}
     how |= {"given": tuned.given, "variant": variant}
@@ -193,7 +193,7 @@ Predict = Callable[[Any, list[Example], Callable[[int], None]], list[dict[str, A
 
 
 def _predictor(tuned: Tuned, data: DataSection, spec: EvaluateSection) -> Predict:
-    """What makes rows of examples: of an encoder labels or values, of choices the likeliest, else texts."""
+    """Return the function that predicts examples: labels or values, the likeliest choice, or texts."""
     prompter = Prompter(tuned.tokenizer, data.template)
 
     def classes(model: Any, examples: list[Example], advance: Callable[[int], None]) -> list[dict[str, Any]]:

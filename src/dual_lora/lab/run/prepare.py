@@ -101,7 +101,7 @@ def check_examples(recipe: Recipe, examples: Sequence[Example]) -> None:
 
 
 def _warn_of_positions(config: Any, longest: int) -> None:
-    """Some models compute on beyond the positions that they have learned, and worse."""
+    """Warn of rows longer than the model's trained positions, beyond which some models compute worse results."""
     known = getattr(config.get_text_config(), "max_position_embeddings", None)
     if isinstance(known, int) and 0 < known < longest:
         warn(

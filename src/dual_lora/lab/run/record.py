@@ -19,7 +19,7 @@ PACKAGES = ("dual-lora", "torch", "peft", "transformers", "accelerate", "trl", "
 
 @dataclass
 class Record:
-    """What record.json says of a run."""
+    """The content of a run's record.json."""
 
     method: Any  # PEFT's configuration in plain values, None for full fine-tuning
     seed: int
@@ -41,7 +41,7 @@ class Record:
     problems: list[str] | None = None
 
     def written(self) -> dict[str, Any]:
-        """As the file has it, without what there is nothing to say of."""
+        """Return the record as written to the file, without empty fields."""
         values = {"state": self.state} | {field.name: getattr(self, field.name) for field in fields(self)}
         left_out = {name for name in ("origin", "result", "problems") if values[name] is None}
         left_out |= set() if self.extended else {"extended"}

@@ -55,7 +55,7 @@ def check_cells(out: Path, records: Sequence[Record]) -> None:
 
 
 def write_rows(out: Path, records: Sequence[Record], rows: Sequence[dict[str, Any]]) -> None:
-    """Every record with its result: in a .csv file the probabilities are columns p(CLASS)."""
+    """Write every record with its result; in a .csv file the probabilities are columns p(CLASS)."""
     together = [{**record.values, **row} for record, row in zip(records, rows, strict=True)]
     if out.suffix == ".jsonl":
         write_atomically(out, "".join(json_text(row) + "\n" for row in together))
@@ -79,7 +79,7 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _escape_formula(said: Any) -> Any:
-    """What a model says, so that a spreadsheet does not take it for a formula; a number such as +1 is none."""
+    """Escape a text that a spreadsheet would take for a formula; a number such as +1 is none."""
     if not isinstance(said, str) or not FORMULA.match(said):
         return said
     try:

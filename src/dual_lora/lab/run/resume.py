@@ -32,7 +32,7 @@ _LENGTH = {"batch_size", "steps", "epochs", "patience"}  # a run may be made lon
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
-    """What training goes by; the batch size counts together with the number of processes."""
+    """Return the settings that training depends on; the batch size counts together with the number of processes."""
     free: dict[str, Any] = {"evaluate": True, "about": True, "name": True, "origin": True, "train": _LENGTH}
     parts = recipe.model_dump(mode="json", exclude=free)
     return {f"{part}.{key}": value for part, values in parts.items() for key, value in values.items()}
@@ -101,7 +101,7 @@ _ADVICE = {
 
 
 def _launch_sharding(trainer: Any) -> str:
-    """How this launch shares out a model, which decides what files of a checkpoint it reads."""
+    """Return how this launch shards a model, which decides the checkpoint files that it reads."""
     if trainer.is_deepspeed_enabled:
         return _DEEPSPEED
     if not trainer.is_fsdp_enabled:

@@ -44,7 +44,7 @@ Advance = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Asked:
-    """What a task asks of a model. prompter: for language models; classes, max_length: for encoders."""
+    """The inputs of a scoring function. prompter: for language models; classes, max_length: for encoders."""
 
     model: Any
     examples: list[Example]
@@ -86,7 +86,7 @@ def loss_rows(
 def _logits(
     model: Any, encoded: list[Encoded], collate: Collator, size: int, advance: Advance
 ) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
-    """Of each batch the rows' indices, their logits and their labels."""
+    """Yield each batch's row indices, logits and labels."""
     for part in longest_first([len(e.input_ids) for e in encoded], size):
         batch = to_device(model, collate([encoded[i] for i in part]))
         labels = batch.pop("labels")
@@ -125,7 +125,7 @@ def answer_in(text: str, extract: str, target: str) -> str:
 
 
 def part_in(text: str, extract: str) -> str:
-    """What the pattern takes of ``text`` if that is less than the words it stands in, as "4" of "3/4"; else ""."""
+    """Return the pattern's match in ``text`` if it is only a part of a word or number, as "4" of "3/4"; else ""."""
     match = _pattern(extract).search(text)
     if match is None:
         return ""
@@ -177,7 +177,7 @@ def _warn_of_parts(examples: list[Example], extract: str) -> None:
 
 
 def score_texts(asked: Asked) -> Rows:
-    """One greedy text for each different prompt, with all answers to this prompt as references."""
+    """Generate one greedy text for each different prompt, with all its answers as references."""
     references: dict[tuple[str, str], list[Example]] = {}  # of several test sets each has its own
     for example in asked.examples:
         key = example.part, asked.prompter.prompt_text(example.prompt, example.tools)
@@ -191,7 +191,7 @@ def score_texts(asked: Asked) -> Rows:
 
 
 def _generate_answers(asked: Asked, examples: list[Example]) -> list[str]:
-    """What the model writes after each example's prompt, by the search that the recipe wants."""
+    """Generate the text after each example's prompt, with the recipe's search."""
     prompts, spec = [asked.prompter.prompt_ids(e.prompt, e.tools) for e in examples], asked.spec
     if longer := sum(len(asked.prompter.answer_ids(e.answer)) > spec.max_new_tokens + 1 for e in examples):
         warn(
@@ -204,7 +204,7 @@ def _generate_answers(asked: Asked, examples: list[Example]) -> list[str]:
 
 
 def class_rows(asked: Asked) -> Rows:
-    """Of each text the probabilities of the classes, in their order; of a regression its value."""
+    """Return each text's class probabilities, in the classes' order; for a regression, its value."""
     rows: Rows = [{}] * len(asked.examples)
     label = "0" if list(asked.classes) == [VALUE] else asked.classes[0]  # any: it is not looked at
     unlabelled = replace(asked, examples=[replace(example, label=label) for example in asked.examples])

@@ -21,7 +21,7 @@ SEAL = "seal.json"
 
 
 def key_file() -> Path:
-    """Where the key lies."""
+    """Return the path of the key."""
     return cached("checkpoint.key")
 
 

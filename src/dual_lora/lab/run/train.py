@@ -115,7 +115,7 @@ def _train(session: Session, callbacks: Sequence[TrainerCallback], reports: dict
 
 
 def _check(session: Session) -> None:
-    """Refuse what is wrong in the recipe before data and model are read: the folder stays empty."""
+    """Raise UserError for errors in the recipe, before data and model are read; the folder stays empty."""
     recipe = session.recipe
     config = method_config(recipe.method, recipe.model.head, steps=10**6, fresh=[])  # with any number of steps
     check_names(recipe.train)
@@ -247,7 +247,7 @@ def _clear_start_errors(watch: Watch, checkpoint: Path | None, arguments: Iterab
 
 
 def _callbacks_of(config: Any) -> list[TrainerCallback]:
-    """What a method needs to be told while it trains."""
+    """Return the callbacks that a method needs while it trains."""
     if is_kind(config, "DUAL_LORA"):
         from dual_lora import DualLoraCallback
 

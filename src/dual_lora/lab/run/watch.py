@@ -55,7 +55,7 @@ class Watch(TrainerCallback):
         return (self._end or time.perf_counter()) - self._start - self._paused
 
     def _pause(self) -> None:
-        """What has passed since the step's end, or since the last such pause, was no training."""
+        """Exclude the time since the step's end, or since the last pause, from the training time."""
         now = time.perf_counter()
         self._paused += now - self._step_ended
         self._step_ended = now

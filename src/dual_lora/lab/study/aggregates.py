@@ -109,7 +109,7 @@ def _scores_of_both(
 
 
 def _shares(runs: int, random: np.random.Generator) -> NDArray[np.float64]:
-    """Of each draw of so many runs the share of every run, [DRAWS, runs]."""
+    """Return the share of every run in each bootstrap draw, [DRAWS, runs]."""
     places = _resampled_indices(runs, random) + runs * np.arange(DRAWS)[:, None]
     return np.bincount(places.ravel(), minlength=DRAWS * runs).reshape(DRAWS, runs) / runs
 

@@ -95,7 +95,7 @@ class Scale:
         frozen: Iterable[str] = (),
         named: Mapping[str, Iterable[str]] | None = None,
     ) -> Size:
-        """What would train under the recipe. frozen: regular expressions of parameters that never move.
+        """Count what would train under the recipe. frozen: regular expressions of parameters that never move.
 
         named: field -> its regular expressions, which have to fit a trainable parameter. Raises UserError otherwise.
         """
@@ -183,7 +183,7 @@ def solve_rank(size: Callable[[int], int], target: float, step: int, top: int, f
 
 
 def _interpolated_rank(a: int, size_a: int, b: int, size_b: int, target: float) -> int:
-    """Where the line through two sizes meets the target."""
+    """Return the rank where the line through two sizes meets the target."""
     return b if size_a == size_b else round(a + (target - size_a) * (b - a) / (size_b - size_a))
 
 
@@ -247,7 +247,7 @@ def set_rank(cell: Cell, rank: int | None, scale: Scale | None = None) -> Size:
 
 
 def size_of_cell(scale: Scale, cell: Cell, recipe: Recipe) -> Size:
-    """What would train under the recipe, with what the cell holds still from the start left out."""
+    """Count the parameters that would train in the cell, without those that are frozen from the start."""
     frozen = [pattern for pattern, share in cell.entry.freeze.items() if share == 0]
     return scale.size(recipe, cell.classes, frozen)
 

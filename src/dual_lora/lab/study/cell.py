@@ -143,7 +143,7 @@ def final_jobs(study: Study, cell: Cell, settings: Settings) -> list[Job]:
 
 
 def probe_job(study: Study, cell: Cell, rank: int | None = None) -> Job:
-    """A few steps, to learn what a step costs; with another rank than the cell's if given."""
+    """Make a job of a few steps that measures the cost of a step, at the cell's rank or the given one."""
     over: dict[str, Any] = {"train": {"steps": PROBE_STEPS}}
     if rank is not None:
         over["method"] = fields_at(cell.entry, rank)
@@ -151,7 +151,7 @@ def probe_job(study: Study, cell: Cell, rank: int | None = None) -> Job:
 
 
 def pace_job(study: Study, cell: Cell) -> Job:
-    """A few steps and a few validation records, to learn what a whole run costs.
+    """Make a job of a few steps and validation records that measures the cost of a whole run.
 
     It logs, so that its first steps, which warm up, can be left out.
     """

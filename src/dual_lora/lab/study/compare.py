@@ -94,7 +94,7 @@ def compare(
 
 
 def _recipes(plan: Plan) -> dict[str, Any]:
-    """What every task is, without its method; recipes are files of their own, and so are their data."""
+    """Describe every task without its method: recipes are separate files, and so are their data."""
     return {
         f"{task_name(model, task)} {part}": value
         for (model, task), recipe in plan.recipes.items()
@@ -203,7 +203,7 @@ class Runner:
                 self.done.pop(key, None)
 
     def _check_same_version(self, jobs: Sequence[Job]) -> None:
-        """Refuse to compare runs of two versions of the code."""
+        """Raise UserError for runs of two versions of the code."""
         now, old = code_version(), list[Outcome]()
         paired = [job for job in jobs if job.kind != "base"]
         for scenario in dict.fromkeys(job.scenario for job in paired):
@@ -255,7 +255,7 @@ class Runner:
         return [(job, self._outcome(job)) for job in jobs]
 
     def _results(self) -> Results:
-        """What the study says so far, also in results.json."""
+        """Build the results so far, and write them to results.json."""
         finished = [
             Finished(c, self._ended(self.trials[c.at]), self.chosen.get(c.at), self._ended(self.finals.get(c.at, [])))
             for c in self.cells

@@ -13,7 +13,7 @@ Methods = dict[tuple[str, str, str], MethodRow]  # (model, task, method) -> as i
 
 
 class PairNotes(NamedTuple):
-    """What follows from pairs and methods alone, and so from a results.json as well as from runs."""
+    """Notes and rows that follow from pairs and methods alone, so from a results.json as well as from runs."""
 
     comparisons: list[ComparisonRow]
     false_alarm: float | None  # chance of any, with the noise of these runs
@@ -109,7 +109,7 @@ def _without_unearned_p(c: verdicts.Comparison, at: Methods) -> verdicts.Compari
 
 
 def _comparison_row(c: verdicts.Comparison) -> ComparisonRow:
-    """As results.json has it, without the figures that there are none of."""
+    """Return a comparison as in results.json, without figures that do not exist."""
     sign = metrics.direction(c.better)
     model, task = c.scenario
     spread = dataclasses.asdict(c.spread)

@@ -67,7 +67,7 @@ def check_executor(executor: str) -> None:
 
 
 def runs_side_by_side(executor: str, workers: int | None) -> int:
-    """How many runs go on at a time: as many as were asked for, else one a GPU, else one a core."""
+    """Return how many runs go on at a time: the requested number, else one per GPU, else one per core."""
     return 1 if executor == "serial" else workers or torch.cuda.device_count() or os.cpu_count() or 1
 
 
@@ -201,7 +201,7 @@ def _work(line: Connection, runs: Path, keep: str, at_a_time: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """An orphan would go on for hours on a machine that somebody wants to use: end when the runner is gone."""
+    """End this process when the runner is gone; an orphan would go on for hours."""
     parent = multiprocessing.parent_process()
 
     def watch() -> None:

@@ -52,7 +52,7 @@ class Amendment(BaseModel):
 
 
 def changes(before: dict[str, Any], now: dict[str, Any], inside: Iterable[str] = ("search",)) -> Changes:
-    """What differs, field by field `inside` some. One that was not known is none of them."""
+    """Return the differing fields, for some (`inside`) field by field. Fields that were not known do not count."""
     pairs: Changes = {}
     for name in sorted(before.keys() & now.keys()):
         old, new = before[name], now[name]
@@ -69,7 +69,7 @@ def changes(before: dict[str, Any], now: dict[str, Any], inside: Iterable[str] =
 
 
 def _with_known_bases(before: Plain, now: Plain) -> Plain:
-    """Prints of bases that are not here at the moment (the hub's, and an empty cache): the same ones' from before."""
+    """Keep digests of bases that are not here (the hub's, with an empty cache): the same ones' from before."""
 
     def base(recipes: Plain, name: str) -> list[Any]:
         model = recipes.get(f"{name.removesuffix(WEIGHTS)} model") or {}
@@ -99,7 +99,7 @@ class Planned(BaseModel):
 
 
 class Known(BaseModel):
-    """What study.json holds."""
+    """The content of study.json."""
 
     format: Literal["dual-lora study"] = "dual-lora study"
     study: Plain = {}
@@ -150,7 +150,7 @@ class StudyFolder:
         return self
 
     def runs(self, asked: str | Path | None) -> Path:
-        """Where the runs lie: inside the folder, or where the user says. A file can name no other folder."""
+        """Return the folder of the runs: inside this folder, or the user's. A file cannot name another folder."""
         if asked is not None:
             return Path(asked)
         inside, elsewhere = self.path / "runs", self.known.runs

@@ -67,7 +67,7 @@ class Speed:
 
     @property
     def basis(self) -> str:
-        """What estimates follow from, in words."""
+        """Say in words what the estimates are based on."""
         if self.card:
             return self.card.basis
         if self.known:
@@ -85,7 +85,7 @@ class Speed:
         return next((cost for cost in found if cost is not None), None) or self.rough
 
     def records(self, data: DataSection, split: str) -> Records:
-        """What is to be known of a set; it is read once."""
+        """Return the counts and lengths of a set of records, which is read once."""
         asked = data.model_dump_json(), split
         if asked not in self._records:
             self._records[asked] = _records(data, split)
@@ -147,7 +147,7 @@ class RunTimes:
         self._off: list[float] = []  # seconds that a run took, over its estimate
 
     def learn(self, job: Job, seconds: float) -> None:
-        """A run took so long."""
+        """Record the duration of a run."""
         for key in _similarity_keys(job):
             self._seconds_by_key.setdefault(key, []).append(seconds)
         if estimate := self._estimate(job):
@@ -173,7 +173,7 @@ class RunTimes:
 
 
 def _similarity_keys(job: Job) -> list[tuple[str, ...]]:
-    """What runs that take as long have in common, the most alike first."""
+    """Return the keys by which runs of similar duration are grouped, the most specific first."""
     return [(job.kind, *job.scenario, job.method), (job.kind, *job.scenario)]
 
 

@@ -89,7 +89,7 @@ class Training(BaseModel):
 
 
 class Outcome(BaseModel):
-    """What came of a run. A run that diverged has an outcome, one that stopped with an error has none."""
+    """The outcome of a run. A run that diverged has an outcome, one that stopped with an error has none."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -116,7 +116,7 @@ class Outcome(BaseModel):
 
 
 def run_file(runs: Path, key: str, what: Literal["", "scores", "forgetting", "error"] = "") -> Path:
-    """Where the outcome of a run lies, its items' scores, its losses on other text, or why it stopped."""
+    """Return the path of a run's outcome, its items' scores, its losses on other text, or why it stopped."""
     return run_folder(runs, key).with_name(f"{key}.{what}.json" if what else f"{key}.json")
 
 
@@ -170,7 +170,7 @@ def outcomes_here(runs: Path) -> Callable[[Job], Outcome | None]:
 
 
 def damage(runs: Path, key: str) -> str:
-    """What is wrong with the files of a run that was finished, in a sentence; "" if nothing is."""
+    """Say what is wrong with the files of a finished run; "" if nothing is."""
     found = _read_outcome(runs, key)
     return found if isinstance(found, str) else ""
 
@@ -202,7 +202,7 @@ def _read_outcome(runs: Path, key: str) -> Outcome | str | None:
 
 
 def _scores_give_value(scores: NDArray[np.float64], metric: str | None, score: float | None) -> bool:
-    """Whether the items' scores give the run's: they may be those of another run."""
+    """Whether the items' scores give the run's score; files of another run would not."""
     if metric is None or score is None:
         return True  # of an earlier version
     try:

@@ -68,7 +68,7 @@ def direction(better: str) -> int:
 
 
 def better(metric: str) -> str:
-    """Of which there should be, "more" or "less"."""
+    """Return "more" if a higher value of the metric is better, else "less"."""
     return "more" if sign(metric) > 0 else "less"
 
 
@@ -93,7 +93,7 @@ def evaluation(metric: str, head: str) -> str:
 
 
 def default_metric(tasks: Sequence[str], head: str) -> str:
-    """By what a recipe is compared if the study does not say."""
+    """Return the metric by which a recipe is compared by default."""
     first = tasks[0] if tasks else ("loss" if head == "causal" else head)
     return {"classification": "accuracy", "nlg": "bleu", "regression": "pearson"}.get(first, first)
 

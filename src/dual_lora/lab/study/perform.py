@@ -151,7 +151,7 @@ def _base(job: Job, runs: Path) -> Figures:
 
 
 def _constant_answer_scores(metric: str, examples: list[Any]) -> dict[str, float]:
-    """How often one answer to everything is right, the best of them, where being right is what counts."""
+    """Return the best accuracy of one constant answer, for metrics of right and wrong."""
     if metric not in ("choice", "exact_match"):
         return {}
     parts: dict[str, Counter[str]] = {}
@@ -183,7 +183,7 @@ def _scored(job: Job, runs: Path, measured: Any, examples: list[Any], classes: l
 
 
 def _item_weights(examples: list[Any], items: int) -> list[float]:
-    """How often each item counts, 1 in the mean. Of several test sets each counts alike, however large it is."""
+    """Return the items' weights, with mean 1: each of several test sets has the same weight, whatever its size."""
     sizes = Counter(example.part for example in examples)
     if len(sizes) == 1:
         return [1.0] * items

@@ -148,7 +148,7 @@ def _with_training_settings(entry: MethodEntry, base: Recipe) -> Recipe:
 
 
 def _metric(study: Study, task: str, recipe: Recipe) -> str:
-    """What judges the task. Refuses a search that goes by something else and does not say why."""
+    """Return the task's metric. Raises UserError for a search by another metric that does not say why."""
     head, search = recipe.model.head, study.search
     metric = study.tasks[task].metric or metrics.default_metric(recipe.evaluate.tasks, head)
     tuned_by = (search and search.metric) or metric
@@ -171,7 +171,7 @@ def _metric(study: Study, task: str, recipe: Recipe) -> str:
 
 
 def _keep_test_apart(study: Study, task: str, recipe: Recipe, metric: str) -> str:
-    """Refuse records that stand in two sets. Returns what has to be said of those that the recipe declares."""
+    """Raise UserError for records in two sets. Returns a note on overlaps that the recipe declares."""
     from dual_lora.lab.data.overlap import shared, undeclared
     from dual_lora.lab.data.records import find, hub_split, same_records
 
@@ -318,7 +318,7 @@ def settled_plan(study: Study, folder: StudyFolder, elsewhere: Short | None = No
 
 
 def _varied_settings(study: Study) -> Iterator[tuple[str, list[Any]]]:
-    """Every setting that the study varies, with its values."""
+    """Yield every setting that the study varies, with its values."""
     yield from study.sweep.items()
     spaces = [study.search.space] if study.search else []
     for space in [*spaces, *(entry.search for entry in study.methods.values())]:
@@ -335,11 +335,11 @@ def _with_precision(study: Study, recipes: dict[Scenario, Recipe], short: Short,
 
 
 def _override_parts(values: dict[str, Any]) -> list[dict[str, Any]]:
-    """Everything that a written study lays over its recipes."""
+    """Return all parts of a written study that override its recipes."""
     return [values["overrides"], *values["models"].values(), *values["tasks"].values(), *values["methods"].values()]
 
 
 def _auto_in(laid_over: list[dict[str, Any]]) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Each `auto` there: the part of a recipe, its field, and what holds them."""
+    """Yield each `auto`: the part of a recipe, its field, and the mapping that has it."""
     for laid in laid_over:
         yield from ((part, name, laid) for part, name in FIELDS if (laid.get(part) or {}).get(name) == AUTO)

@@ -53,7 +53,7 @@ def _study_file(name: str, path: Path) -> Path:
 
 
 def values_in(path: Path) -> dict[str, Any]:
-    """What a YAML file holds. Raises UserError where it is none, or no mapping."""
+    """Read a YAML file. Raises UserError if it is none, or no mapping."""
     values = parse_yaml(read_yaml_text(path), str(path))
     if not isinstance(values, dict):
         raise UserError(f"{path} holds {type(values).__name__}, expected a mapping with name, tasks and methods.")
@@ -84,7 +84,7 @@ def _with_extended(values: dict[str, Any], path: Path, seen: list[Path]) -> dict
 
 
 def _recipe_hint(name: str) -> str:
-    """What to do with a recipe that was given for a study."""
+    """Return a hint for a file that is a recipe and not a study, else ""."""
     using = [study for study in shipped_studies() if name in read_study(study).recipes]
     shipped = f" The shipped studies {', '.join(using)} use it." if using else ""
     return (

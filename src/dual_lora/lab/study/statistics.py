@@ -225,7 +225,7 @@ def corrected(p: ArrayLike, p_same: ArrayLike) -> tuple[Table, Table]:
 
 @functools.cache
 def _seed_error_quantiles(seeds: int) -> Table:
-    """What the seeds' part of the error is seen to be for a true part of 1: the quantiles over studies."""
+    """Return the quantiles, over studies, of the estimated seed error for a true seed error of 1."""
     points = (np.arange(1000) + 0.5) / 1000
     return np.asarray(np.sqrt(stats.chi2.ppf(points, seeds - 1) / (seeds - 1)))
 
