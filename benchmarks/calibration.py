@@ -99,7 +99,7 @@ def crossed(studies: int, random: np.random.Generator) -> Iterator[tuple[int, fl
                     rest = random.chisquare(S * N, studies) / (S * N)
                     tally = Tally()
                     mean = true * random.standard_normal(studies)
-                    tally.add(mean, *stats.errors(seed, item, rest, seeds, items), seeds, items, true)
+                    tally.add(mean, *stats.standard_errors(seed, item, rest, seeds, items), seeds, items, true)
                     yield seeds, seed_square, item_square, items, tally.shares()
 
 

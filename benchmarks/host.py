@@ -76,14 +76,14 @@ def without_launches() -> None:
         return compiled
 
     def chosen(device: Any, dtype: Any, weight: Any, adapters: Any, gradient_of: Any = None) -> Any:
-        assert triton_linear.are_right(dtype, weight, adapters, gradient_of)
+        assert triton_linear.are_correct(dtype, weight, adapters, gradient_of)
         return triton_linear
 
     driver.set_active(AbsentGpu())
     JITFunction._do_compile = compile_nothing
     triton_launch.target = lambda device: "sm_90"
     triton_launch.processors = lambda device: 132
-    triton_launch.on = lambda device: nullcontext()
+    triton_launch.on_device = lambda device: nullcontext()
     triton_check.error = lambda launch: 0.0
     dispatch.implementation = chosen
 

@@ -30,7 +30,7 @@ class Drawn(NamedTuple):
     @property
     def errors(self) -> tuple[Array, Array, Array]:
         """The whole error, the seeds' part and the items' part."""
-        whole, seed = stats.errors(self.seed, self.item, self.rest, self.seeds, self.items)
+        whole, seed = stats.standard_errors(self.seed, self.item, self.rest, self.seeds, self.items)
         return whole, seed, np.sqrt(np.maximum(whole**2 - seed**2, 0))
 
 

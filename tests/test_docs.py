@@ -222,9 +222,9 @@ def parse(words, where):
     """By the command's own parser, which knows every flag and the kind of its value."""
     from cyclopts import CycloptsError
 
-    from dual_lora.lab.cli import COMMANDS, _modules, build_app
+    from dual_lora.lab.cli import COMMANDS, _split_allowed_modules, build_app
 
-    words, _ = _modules(words)
+    words, _ = _split_allowed_modules(words)
     assert words[0] in {name for name, *_ in COMMANDS}, where
     words = words[: min((words.index(sign) for sign in (">", "|", "||") if sign in words), default=len(words))]
     try:

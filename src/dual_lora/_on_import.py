@@ -1,7 +1,7 @@
-"""Run something as soon as a module has been imported, without importing it.
+"""Run a function as soon as a module has been imported, without importing it.
 
-`import dual_lora` has to register the method with PEFT, but PEFT takes seconds to import, which commands that only
-print their help should not pay. If PEFT is there already, it happens at once.
+`import dual_lora` has to register the method with PEFT. PEFT takes seconds to import, and commands that only print
+their help should not wait for it.
 """
 
 import sys
@@ -14,7 +14,7 @@ from typing import Any
 
 
 def when_imported(name: str, action: Callable[[], Any]) -> None:
-    """Call `action` after the module `name` has been imported: now, or when somebody imports it."""
+    """Call `action` at once if the module `name` has been imported, else when it is imported."""
     if name in sys.modules:
         action()
     else:
@@ -28,7 +28,7 @@ class _Finder(MetaPathFinder):
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if fullname != self.name:
             return None
-        # Aside for the real finders' turn only: whoever asks may just want to know whether the module is there
+        # Remove the finder only while the real finders search: the caller may just look whether the module exists
         # (transformers does, long before PEFT is imported).
         sys.meta_path.remove(self)
         try:
@@ -48,7 +48,7 @@ class _Loader(Loader):
         return self.real.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        # From here on the module is its real loader's again, whatever looks at it later.
+        # From here on the module shows its real loader.
         module.__loader__ = self.real
         if module.__spec__ is not None:
             module.__spec__.loader = self.real

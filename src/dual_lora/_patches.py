@@ -1,7 +1,7 @@
-"""What this package changes in other libraries, why, and what of theirs would end it: the one list.
+"""The list of all changes that this package makes to other libraries, with the reason and the upstream fix for each.
 
-A change is made as soon as the library's own module has been imported, by anybody, so that importing this package
-imports none of them.
+A change is made as soon as the library's own module has been imported, so that importing this package imports none of
+them.
 """
 
 from functools import partial
@@ -14,11 +14,11 @@ from ._on_import import when_imported
 class Patch(NamedTuple):
     """A change of another library."""
 
-    after: str  # the module whose import makes the time for it
-    function: str  # ours, which makes it: module:name
-    changes: tuple[str, ...]  # what is another than before: module:attribute
+    after: str  # the module after whose import the change is made
+    function: str  # the function of this package that makes it: module:name
+    changes: tuple[str, ...]  # what is changed: module:attribute
     why: str
-    until: str  # the change of theirs that would end ours
+    until: str  # the upstream change that would make it unnecessary
 
 
 REGISTER = "dual_lora.method.registration:register"
@@ -95,12 +95,12 @@ PATCHES = (
 )
 
 
-def _called(function: str) -> None:
+def _call(function: str) -> None:
     module, _, name = function.partition(":")
     getattr(import_module(module), name)()
 
 
 def connect() -> None:
-    """Make every change in its time."""
+    """Register every change, to be made when its library has been imported."""
     for after, function in dict.fromkeys((patch.after, patch.function) for patch in PATCHES):
-        when_imported(after, partial(_called, function))
+        when_imported(after, partial(_call, function))

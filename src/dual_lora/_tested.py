@@ -1,4 +1,4 @@
-"""The newest PEFT that this version was tested with. A newer one is not refused: importing it warns once."""
+"""The newest PEFT that this version was tested with. With a newer one the import warns."""
 
 import re
 import sys
@@ -9,7 +9,7 @@ NEWEST_PEFT = (0, 21)
 
 
 def check_peft() -> None:
-    """Warn if the imported PEFT is newer than the tests have seen. A version that cannot be read is left alone."""
+    """Warn if the imported PEFT is newer than the newest tested one. A version that cannot be read gets no warning."""
     version = str(getattr(sys.modules.get("peft"), "__version__", ""))
     found = re.match(r"(\d+)\.(\d+)", version)
     if found and (int(found[1]), int(found[2])) > NEWEST_PEFT:

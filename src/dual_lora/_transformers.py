@@ -1,6 +1,6 @@
-"""transformers reads an adapter's file itself: look at ours first, so that a damaged one raises a clear error.
+"""Check our adapter files before transformers reads them itself, so that a damaged file raises a clear error.
 
-Imports nothing when transformers does: PEFT, which `dual_lora.method` needs, cannot be imported at that moment.
+Imports of `dual_lora.method` are inside functions: it needs PEFT, which cannot be imported while transformers is.
 """
 
 import functools
@@ -30,7 +30,7 @@ def _checked_before_load(load_adapter: Any) -> Any:
             if model.peft_config[name].peft_type == "DUAL_LORA":
                 has_counts = not names or any("dual_lora_left" in tensor for tensor in names)
                 misfits = [key for key, *_ in getattr(result, "mismatched_keys", ())]
-                import_module("dual_lora.method.loaded").settle(model, name, has_counts, misfits)
+                import_module("dual_lora.method.loaded").finish_loading(model, name, has_counts, misfits)
         return result
 
     return wrapped

@@ -1,15 +1,15 @@
-"""The one kind of all warnings of this package, which sets them apart from those of libraries."""
+"""The category of all warnings of this package, by which users tell them from those of libraries."""
 
 import warnings
 
 
 class DualLoraWarning(UserWarning):
-    """Whatever this package warns of.
+    """The category of every warning of this package.
 
     >>> warnings.simplefilter("error", dual_lora.DualLoraWarning)  # doctest: +SKIP
     """
 
 
 def warn(message: str, stacklevel: int) -> None:
-    """Warn as of the line that many calls up, as `warnings.warn` counts them."""
+    """Warn with the position `stacklevel` calls up, as `warnings.warn` counts them."""
     warnings.warn(message, DualLoraWarning, stacklevel=stacklevel + 1)

@@ -114,7 +114,7 @@ def plain_of(weight, adapters):
     ],
 )
 def test_what_the_kernels_take(weight, adapters, dtype, taken, monkeypatch):
-    monkeypatch.setattr(dispatch, "triton", lambda device: Right)
+    monkeypatch.setattr(dispatch, "triton_kernels", lambda device: Right)
     assert dispatch.implementation(CUDA, dtype, weight, adapters) is (Right if taken else plain_of(weight, adapters))
     assert dispatch.implementation(torch.device("cpu"), dtype, weight, adapters) is plain_of(weight, adapters)
     monkeypatch.setenv(dispatch.SWITCH, "plain")
@@ -124,7 +124,7 @@ def test_what_the_kernels_take(weight, adapters, dtype, taken, monkeypatch):
 def test_the_larger_rank_counts():
     ranks = torch.empty(300, 8), torch.empty(8, 300), torch.empty(4, 8), torch.empty(8, 4)
     for four in (ranks, ranks[2:] + ranks[:2]):
-        with mock.patch.object(dispatch, "triton", return_value=Right):
+        with mock.patch.object(dispatch, "triton_kernels", return_value=Right):
             adapters = [Adapter(Factors(*four), torch.tensor(1.0), Form())]
             assert dispatch.implementation(CUDA, torch.bfloat16, None, adapters) is whole
 
@@ -145,7 +145,7 @@ def card(monkeypatch, capability=None, gfx=None):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     properties = type("Properties", (), {"gcnArchName": gfx})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    dispatch.triton.cache_clear()
+    dispatch.triton_kernels.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -166,8 +166,8 @@ def test_a_card_of_amd(monkeypatch):
 def test_versions_that_are_taken(version, monkeypatch):
     card(monkeypatch, (9, 0))
     monkeypatch.setattr(triton, "__version__", version)
-    assert dispatch.triton(CUDA) is triton_linear
-    dispatch.triton.cache_clear()
+    assert dispatch.triton_kernels(CUDA) is triton_linear
+    dispatch.triton_kernels.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -186,4 +186,4 @@ def test_what_cannot_be_is_said_once(found, version, words, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert dispatch.implementation(CUDA, torch.bfloat16, None, of_rank(16)) is whole
-    dispatch.triton.cache_clear()
+    dispatch.triton_kernels.cache_clear()

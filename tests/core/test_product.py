@@ -120,8 +120,8 @@ def test_which_products_onednn_makes(faster, monkeypatch):
         "mm in fp64": False,
     }
     columns = left.t()
-    assert product.left(columns).is_contiguous() is faster
-    assert (product.left(columns) is columns) is not faster
+    assert product.as_left_operand(columns).is_contiguous() is faster
+    assert (product.as_left_operand(columns) is columns) is not faster
 
 
 @needs_onednn

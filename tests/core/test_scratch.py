@@ -40,7 +40,7 @@ def test_nothing_that_is_returned_lies_in_the_buffers(module):
     found = results(module, case(0))
     kept = [t.clone() for t in found]
     results(module, case(1))
-    for flat in scratch._kept.buffers.values():
+    for flat in scratch._buffers.buffers.values():
         flat.fill_(float("nan"))
     assert all(map(torch.equal, found, kept))
 
@@ -49,16 +49,16 @@ def test_nothing_that_is_returned_lies_in_the_buffers(module):
 def test_results_do_not_depend_on_what_was_there(module):
     first = results(module, case(0))
     results(module, case(2, 60, 20))
-    for flat in scratch._kept.buffers.values():
+    for flat in scratch._buffers.buffers.values():
         flat.fill_(float("nan"))
     assert all(map(torch.equal, results(module, case(0)), first))
 
 
 def test_buffers_made_in_inference_mode_serve_training(monkeypatch):
-    monkeypatch.setattr(scratch, "_kept", scratch._Kept())
+    monkeypatch.setattr(scratch, "_buffers", scratch._Buffers())
     with torch.inference_mode():
         results(whole, case(0))
-    assert not any(flat.is_inference() for flat in scratch._kept.buffers.values())
+    assert not any(flat.is_inference() for flat in scratch._buffers.buffers.values())
     results(whole, case(0))
 
 
@@ -78,7 +78,7 @@ def test_each_thread_has_its_own():
 
 
 def test_large_buffers_are_not_kept(monkeypatch):
-    monkeypatch.setattr(scratch, "_kept", scratch._Kept())
+    monkeypatch.setattr(scratch, "_buffers", scratch._Buffers())
     monkeypatch.setattr(scratch, "LARGEST", 1000)
     results(blocked, case(0))
-    assert not scratch._kept.buffers
+    assert not scratch._buffers.buffers

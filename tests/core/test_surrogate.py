@@ -131,7 +131,7 @@ def test_a_part_of_the_weight_has_the_width_of_the_whole():
     factors.D[:30] *= 10
     whole = by_autograd(factors, dy.T @ x)
     leaves = Factors(*(f.clone().requires_grad_() for f in factors))
-    part = adapter(leaves).whole()
+    part = adapter(leaves).with_mean_square()
     dual_lora_linear(x, None, None, [part._replace(factors=leaves.rows(0, 30))]).backward(dy[:, :30])
     first = Factors(*(f.grad.clone() for f in leaves))
     for f in leaves:
@@ -154,13 +154,13 @@ def test_an_embedding_has_the_width_of_all_its_rows():
 def test_only_what_asks_for_it_has_a_mean_square():
     factors = four()
     for form in (Form(), Form("identity"), Form("hardtanh"), Form("surrogate", direction="identity")):
-        assert adapter(factors, form).whole().mean_square is None
-    known = adapter(factors).whole()
-    assert known.whole() is known
+        assert adapter(factors, form).with_mean_square().mean_square is None
+    known = adapter(factors).with_mean_square()
+    assert known.with_mean_square() is known
 
 
 def test_adapters_with_and_without_a_mean_square_survive_the_operators_lists():
-    given = [adapter(four()), adapter(four(seed=1)).whole(), adapter(four(seed=2), Form())]
+    given = [adapter(four()), adapter(four(seed=1)).with_mean_square(), adapter(four(seed=2), Form())]
     back = dispatch.adapters_of(*dispatch.flat(given))
     assert [a.mean_square is None for a in back] == [True, False, True]
     assert back[1].mean_square == given[1].mean_square

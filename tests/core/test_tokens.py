@@ -33,8 +33,8 @@ KINDS = ["gaussian", "skewed", "zeros", "one", "equal"]
 
 
 def auto_count(dy, x, draw):
-    made = tokens.water(tokens.leverage(dy, x))
-    return tokens.count(len(x), AUTO, made, lambda: tokens.own_variance(dy, x, 4, made, draw))
+    made = tokens.water_filling(tokens.leverage(dy, x))
+    return tokens.sample_size(len(x), AUTO, made, lambda: tokens.gradient_variance(dy, x, 4, made, draw))
 
 
 def by_bisection(scores, n):
@@ -53,7 +53,7 @@ def by_bisection(scores, n):
 @pytest.mark.parametrize("n", [1, 40, 100])
 def test_probabilities(kind, n):
     dy, x = tensors(kind)
-    chances = tokens.water(tokens.leverage(dy, x)).probabilities(n)
+    chances = tokens.water_filling(tokens.leverage(dy, x)).probabilities(n)
     torch.testing.assert_close(chances, by_bisection(dy.norm(dim=1) * x.norm(dim=1), n), rtol=1e-9, atol=1e-9)
     assert chances.sum() == pytest.approx(n)
 
@@ -96,7 +96,7 @@ def test_what_is_not_finite_reaches_the_result(bad, where):
 
 def test_the_added_variance_is_that_of_independent_draws():
     dy, x = tensors("skewed")
-    made = tokens.water(tokens.leverage(dy, x))
+    made = tokens.water_filling(tokens.leverage(dy, x))
     for n in (10, 40, 100):
         chances = made.probabilities(n)
         want = ((1 / chances - 1) * made.scores.square()).sum()
@@ -229,7 +229,7 @@ def test_auto_takes_the_fewer_tokens_the_more_the_sequences_differ():
     for alike in (0.0, 1.0, 4.0):
         dy, x = sequences(alike)
         counts.append(auto_count(dy, x, draw))
-    assert counts[0] == 256 > counts[1] > counts[2] == tokens.FEWEST
+    assert counts[0] == 256 > counts[1] > counts[2] == tokens.MIN_TOKENS
 
 
 def test_auto_adds_less_than_its_bound():
@@ -241,7 +241,7 @@ def test_auto_adds_less_than_its_bound():
     G = dy.T @ x
     errors = [(r.T @ c - G).square().sum() for r, c in (tokens.sample(dy, x, n, number) for number in NUMBERS[::5])]
     assert n < len(x)
-    assert sum(errors) / len(errors) < 2 * tokens.BOUND * own  # four probes know `own` to some 30 %
+    assert sum(errors) / len(errors) < 2 * tokens.VARIANCE_BOUND * own  # four probes know `own` to some 30 %
 
 
 def test_rows_that_are_zero_are_left_out_exactly():
@@ -249,7 +249,7 @@ def test_rows_that_are_zero_are_left_out_exactly():
     case.dy[::4] = 0
     case.dy[5] = 1e-200  # whose square is zero, and which is not
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokens, "not_zero", lambda dy: None)
+        patch.setattr(tokens, "nonzero_rows", lambda dy: None)
         want = gradients(case, EXACT, None, form="clip")
     got = gradients(case, EXACT, None, form="clip")
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-300)
@@ -258,14 +258,14 @@ def test_rows_that_are_zero_are_left_out_exactly():
 
 def test_which_rows_are_zero():
     dy = torch.ones(100, 8)
-    assert tokens.not_zero(dy) is None
+    assert tokens.nonzero_rows(dy) is None
     dy[10:30] = 0
-    assert tokens.not_zero(dy).tolist() == [*range(10), *range(30, 100)]
+    assert tokens.nonzero_rows(dy).tolist() == [*range(10), *range(30, 100)]
     dy[20, 0] = 1e-30
-    assert tokens.not_zero(dy) is None
+    assert tokens.nonzero_rows(dy) is None
     dy[20, 0] = float("nan")
-    assert 20 in tokens.not_zero(dy).tolist()
-    assert tokens.not_zero(torch.zeros(100, 8)).tolist() == []
+    assert 20 in tokens.nonzero_rows(dy).tolist()
+    assert tokens.nonzero_rows(torch.zeros(100, 8)).tolist() == []
 
 
 def test_a_loss_of_no_token_has_gradients_of_zero():
@@ -286,13 +286,15 @@ def test_the_whole_agrees_with_the_definition():
 
 
 def test_processes_with_one_seed_draw_each_their_own(monkeypatch):
-    drawn, kept = [], tokens.Water.draw
-    monkeypatch.setattr(tokens.Water, "draw", lambda made, n, draw: drawn.append(float(draw)) or kept(made, n, draw))
+    drawn, kept = [], tokens.WaterFilling.draw
+    monkeypatch.setattr(
+        tokens.WaterFilling, "draw", lambda made, n, draw: drawn.append(float(draw)) or kept(made, n, draw)
+    )
     dy, x = tensors("gaussian")
     other = dy.flip(1)
     other[0] *= 1.01
     for rows in (dy, dy.clone(), other):  # the second as a replica of the first
-        tokens.carriers(rows, x, 1, 0.5, torch.tensor(0.25))
+        tokens.gradient_rows(rows, x, 1, 0.5, torch.tensor(0.25))
     assert drawn[0] == drawn[1]
     assert abs(drawn[0] - drawn[2]) > 1e-3
     assert all(0 <= draw < 1 for draw in drawn)
@@ -301,6 +303,6 @@ def test_processes_with_one_seed_draw_each_their_own(monkeypatch):
 def test_draws_of_other_data_are_spread_evenly():
     x = torch.randn(T, I, generator=torch.Generator().manual_seed(1))
     shifts = torch.stack(
-        [tokens.water(tokens.leverage(tensors("gaussian")[0] * (1 + k / 999), x)).shift() for k in range(400)]
+        [tokens.water_filling(tokens.leverage(tensors("gaussian")[0] * (1 + k / 999), x)).shift() for k in range(400)]
     )
     assert torch.histc(shifts, 4, 0, 1).min() > 70  # of 100 each

@@ -17,7 +17,7 @@ from dual_lora.core.kernels import gradient as triton_gradient
 from dual_lora.core.kernels import launch as triton_launch
 from dual_lora.core.kernels import linear as triton_linear
 from dual_lora.core.reference import PLAIN, Adapter, Factors, Form
-from dual_lora.lab.gpu_trials import every
+from dual_lora.lab.gpu_trials import all_launches
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FORMS = [
@@ -42,7 +42,7 @@ def nothing_known(monkeypatch):
 
 
 def launches(dtype=torch.float32, ranks=(R,)):
-    return list(every(DEVICE, dtype, ranks))
+    return list(all_launches(DEVICE, dtype, ranks))
 
 
 def gradients(dtype=torch.float32, ranks=(R,)):
@@ -153,7 +153,7 @@ def test_the_small_problem_is_placed_as_the_large_one(place, aligned):
     shape, strides = (32, 48), {"rows": (48, 1), "columns": (1, 48), "neither": (150, 3)}[place]
     large = memory.as_strided(shape, strides)
     values = torch.randn(5, 7)
-    small = triton_check._laid_out(values, triton_check.layout(large))
+    small = triton_check._with_layout(values, triton_check.layout(large))
     assert torch.equal(small, values)
     assert triton_check.layout(small) == triton_check.layout(large)
 
@@ -169,7 +169,7 @@ def test_what_makes_another_program_is_tried_anew_and_what_does_not_is_not(monke
     x, dy = torch.randn(16, 32, device=DEVICE), torch.randn(16, 48, device=DEVICE)
 
     def ask(dy=dy, x=x, adapters=None, scaled=False):
-        assert triton_check.is_right(triton_check.differentiating(dy, x, adapters or [adapter()], scaled))
+        assert triton_check.is_correct(triton_check.gradient_launch(dy, x, adapters or [adapter()], scaled))
         return len(tried)
 
     assert ask() == 1
@@ -187,7 +187,7 @@ def test_what_makes_another_program_is_tried_anew_and_what_does_not_is_not(monke
 
 def test_a_weight_that_is_read_by_rows_is_tried_as_what_it_is_dequantised_to():
     def tried(weight):
-        return triton_check.composing(weight, [adapter()], torch.float16).tensors
+        return triton_check.compose_launch(weight, [adapter()], torch.float16).tensors
 
     weight = torch.randn(48, 32, device=DEVICE)
     assert tried(object()) == (triton_check.layout(weight.half()),) * 2
@@ -210,11 +210,11 @@ def test_a_compose_kernel_that_is_wrong_somewhere_is_found(wrong, monkeypatch):
     monkeypatch.setattr(triton_compose, "compose", planted)
     compose, *others = launches()
     with pytest.warns(UserWarning, match="compose kernel is not used.*differs from fp64"):
-        assert not triton_check.is_right(compose)
+        assert not triton_check.is_correct(compose)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert not triton_check.is_right(compose)
-        assert triton_check.is_right(next(launch for launch in others if launch.kernel == "gradient"))
+        assert not triton_check.is_correct(compose)
+        assert triton_check.is_correct(next(launch for launch in others if launch.kernel == "gradient"))
 
 
 def test_a_gradient_kernel_that_is_wrong_with_one_tile_only_is_found(monkeypatch):
@@ -228,8 +228,8 @@ def test_a_gradient_kernel_that_is_wrong_with_one_tile_only_is_found(monkeypatch
 
     monkeypatch.setattr(triton_gradient, "factor_gradients", planted)
     with pytest.warns(UserWarning, match="tiles of 16 × 16"):
-        assert not triton_check.is_right(whole._replace(tile=broken))
-    assert triton_check.is_right(whole)
+        assert not triton_check.is_correct(whole._replace(tile=broken))
+    assert triton_check.is_correct(whole)
 
 
 def test_running_out_of_memory_is_no_verdict(monkeypatch):
@@ -242,9 +242,9 @@ def test_running_out_of_memory_is_no_verdict(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(10):
-            assert not triton_check.is_right(compose)
+            assert not triton_check.is_correct(compose)
     monkeypatch.setattr(triton_check, "error", error)
-    assert triton_check.is_right(compose)
+    assert triton_check.is_correct(compose)
 
 
 def test_one_error_is_no_verdict_and_three_are(monkeypatch):
@@ -257,16 +257,16 @@ def test_one_error_is_no_verdict_and_three_are(monkeypatch):
         return error(launch)
 
     monkeypatch.setattr(triton_check, "error", once)
-    assert not triton_check.is_right(compose)
-    assert triton_check.is_right(compose)
+    assert not triton_check.is_correct(compose)
+    assert triton_check.is_correct(compose)
     triton_check._verdicts.clear()
     triton_check._errors.clear()
     left.extend(range(10))
-    assert not triton_check.is_right(compose)
-    assert not triton_check.is_right(compose)
+    assert not triton_check.is_correct(compose)
+    assert not triton_check.is_correct(compose)
     with pytest.warns(UserWarning, match="RuntimeError: a driver's bad moment"):
-        assert not triton_check.is_right(compose)
-    assert not triton_check.is_right(compose)
+        assert not triton_check.is_correct(compose)
+    assert not triton_check.is_correct(compose)
     assert len(left) == 7
 
 
@@ -275,15 +275,15 @@ def test_while_a_graph_is_captured_nothing_is_tried_and_nothing_decided(monkeypa
     capturing = [True]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
     monkeypatch.setattr(triton_check, "error", lambda launch: 0.0)
-    assert not triton_check.is_right(card)
+    assert not triton_check.is_correct(card)
     capturing[0] = False
-    assert triton_check.is_right(card)
+    assert triton_check.is_correct(card)
 
 
 def test_a_wrong_gradient_kernel_leaves_backward_to_the_blocks(monkeypatch):
     """Forward may use its kernel, which is right."""
-    monkeypatch.setattr(dispatch, "triton", lambda device: triton_linear)
-    monkeypatch.setattr(triton_check, "is_right", lambda launch: launch.kernel == "compose")
+    monkeypatch.setattr(dispatch, "triton_kernels", lambda device: triton_linear)
+    monkeypatch.setattr(triton_check, "is_correct", lambda launch: launch.kernel == "compose")
     x, dy, cuda = torch.randn(16, 32, device=DEVICE), torch.randn(16, 48, device=DEVICE), torch.device("cuda")
     assert dispatch.implementation(cuda, x.dtype, None, [adapter()]) is triton_linear
     assert dispatch.implementation(cuda, x.dtype, None, [adapter()], (dy, x, None)) is whole

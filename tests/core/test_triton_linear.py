@@ -13,7 +13,7 @@ from dual_lora.core.kernels import check as triton_check
 from dual_lora.core.kernels import linear as triton_linear
 from dual_lora.core.op import dual_lora_linear
 from dual_lora.core.reference import PLAIN, Adapter, Factors, Form
-from dual_lora.lab.gpu_trials import every
+from dual_lora.lab.gpu_trials import all_launches
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -71,4 +71,4 @@ def test_tensors_on_the_cpu_are_left_to_the_blocks(monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", dispatch.DTYPES, ids=str)
 def test_this_card_may_use_the_kernels(dtype):
-    assert all(map(triton_check.is_right, every(DEVICE, dtype, [(16, 16, Form())])))
+    assert all(map(triton_check.is_correct, all_launches(DEVICE, dtype, [(16, 16, Form())])))

@@ -58,13 +58,13 @@ def test_a_name_in_a_file_is_no_pattern():
     """The names in a stranger's file are looked for as they are: some patterns are searched without an end."""
     from peft.utils.other import get_pattern_key
 
-    from dual_lora.method.diffusers_files import configuration
+    from dual_lora.method.diffusers_files import make_configuration
 
     trap = "(a+)+b"
     state = {}
     for layer, rank in ((trap, 2), ("to_q", 4), ("to_k", 4)):
         state |= {f"{layer}.dual_lora_{letter}": torch.zeros(rank, 8) for letter in "AC"}
-    config = configuration(None, state)
+    config = make_configuration(None, state)
     assert get_pattern_key(config.rank_pattern, "a" * 40) == "a" * 40
     assert get_pattern_key(config.rank_pattern, trap) in config.rank_pattern
     assert get_pattern_key(config.alpha_pattern, "to_q") in config.alpha_pattern

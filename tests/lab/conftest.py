@@ -66,7 +66,7 @@ def pytest_runtest_setup(item):
     except ImportError:  # without the laboratory's packages
         return
     item.stash[_PATCH] = patch = pytest.MonkeyPatch()
-    patch.setattr(fingerprint, "leave", lambda *_: None)
+    patch.setattr(fingerprint, "write_for_run", lambda *_: None)
 
 
 @pytest.hookimpl(trylast=True)
@@ -81,7 +81,7 @@ def _fast_in_fp32():
     from dual_lora.lab.model import precision
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(precision, "measured", lambda: {"fp32": 1.0, "bf16": 1.0})
+        patch.setattr(precision, "measure_products", lambda: {"fp32": 1.0, "bf16": 1.0})
         yield
 
 

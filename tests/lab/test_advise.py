@@ -22,7 +22,7 @@ from dual_lora.lab.advise import advise as advising
 from dual_lora.lab.advise import pace, paired, said
 from dual_lora.lab.advise.advise import advise, plan
 from dual_lora.lab.advise.pace import Pace, Work, needed_seeds, with_seeds
-from dual_lora.lab.advise.paired import DUAL, LORA, NO_SIGN, Length, length_of, methods_of, of_length, paired_study
+from dual_lora.lab.advise.paired import DUAL, LORA, NO_SIGN, Length, length_of, methods_of, paired_study, with_length
 from dual_lora.lab.advise.rule import Rival, Why
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model import device
@@ -206,10 +206,10 @@ def test_more_minutes_add_seeds_in_the_same_folder(letters, monkeypatch, call):
 
 def test_minutes_that_would_settle_it_are_said_beforehand():
     many, few = WORK._replace(test=20_000), WORK._replace(test=20)
-    assert pace.settling(many, "accuracy", 0.02) == Length(8, WORK.steps)
-    assert pace.settling(many, "accuracy", 0.001) is None
-    assert pace.settling(few, "accuracy", 0.02) is None, "no number of seeds helps against few records"
-    assert pace.settling(many, "accuracy", 0.05) == Length(5, WORK.steps)
+    assert pace.settling_length(many, "accuracy", 0.02) == Length(8, WORK.steps)
+    assert pace.settling_length(many, "accuracy", 0.001) is None
+    assert pace.settling_length(few, "accuracy", 0.02) is None, "no number of seeds helps against few records"
+    assert pace.settling_length(many, "accuracy", 0.05) == Length(5, WORK.steps)
 
 
 @pytest.mark.long
@@ -234,7 +234,9 @@ def test_interrupted_it_goes_on(letters, tmp_path, monkeypatch, call, short):
         assert "The same command goes on from here." in err
     planned = json.loads((out / "study.json").read_text())["study"]
     monkeypatch.setattr(perform, "_trained", until(None))
-    monkeypatch.setattr(pace, "measured", lambda *_: [Pace(9.0, 9.0, 9.0)] * 3)  # another pace changes nothing now
+    monkeypatch.setattr(
+        pace, "measured_paces", lambda *_: [Pace(9.0, 9.0, 9.0)] * 3
+    )  # another pace changes nothing now
     code, _, _ = call("advise", recipe, "--minutes", SOME, "--out", out, "--json")
     assert code == 0
     assert len(ended) == len(set(ended)), "a run was done twice"
@@ -247,7 +249,7 @@ def test_interrupted_it_goes_on(letters, tmp_path, monkeypatch, call, short):
 def test_too_few_minutes_say_how_many_are_needed(letters, tmp_path, monkeypatch):
     recipe = recipe_file(letters)
     slow = [Pace(1.0, 0.5, 0.01), Pace(1.0, 0.75, 0.01), Pace(1.0, 0.6, 0.01)]
-    monkeypatch.setattr(pace, "estimated", lambda *_: slow)
+    monkeypatch.setattr(pace, "estimated_paces", lambda *_: slow)
     with pytest.raises(UserError, match=r"0\.1 minutes are too few.*Give --minutes (\d+), or fewer test") as found:
         advise(recipe, 0.1, tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists(), "hopeless by arithmetic: nothing was run"
@@ -353,7 +355,7 @@ def test_a_shorter_study_has_shorter_ramps(letters):
         method={"name": "dual_lora", "r": 4, "warmup_steps": 15, "init_weights": "paper"},
         train={"steps": 30, "batch_size": 16, "learning_rate": 1e-2},
     )
-    short = of_length(paired_study(recipe), Length(3, 20))
+    short = with_length(paired_study(recipe), Length(3, 20))
     assert length_of(short) == (3, 20)
     assert {short.methods[name].fields["warmup_steps"] for name in (DUAL, NO_SIGN)} == {10}
 
@@ -396,17 +398,17 @@ def test_the_pace_is_that_of_the_later_steps(tmp_path):
         job = SimpleNamespace(key=key, method=key, recipe=read_recipe(recipe_file_of(tmp_path)))
         took = {"seconds": 40.0 - 5 * i, "training": {"seconds": 31.0, "steps": 8}, "evaluation_seconds": 2.0}
         ended.append((job, Outcome(key=key, status="done", **took)))
-    first, second = pace.measured(ended, tmp_path)
+    first, second = pace.measured_paces(ended, tmp_path)
     assert first.step == pytest.approx(0.1), "the first steps compile kernels"
     assert first.start == second.start == pytest.approx(2.0), "the first run of a process imports"
     assert first.record == pytest.approx(2.0 / 10)
     with pytest.raises(UserError, match="loss was not finite"):
-        pace.measured([(ended[0][0], Outcome(key="a", status="diverged", seconds=1.0))], tmp_path)
+        pace.measured_paces([(ended[0][0], Outcome(key="a", status="diverged", seconds=1.0))], tmp_path)
     for wrong in ({"seconds": -1e9}, {"evaluation_seconds": math.nan}, {"training": {"seconds": math.inf}}):
         with pytest.raises(
             UserError, match=r"a\.json has impossible times"
         ):  # a whole study would seem to take no time
-            pace.measured([(ended[0][0], Outcome(key="a", status="done", **(took | wrong)))], tmp_path)
+            pace.measured_paces([(ended[0][0], Outcome(key="a", status="done", **(took | wrong)))], tmp_path)
 
 
 def recipe_file_of(folder):
@@ -609,7 +611,7 @@ def test_a_rank_that_dual_lora_cannot_have_is_named(letters, method, words):
 
 def test_what_is_significantly_worse_by_little_is_no_tie():
     def tie(verdict, difference):
-        return said._tie(Rival("Dual LoRA", verdict, difference, 0.005, 0.01, time=1.2))
+        return said._tie_reason(Rival("Dual LoRA", verdict, difference, 0.005, 0.01, time=1.2))
 
     assert tie(Verdict.UNCLEAR, -0.005) == tie(Verdict.WORSE, -0.02) == ""
     assert tie(Verdict.UNCLEAR, 0.002) == tie(Verdict.EQUIVALENT, 0.0) == " A tie goes to LoRA, because it costs less."
@@ -618,7 +620,7 @@ def test_what_is_significantly_worse_by_little_is_no_tie():
 def test_the_best_recipe_has_the_chosen_method_alone(lora_wins, letters, tmp_path, monkeypatch):
     """A recipe without Sign, for which Dual LoRA was best, trains Dual LoRA."""
     recipe = recipe_file(letters, "no-sign", method={"name": "dual_lora", "r": 4, "direction_activation": "identity"})
-    made = advising._Made(recipe, SOME, tmp_path, None, None)
+    made = advising._AdviceStudy(recipe, SOME, tmp_path, None, None)
     made.folder.path.mkdir(exist_ok=True)
     advising._with_recipe(recipe, made, SimpleNamespace(use=DUAL, rate=1e-3))
     assert "direction_activation" not in read_recipe(tmp_path / "recommended.yaml").method
@@ -630,7 +632,7 @@ def test_a_recommendation_that_the_user_has_changed_stays(tmp_path, monkeypatch)
     known, open_ = (said.Advice(**fields | {"use": use, "notes": []}) for use in (DUAL, None))
 
     def left(advice, text):
-        monkeypatch.setattr(advising, "_best", lambda *_: text)
+        monkeypatch.setattr(advising, "_recommended_recipe", lambda *_: text)
         return advising._with_recipe("recipe", made, advice).notes
 
     assert left(known, "r: 4\n") == []

@@ -178,10 +178,12 @@ def test_too_few_items_are_said_and_not_waited_for():
     row = dataclasses.asdict(c)
     rivals = [Rival(c.candidate, c.verdict, c.difference, said.upper(row), MARGIN, 1.4)]
     study = SimpleNamespace(level=0.05, power=0.8, seeds=[1, 2, 3, 4, 5], overrides={"train": {"steps": 30}})
-    minutes, records = said._needed(found, rivals, {c.candidate: row}, study, SimpleNamespace(steps=30))
+    minutes, records = said._needed_minutes_and_records(
+        found, rivals, {c.candidate: row}, study, SimpleNamespace(steps=30)
+    )
     assert minutes is None
     assert 776 <= records < 1.1 * 776, "(1.96 + 0.84)² (1 - margin) / margin, by the normal distribution"
-    sentence = said._open(rivals, {c.candidate: row}, {}, 20.0, None, records)
+    sentence = said._open_reason(rivals, {c.candidate: row}, {}, 20.0, None, records)
     assert "differ on too few test records" in sentence
     assert f"about {records:,} test records" in sentence
 

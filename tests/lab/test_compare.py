@@ -256,15 +256,19 @@ def test_what_the_laboratory_warns_of_stays_with_the_run(tiny, tmp_path, no_trai
 
 
 def test_warnings_are_told_apart_by_all_but_their_numbers():
-    assert notes.form("In 12 of 1,320 answers 0.5 (3e-05).") == notes.form("In 3 of 320 answers 1.25 (0.1).")
+    assert notes.without_numbers("In 12 of 1,320 answers 0.5 (3e-05).") == notes.without_numbers(
+        "In 3 of 320 answers 1.25 (0.1)."
+    )
     for one, other in (
         ("fc1", "fc2"),
         ("pythia-14m", "pythia-70m"),
         ("runs/a1", "runs/a2"),
         ("sst2 has 1", "sst3 has 1"),
     ):
-        assert notes.form(one) != notes.form(other)
-    assert notes.form("the run runs/0f1e2d3c4b5a6978 has") == notes.form("the run runs/00112233445566ff has")
+        assert notes.without_numbers(one) != notes.without_numbers(other)
+    assert notes.without_numbers("the run runs/0f1e2d3c4b5a6978 has") == notes.without_numbers(
+        "the run runs/00112233445566ff has"
+    )
 
 
 def test_one_seed_has_no_winner(tiny, tmp_path, no_training, capsys):

@@ -91,7 +91,7 @@ def test_the_precision_is_that_of_the_device(cards, monkeypatch):
     fast_precision.cache_clear()
     assert fast_precision().precision == "bf16"
     fast_precision.cache_clear()
-    monkeypatch.setattr("dual_lora.lab.model.precision.measured", lambda: {"fp32": 1.0, "bf16": 30.0})
+    monkeypatch.setattr("dual_lora.lab.model.precision.measure_products", lambda: {"fp32": 1.0, "bf16": 30.0})
     device.use_device("cpu")
     assert fast_precision().precision == "fp32"
     fast_precision.cache_clear()
@@ -106,7 +106,7 @@ def test_a_command_says_so_before_it_loads_anything(call, tmp_path):
 def test_earlier_names_of_options_work(call):
     old = ["estimate", "qwen3-4b", "--batch=1", "--length", "8", "--checkpointing", "--quantisation", "nf4"]
     new = ["estimate", "qwen3-4b", "--batch-size=1", "--max-length", "8", "--gradient-checkpointing"]
-    given = cli._renamed(old, cli.RENAMED["estimate"])
+    given = cli._with_new_option_names(old, cli.RENAMED["estimate"])
     assert given == [*new, "--quantize", "nf4"]
 
 
@@ -128,5 +128,5 @@ def test_weights_that_are_trained_stay_whole(lm_values, monkeypatch):
     monkeypatch.setattr(precision, "fast_precision", lambda *_: precision.Fast("bf16", "a test"))
     values = lm_values | {"model": {"path": lm_values["model"]["path"]}}
     assert build_recipe(values).model.dtype == "auto"
-    assert precision.settled_here(build_recipe(values)).model.dtype == "bfloat16"
-    assert precision.settled_here(build_recipe(values | {"method": {"name": "full"}})).model.dtype == "float32"
+    assert precision.with_device_precision(build_recipe(values)).model.dtype == "bfloat16"
+    assert precision.with_device_precision(build_recipe(values | {"method": {"name": "full"}})).model.dtype == "float32"

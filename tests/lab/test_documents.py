@@ -128,8 +128,8 @@ def test_one_row_and_one_text_that_unpack_to_too_much(tmp_path, monkeypatch):
     one_text = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 500, pyarrow.int32()), ["x" * 3000])
     within = pyarrow.StructArray.from_arrays([one_text], ["a"])
     files = [parquet(tmp_path / f"{i}.parquet", text=column) for i, column in enumerate((nulls, one_text, within))]
-    for said in (reader._said, lambda *_: 0):  # what the file says of itself may be a lie
-        monkeypatch.setattr(reader, "_said", said)
+    for said in (reader._declared_bytes, lambda *_: 0):  # what the file says of itself may be a lie
+        monkeypatch.setattr(reader, "_declared_bytes", said)
         monkeypatch.setattr(reader, "MOST_BYTES", 11_000_000)
         assert [len(read_records(file)) for file in files] == [1, 500, 500]
         monkeypatch.setattr(reader, "MOST_BYTES", 1_400_000)
@@ -165,7 +165,7 @@ def test_one_text_for_many_rows_is_not_copied_before_it_is_counted(tmp_path, mon
     del table
     assert file.stat().st_size < 100_000
     seen = []
-    monkeypatch.setattr(reader, "_unpacked", lambda array: seen.append(array.nbytes) or reader.MOST_BYTES + 1)
+    monkeypatch.setattr(reader, "_unpacked_bytes", lambda array: seen.append(array.nbytes) or reader.MOST_BYTES + 1)
     with pytest.raises(UserError, match="are read: write a part"):
         read_records(str(file))
     assert seen[0] < 2_000_000

@@ -7,7 +7,7 @@ from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from dual_lora.lab.errors import UserError, memory_full
-from dual_lora.lab.model.location import check_here, meant
+from dual_lora.lab.model.location import check_here, suggest_model
 from dual_lora.lab.model.methods import method_config, method_fields
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.run.early import check, check_method, declared_fields
@@ -134,9 +134,9 @@ def test_a_missing_model_names_the_one_beside(here, monkeypatch):
     for wrong in ("run/mine", "runs/mien"):
         with pytest.raises(UserError, match=r"Did you mean ./runs/mine\?"):
             check_here(wrong, others=", run or adapter")
-    assert meant("runs/mien") == ""  # a base is no run
-    assert meant("model") == " Did you mean ./my-model?"
-    assert meant(str(here / "my-modell")) == f" Did you mean {here / 'my-model'}?"
+    assert suggest_model("runs/mien") == ""  # a base is no run
+    assert suggest_model("model") == " Did you mean ./my-model?"
+    assert suggest_model(str(here / "my-modell")) == f" Did you mean {here / 'my-model'}?"
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     check_here("my-modell")  # it may be on the hub
 

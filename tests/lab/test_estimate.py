@@ -178,13 +178,13 @@ def test_workspace_of_the_blocks_is_what_they_allocate(T, O, I, r, dtype, monkey
     adapter = Adapter(Factors(*factors), torch.tensor(0.5), Form())
     standing = [*factors, x, dy, weight, adapter.scale]
     op = torch.ops.dual_lora
-    monkeypatch.setattr(scratch, "_kept", scratch._Kept())  # larger ones may have been kept
+    monkeypatch.setattr(scratch, "_buffers", scratch._Buffers())  # larger ones may have been kept
     with MemoryTracker(standing) as tracker:
         y = blocked.forward(x, weight, [adapter])
     args = (x, weight, None, factors, [adapter.scale], [torch.empty(0)], [0], None, 1.0)
     expected = inner_bytes(op.linear.default, args, y, "cpu") + y.nbytes
     assert tracker.peaks["forward"].total == pytest.approx(expected, rel=0.15)
-    monkeypatch.setattr(scratch, "_kept", scratch._Kept())
+    monkeypatch.setattr(scratch, "_buffers", scratch._Buffers())
     with MemoryTracker(standing) as tracker:
         grads = blocked.backward(dy, x, weight, [adapter], None, blocked.Needs(True, False, True))
     args = (dy, x, weight, factors, [adapter.scale], [torch.empty(0)], [0], None, 1.0, None, True, False, True)

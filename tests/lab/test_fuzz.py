@@ -74,7 +74,7 @@ def values(lm_values):
 @pytest.fixture
 def no_fingerprint(monkeypatch):
     """What is trained on a stranger's recipe or records needs none."""
-    monkeypatch.setattr("dual_lora.lab.verify.fingerprint.leave", lambda *_: None)
+    monkeypatch.setattr("dual_lora.lab.verify.fingerprint.write_for_run", lambda *_: None)
 
 
 @pytest.fixture

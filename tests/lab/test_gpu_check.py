@@ -25,8 +25,8 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 @pytest.fixture
 def few(monkeypatch):
     """Two launches in the place of all of them."""
-    every = gpu_trials.every
-    monkeypatch.setattr(gpu_trials, "every", lambda *a: list(every(*a))[:2])
+    every = gpu_trials.all_launches
+    monkeypatch.setattr(gpu_trials, "all_launches", lambda *a: list(every(*a))[:2])
 
 
 def run(*options):
@@ -177,8 +177,8 @@ def test_with_a_card(changed, code, monkeypatch, capsys):
 def test_the_kernels_compile_for_a_card_that_is_not_there():
     code = """
 from dual_lora.lab import gpu_trials
-every = gpu_trials.every
-gpu_trials.every = lambda *a: list(every(*a))[:1]
+every = gpu_trials.all_launches
+gpu_trials.all_launches = lambda *a: list(every(*a))[:1]
 gpu_trials.main("compile", "sm_90")
 """
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -23,7 +23,7 @@ from dual_lora.lab.run.scoring import answer_in
 from dual_lora.lab.study.compare import compare
 from dual_lora.lab.study.forecast import forecast
 from dual_lora.lab.study.job import Job, data_digest
-from dual_lora.lab.study.perform import _constant, _counts
+from dual_lora.lab.study.perform import _constant_answer_scores, _item_weights
 from dual_lora.lab.study.read import build_study, read_study
 
 # The eight tasks: labels, records of the published test sets, and about how many characters a question has.
@@ -259,11 +259,13 @@ class Item:
 def test_each_test_set_counts_alike():
     items = [Item("a", "x")] * 3 + [Item("b", "y")]
     right = np.array([1.0, 1.0, 1.0, 0.0])
-    assert _counts(items, 4) == pytest.approx([2 / 3] * 3 + [2])
-    assert (right * _counts(items, 4)).mean() == 0.5
-    assert _counts([Item("")] * 5, 3) == [1.0] * 3, "items of a loss may be fewer than records"
-    assert _constant("choice", items) == {"constant": 1.0}
-    assert _constant("choice", [Item("", "x"), Item("", "x"), Item("", "y")]) == {"constant": pytest.approx(2 / 3)}
+    assert _item_weights(items, 4) == pytest.approx([2 / 3] * 3 + [2])
+    assert (right * _item_weights(items, 4)).mean() == 0.5
+    assert _item_weights([Item("")] * 5, 3) == [1.0] * 3, "items of a loss may be fewer than records"
+    assert _constant_answer_scores("choice", items) == {"constant": 1.0}
+    assert _constant_answer_scores("choice", [Item("", "x"), Item("", "x"), Item("", "y")]) == {
+        "constant": pytest.approx(2 / 3)
+    }
 
 
 def test_a_changed_test_set_makes_another_run(tmp_path):

@@ -24,7 +24,7 @@ from dual_lora.lab.model.opened import open_tuned
 from dual_lora.lab.recipe.read import build_recipe, read_recipe
 from dual_lora.lab.run import hub_card
 from dual_lora.lab.run.evaluate import evaluate
-from dual_lora.lab.run.push import prepared
+from dual_lora.lab.run.push import prepared_upload
 from dual_lora.lab.run.resume import recipe_of_run
 from dual_lora.lab.run.train import run
 from listening import listening
@@ -146,7 +146,7 @@ def test_written_anew_it_keeps_a_persons_words_and_the_base_model(copy):
     ],
 )
 def test_what_may_leave_this_machine(text, expected):
-    assert hub_card.public(text) == expected
+    assert hub_card.without_private_paths(text) == expected
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -258,7 +258,7 @@ def test_push_takes_no_hard_link_to_a_file_of_the_user(name, copy, tmp_path):
     (copy / "adapter" / name).unlink(missing_ok=True)
     (tmp_path / "secret").write_text("{}")
     os.link(tmp_path / "secret", copy / "adapter" / name)
-    with pytest.raises(UserError, match=rf"{name} has a second name elsewhere"), prepared(copy, "me/warm"):
+    with pytest.raises(UserError, match=rf"{name} has a second name elsewhere"), prepared_upload(copy, "me/warm"):
         pass
 
 
@@ -302,7 +302,7 @@ def test_push_leaves_class_names_as_they_are():
 def test_what_is_damaged_is_said(name, content, copy):
     (copy / name).parent.mkdir(parents=True, exist_ok=True)
     (copy / name).write_text(content)
-    with pytest.raises(UserError, match="damaged"), prepared(copy, "me/it", base_model="org/tiny"):
+    with pytest.raises(UserError, match="damaged"), prepared_upload(copy, "me/it", base_model="org/tiny"):
         pass
 
 
@@ -340,7 +340,7 @@ def test_what_a_record_lacks_is_named(copy):
     record = json.loads((copy / "record.json").read_text())
     del record["result"]["steps"]
     (copy / "record.json").write_text(json.dumps(record))
-    with pytest.raises(UserError, match=r"damaged.*steps"), prepared(copy, "me/it", base_model="org/tiny"):
+    with pytest.raises(UserError, match=r"damaged.*steps"), prepared_upload(copy, "me/it", base_model="org/tiny"):
         pass
 
 
@@ -364,18 +364,18 @@ def test_a_record_s_names_are_text_in_the_card(copy):
 
 
 def test_push_refuses_before_it_speaks_to_a_hub(copy, tmp_path):
-    with pytest.raises(UserError, match="give its name on the hub"), prepared(copy, "me/warm"):
+    with pytest.raises(UserError, match="give its name on the hub"), prepared_upload(copy, "me/warm"):
         pass
-    with pytest.raises(UserError, match="expected OWNER/NAME"), prepared(copy, "warm", base_model="org/tiny"):
+    with pytest.raises(UserError, match="expected OWNER/NAME"), prepared_upload(copy, "warm", base_model="org/tiny"):
         pass
-    with pytest.raises(UserError, match="its name on the hub"), prepared(copy, "me/warm", base_model="./tiny"):
+    with pytest.raises(UserError, match="its name on the hub"), prepared_upload(copy, "me/warm", base_model="./tiny"):
         pass
-    with pytest.raises(UserError, match="is not a run"), prepared(tmp_path, "me/warm", base_model="org/tiny"):
+    with pytest.raises(UserError, match="is not a run"), prepared_upload(tmp_path, "me/warm", base_model="org/tiny"):
         pass
     values = yaml.safe_load((copy / "recipe.yaml").read_text())
     values["about"] = f"made with {TOKEN}"
     (copy / "recipe.yaml").write_text(yaml.safe_dump(values))
-    with pytest.raises(UserError, match="a token"), prepared(copy, "me/warm", base_model="org/tiny"):
+    with pytest.raises(UserError, match="a token"), prepared_upload(copy, "me/warm", base_model="org/tiny"):
         pass
 
 

@@ -222,7 +222,7 @@ def test_no_process_imports_from_the_folder_that_a_command_is_given_in(tmp_path,
         (tmp_path / f"{name}.py").write_text(f"open({str(mark)!r}, 'w')\nraise ImportError\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv(permission.SAFE_PATH, raising=False)
-    worker = execute._hire(tmp_path, execute.Options(), 1, 0)
+    worker = execute._start_worker(tmp_path, execute.Options(), 1, 0)
     worker.line.close()
     worker.process.join()
     assert (worker.process.exitcode, mark.exists()) == (0, False)

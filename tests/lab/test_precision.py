@@ -33,7 +33,7 @@ def device(monkeypatch):
 
     def make(short):
         found = {"bf16": {"fp32": 3.0, "bf16": 1.0}, "fp32": {"fp32": 3.0, "bf16": 30.0}}[short]
-        monkeypatch.setattr(precision, "measured", lambda: found)
+        monkeypatch.setattr(precision, "measure_products", lambda: found)
         precision.fast_precision.cache_clear()
         return found
 
@@ -54,7 +54,7 @@ def auto_values(lm_values):
     ids=["tiles for bf16", "slower units", "none", "hardly faster"],
 )
 def test_the_faster_one_is_chosen(fp32, bf16, chosen):
-    found = precision.chosen_by({"fp32": fp32, "bf16": bf16})
+    found = precision.faster_precision({"fp32": fp32, "bf16": bf16})
     assert found.precision == chosen
     assert found.milliseconds == {"fp32": fp32, "bf16": bf16}
     assert f"auto: {chosen}" in str(found)
@@ -79,7 +79,7 @@ def test_accelerators_are_asked_and_processes_on_cpus_do_the_same(monkeypatch):
     assert precision.fast_precision("cuda:0").precision == "bf16"
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
     assert precision.fast_precision("cuda:1").precision == "fp32"
-    monkeypatch.setattr(precision, "measured", lambda: pytest.fail("each process would measure for itself"))
+    monkeypatch.setattr(precision, "measure_products", lambda: pytest.fail("each process would measure for itself"))
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert precision.fast_precision("cpu").precision == "fp32"
     precision.fast_precision.cache_clear()
@@ -129,7 +129,7 @@ def test_a_run_that_goes_on_elsewhere_keeps_its_precision(device, lm_values, tmp
 
 
 def test_written_precision_is_not_measured(monkeypatch, lm_values, tmp_path):
-    monkeypatch.setattr(precision, "measured", lambda: pytest.fail("measured"))
+    monkeypatch.setattr(precision, "measure_products", lambda: pytest.fail("measured"))
     precision.fast_precision.cache_clear()
     lm_values["train"]["steps"] = 1
     run(build_recipe(lm_values), tmp_path / "run", progress=False)

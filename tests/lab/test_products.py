@@ -45,8 +45,8 @@ def test_a_run_of_frozen_signs(method, lm_values, tmp_path):
 @pytest.mark.parametrize("name", ["hira", "loha"])
 def test_a_run_by_our_product_is_peft_s(name, lm_values, tmp_path, monkeypatch):
     calls = []
-    ours = fused._FusedLayer._why_not
-    monkeypatch.setattr(fused._FusedLayer, "_why_not", lambda *a: calls.append(1) or ours(*a))
+    ours = fused._FusedLayer._fallback_reason
+    monkeypatch.setattr(fused._FusedLayer, "_fallback_reason", lambda *a: calls.append(1) or ours(*a))
     seen = {}
     for by in (False, True):
         lm_values["method"] = {"name": name, "r": 4, "fused": by}

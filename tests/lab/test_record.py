@@ -50,5 +50,5 @@ def test_the_commit_is_read_from_the_package_s_own_checkout(packed, tmp_path, mo
 
 
 def test_the_source_names_the_code():
-    assert record.surroundings()["source"] == record._source()
-    assert len(record._source()) == 12
+    assert record.surroundings()["source"] == record._source_hash()
+    assert len(record._source_hash()) == 12

@@ -6,7 +6,7 @@ import pytest
 
 from dual_lora.lab.report.blocks import Chart, Table
 from dual_lora.lab.report.gather import find, gather
-from dual_lora.lab.report.report import _marks, build_page, report
+from dual_lora.lab.report.report import _file_stamps, build_page, report
 from dual_lora.lab.run.evaluate import evaluate
 from dual_lora.lab.run.train import run
 
@@ -112,7 +112,9 @@ def test_a_run_under_way_and_an_older_one_are_shown_as_far_as_they_go(reviewed, 
     assert "running." in section.blocks[0].text
     assert "trained" in {row["what"] for row in blocks["Cost"].rows}
     assert not any(isinstance(block, Chart) and block.form == "heat" for block in section.blocks)
-    assert folder / "metrics.jsonl" in [mark[0] for mark in _marks([folder])], "a page that is watched follows the loss"
+    assert folder / "metrics.jsonl" in [mark[0] for mark in _file_stamps([folder])], (
+        "a page that is watched follows the loss"
+    )
 
 
 def test_a_stranger_s_run_costs_the_page_nothing_else(reviewed, tmp_path):

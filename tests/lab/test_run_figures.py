@@ -18,7 +18,7 @@ from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.opened import open_tuned
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.run.evaluate import evaluate
-from dual_lora.lab.run.loop import as_the_recipe_says
+from dual_lora.lab.run.loop import recipe_environment
 from dual_lora.lab.run.record import read_metrics
 from dual_lora.lab.run.train import run
 
@@ -94,11 +94,11 @@ def test_deepspeed_s_precision_is_its_own_and_the_rest_is_the_recipe_s(launched,
     if told is None:
         with (
             pytest.raises(UserError, match=r"DeepSpeed has no autocast.*model\.dtype: bfloat16"),
-            as_the_recipe_says(recipe),
+            recipe_environment(recipe),
         ):
             pass
         return
-    with warnings.catch_warnings(record=True) as said, as_the_recipe_says(recipe) as precision:
+    with warnings.catch_warnings(record=True) as said, recipe_environment(recipe) as precision:
         warnings.simplefilter("always")
         assert os.environ[steps] == "auto"
     assert precision == told

@@ -34,7 +34,7 @@ from dual_lora.lab.run.resume import recipe_of_run
 from dual_lora.lab.run.scoring import Asked, generate_all, score_exact_match, score_loss
 from dual_lora.lab.run.train import run
 from dual_lora.lab.verify import logprobs
-from dual_lora.lab.verify.prompts import _continued
+from dual_lora.lab.verify.prompts import _with_continuations
 from dual_lora.lab.verify.verify import verify
 
 
@@ -184,8 +184,8 @@ def test_verify_pads_no_row_of_a_model_that_reads_padding(reads_padding, loaded)
 
     tuned = SimpleNamespace(model=reads_padding, tokenizer=tokenizer, variants=["base", "tuned"], as_variant=as_variant)
     questions = ["red", "cold ice is red"]
-    alone = [_continued(tuned, prompter, [question])[0].ids for question in questions]
-    assert [probe.ids for probe in _continued(tuned, prompter, questions)] == alone
+    alone = [_with_continuations(tuned, prompter, [question])[0].ids for question in questions]
+    assert [probe.ids for probe in _with_continuations(tuned, prompter, questions)] == alone
 
 
 def test_the_answer_in_a_whole_reference_is_what_is_compared(loaded, monkeypatch):

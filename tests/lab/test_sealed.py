@@ -11,7 +11,7 @@ from processes import launched
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.run import sealed
-from dual_lora.lab.run.resume import same_sharding
+from dual_lora.lab.run.resume import check_same_sharding
 
 
 def trainer(fsdp="", deepspeed=False):
@@ -38,36 +38,36 @@ def checkpoint(tmp_path, monkeypatch):
 
 def test_a_strangers_checkpoint_is_not_read(checkpoint):
     with pytest.raises(UserError, match=r"can run code.*Nothing was read"):
-        same_sharding(checkpoint, DEEPSPEED)
+        check_same_sharding(checkpoint, DEEPSPEED)
     (checkpoint / sealed.SEAL).write_text('{"seal": "0"}')
     with pytest.raises(UserError, match="no valid seal"):
-        same_sharding(checkpoint, DEEPSPEED)
+        check_same_sharding(checkpoint, DEEPSPEED)
 
 
 def test_our_own_is_read_until_it_changes(checkpoint):
     sealed.seal(checkpoint)
     assert os.name == "nt" or sealed.key_file().stat().st_mode & 0o077 == 0
-    same_sharding(checkpoint, DEEPSPEED)
+    check_same_sharding(checkpoint, DEEPSPEED)
     shutil.copytree(checkpoint, moved := checkpoint.with_name("moved"))
-    same_sharding(moved, DEEPSPEED)
+    check_same_sharding(moved, DEEPSPEED)
     (checkpoint / "global_step2/mp_rank_00_model_states.pt").write_bytes(b"two")  # as long as before
     with pytest.raises(UserError, match="no valid seal"):
-        same_sharding(checkpoint, DEEPSPEED)
+        check_same_sharding(checkpoint, DEEPSPEED)
     sealed.key_file().unlink()
     with pytest.raises(UserError, match="no valid seal"):
-        same_sharding(moved, DEEPSPEED)
+        check_same_sharding(moved, DEEPSPEED)
     sealed.seal(moved)
-    same_sharding(moved, DEEPSPEED)
+    check_same_sharding(moved, DEEPSPEED)
 
 
 def test_another_launch_is_told_how_it_was_written(checkpoint, tmp_path):
     (tmp_path / "plain").mkdir()
     with pytest.raises(UserError, match="was written without FSDP, and this run is with DeepSpeed"):
-        same_sharding(tmp_path / "plain", DEEPSPEED)
+        check_same_sharding(tmp_path / "plain", DEEPSPEED)
     with pytest.raises(UserError, match=r"with DeepSpeed, and this run is with FSDP\. .*with DeepSpeed again"):
-        same_sharding(checkpoint, trainer("FULL_STATE_DICT"))
-    same_sharding(tmp_path / "plain", trainer())
-    same_sharding(None, DEEPSPEED)
+        check_same_sharding(checkpoint, trainer("FULL_STATE_DICT"))
+    check_same_sharding(tmp_path / "plain", trainer())
+    check_same_sharding(None, DEEPSPEED)
 
 
 @pytest.mark.parametrize("kind", ["SHARDED_STATE_DICT", "LOCAL_STATE_DICT"])
@@ -77,7 +77,7 @@ def test_fsdp_in_parts_is_refused(kind, goes_on, tmp_path):
     (tmp_path / "pytorch_model_fsdp_0").mkdir()
     (tmp_path / "pytorch_model_fsdp.bin").write_bytes(b"whole")
     with pytest.raises(UserError, match=f"state_dict_type is {kind}, expected FULL_STATE_DICT"):
-        same_sharding(tmp_path if goes_on else None, trainer(kind))
+        check_same_sharding(tmp_path if goes_on else None, trainer(kind))
 
 
 def test_a_key_that_cannot_be_kept_stops_no_training(checkpoint):
@@ -85,7 +85,7 @@ def test_a_key_that_cannot_be_kept_stops_no_training(checkpoint):
     with pytest.warns(UserWarning, match="cannot be sealed, so it cannot be resumed"):
         sealed.seal(checkpoint)
     with pytest.raises(UserError, match="no valid seal"):
-        same_sharding(checkpoint, DEEPSPEED)
+        check_same_sharding(checkpoint, DEEPSPEED)
 
 
 class Runs:

@@ -32,7 +32,7 @@ from dual_lora.lab.study.forecast import forecast
 from dual_lora.lab.study.job import damage, read_outcome, run_file
 from dual_lora.lab.study.read import shipped_studies
 from dual_lora.lab.study.rejudge import rejudge
-from dual_lora.lab.study.search import beyond, choose
+from dual_lora.lab.study.search import choose, next_beyond_grid
 
 RESULTS = Path(__file__).parents[2] / "results" / "studies"
 LATE = "Amended after final runs had ended."
@@ -293,13 +293,13 @@ def test_a_strangers_outcome_names_no_path(tmp_path):
 
 def test_a_rate_beyond_the_grid():
     tried = [{"train.learning_rate": rate, "train.epochs": e} for rate in (1e-4, 3e-4, 1e-3) for e in (1, 2)]
-    assert beyond(tried[5], tried) == {"train.learning_rate": 3.3e-3, "train.epochs": 2}
-    assert beyond(tried[0], tried) == {"train.learning_rate": 3.3e-5, "train.epochs": 1}
-    assert beyond(tried[2], tried) is None
-    assert beyond(tried[0], tried[:4]) is None, "two rates have no inside"
+    assert next_beyond_grid(tried[5], tried) == {"train.learning_rate": 3.3e-3, "train.epochs": 2}
+    assert next_beyond_grid(tried[0], tried) == {"train.learning_rate": 3.3e-5, "train.epochs": 1}
+    assert next_beyond_grid(tried[2], tried) is None
+    assert next_beyond_grid(tried[0], tried[:4]) is None, "two rates have no inside"
     words = [{"train.learning_rate": rate} for rate in ("1e-4", 3e-4, "1e-3")]  # as YAML reads 1e-4
-    assert beyond(words[2], words) == {"train.learning_rate": 3.3e-3}
-    assert beyond({"train.epochs": 1}, [{"train.epochs": e} for e in (1, 2, 3)]) is None, "rates alone"
+    assert next_beyond_grid(words[2], words) == {"train.learning_rate": 3.3e-3}
+    assert next_beyond_grid({"train.epochs": 1}, [{"train.epochs": e} for e in (1, 2, 3)]) is None, "rates alone"
 
 
 @pytest.mark.parametrize(("best", "extend", "rates"), [(1.0, 2, [3.3e-3, 1.1e-2]), (1.0, 0, []), (1.5e-3, 2, [3.3e-3])])
@@ -345,7 +345,7 @@ def test_a_search_beyond_its_grid_is_said_and_repeated_by_nobody(tiny, tmp_path)
 def test_a_diverged_rate_ends_the_search():
     done = trials({1e-4: 0.3, 3e-4: 0.4, 1e-3: None})
     assert choose(done) == {"train.learning_rate": 3e-4}
-    assert beyond(choose(done), [job.settings for job, _ in done]) is None
+    assert next_beyond_grid(choose(done), [job.settings for job, _ in done]) is None
 
 
 def test_a_search_goes_by_what_judges_or_says_why(tiny):
@@ -505,7 +505,7 @@ def test_a_retired_run_leaves_no_figure_of_what_it_forgot(tmp_path):
             write_json(run_file(tmp_path, of.key, "forgetting"), measured(shift))
         runs.append(made)
     of, outcome = runs[1].finals[2]
-    perform.retire(tmp_path, outcome.key, outcome.code)
+    perform.set_aside(tmp_path, outcome.key, outcome.code)
     assert not [file for file in tmp_path.iterdir() if file.name.startswith(f"{of.key}.f")]
     write_json(run_file(tmp_path, of.key, "forgetting"), measured(0.0))  # left by an earlier version
     runs[1].finals[2] = ended(of, status="diverged", score=None)

@@ -270,7 +270,7 @@ def test_workers_take_the_gpus_in_turn(cards, visible, expected, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert [executors._share(slot, 3).get("CUDA_VISIBLE_DEVICES") for slot in range(3)] == expected
+    assert [executors._worker_environment(slot, 3).get("CUDA_VISIBLE_DEVICES") for slot in range(3)] == expected
     assert executors.runs_side_by_side("process", None) == (cards or os.cpu_count())
     assert (executors.runs_side_by_side("process", 5), executors.runs_side_by_side("serial", 5)) == (5, 1)
 
@@ -298,7 +298,7 @@ def test_processes_give_the_same_results_and_end_with_the_main_process(tiny, who
         "from dual_lora.lab.model import precision\n"
         "from dual_lora.lab.study.compare import compare\n"
         "if __name__ == '__main__':\n"
-        "    precision.measured = lambda: {'fp32': 1.0, 'bf16': 1.0}\n"  # as the tests' own process has it
+        "    precision.measure_products = lambda: {'fp32': 1.0, 'bf16': 1.0}\n"  # as the tests' own process has it
         f"    compare({str(study)!r}, {str(out)!r}, executor='process', workers=2, progress=False)\n"
     )
     script = tmp_path / "main.py"

@@ -71,11 +71,11 @@ def test_each_layer_of_a_deep_base_is_looked_at_and_every_kind_of_tensor(tmp_pat
     tensors = deep(40, experts=16)
     before = print_of(tmp_path, tensors)
     assert len(before) == 512
-    assert weights.is_another(before, print_of(tmp_path, tensors)) is False
+    assert weights.is_other_base(before, print_of(tmp_path, tensors)) is False
     changes = [rf"layers\.{i}\." for i in range(40)]
     changes += [r"\.3\.weight", "norm", "experts", r"experts\.7\.up", "embed", "lm_head", r"layers\.(4|5)\.0\.weight"]
     for words in changes:
-        assert weights.is_another(before, print_of(tmp_path, changed(tensors, words))), words
+        assert weights.is_other_base(before, print_of(tmp_path, changed(tensors, words))), words
 
 
 def test_what_one_of_two_files_alone_has_tells_nothing(tmp_path):
@@ -86,7 +86,7 @@ def test_what_one_of_two_files_alone_has_tells_nothing(tmp_path):
     masks = {f"model.layers.{i}.attn.bias": torch.zeros(4, dtype=torch.bool) for i in range(3)}
     before |= print_of(tmp_path, tensors | {name: mask.float() for name, mask in masks.items()})
     fewer |= masks | {f"model.layers.{i}.experts.up_proj": torch.randn(4, 16, 20) for i in range(3)}
-    assert weights.is_another(before, print_of(tmp_path, fewer)) is False
+    assert weights.is_other_base(before, print_of(tmp_path, fewer)) is False
 
 
 def test_a_base_with_a_head_and_one_without_have_the_same_tensors(tmp_path):
@@ -94,18 +94,20 @@ def test_a_base_with_a_head_and_one_without_have_the_same_tensors(tmp_path):
     before = print_of(tmp_path, tensors)
     bare = {n.removeprefix("model."): t for n, t in tensors.items() if not re.search("lm_head|inv_freq", n)}
     for one, other in ((before, print_of(tmp_path, bare)), (print_of(tmp_path, bare), before)):
-        assert weights.is_another(one, other) is False
-    assert weights.is_another(before, print_of(tmp_path, {n: t * 2 for n, t in bare.items()})) is True
+        assert weights.is_other_base(one, other) is False
+    assert weights.is_other_base(before, print_of(tmp_path, {n: t * 2 for n, t in bare.items()})) is True
     two = {f"{side}.{n}": t for side in ("encoder", "decoder") for n, t in deep(2, "").items()}
-    assert weights.is_another(before, print_of(tmp_path, {n: t.clone() for n, t in two.items()})) is True, "of others"
+    assert weights.is_other_base(before, print_of(tmp_path, {n: t.clone() for n, t in two.items()})) is True, (
+        "of others"
+    )
     unknown = {f"x.y.{n}": t for n, t in tensors.items()}
-    assert weights.is_another(before, print_of(tmp_path, unknown)) is None
+    assert weights.is_other_base(before, print_of(tmp_path, unknown)) is None
 
 
 def test_a_print_of_any_number_of_names_is_compared_in_one_pass():
     """One comes with somebody else's adapter: for each first part of a name there was a copy of the whole."""
     strange = {f"a{i}.w": "0" for i in range(200_000)}
     now = {f"layers.{i}.w": "0" for i in range(500)}
-    assert weights.is_another(strange, now) is None
-    assert weights.is_another(strange | {f"model.{name}": value for name, value in now.items()}, now) is False
-    assert weights.is_another(now, {f"model.{name}": "1" for name in now}) is True
+    assert weights.is_other_base(strange, now) is None
+    assert weights.is_other_base(strange | {f"model.{name}": value for name, value in now.items()}, now) is False
+    assert weights.is_other_base(now, {f"model.{name}": "1" for name in now}) is True

@@ -307,9 +307,9 @@ def sampled(mesh, folder):
 
     def step(model, x):
         """The factors' gradients, and the numbers that were drawn."""
-        drawn, draw = [], tokens.Water.draw
+        drawn, draw = [], tokens.WaterFilling.draw
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tokens.Water, "draw", lambda made, n, at: drawn.append(float(at)) or draw(made, n, at))
+            patch.setattr(tokens.WaterFilling, "draw", lambda made, n, at: drawn.append(float(at)) or draw(made, n, at))
             torch.manual_seed(5)
             model(x).square().sum().backward()
         wanted = {n.removeprefix("module."): p.grad for n, p in model.named_parameters() if p.requires_grad}

@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dual_lora.core.reference import delta_weight
 from dual_lora.method.hotswap import pad_ranks
-from dual_lora.method.loaded import settle
+from dual_lora.method.loaded import finish_loading
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:dual_lora.DualLoraWarning")
 
@@ -264,7 +264,7 @@ def cast_after_a_loader_of_its_own(model):
         for name in module.adapter_layer_names:
             factors = getattr(module, name)
             factors["default"] = nn.Parameter(factors["default"].detach().clone())
-    settle(model, "default", has_counts=True)
+    finish_loading(model, "default", has_counts=True)
     model(points())
     return cast_by_data(model)
 

@@ -226,16 +226,16 @@ def test_a_layer_that_the_data_never_reach_stays_the_base_and_is_named_when_it_i
 
 def test_the_counted_layers_are_those_in_a_warm_up_and_keep_no_model_alive():
     gc.collect()
-    before = len(warmup.warming)
+    before = len(warmup.warming_layers)
     plain, model, other = adapted(init_weights=True), adapted(warmup_steps=6), adapted(warmup_steps=6)
     optimizer = train(model, 1)
-    assert len(warmup.warming) == before + 4
+    assert len(warmup.warming_layers) == before + 4
     other.delete_adapter("default")
     train(plain, 1)
-    assert len(warmup.warming) == before + 2
+    assert len(warmup.warming_layers) == before + 2
     del model, optimizer
     gc.collect()
-    assert len(warmup.warming) == before
+    assert len(warmup.warming_layers) == before
 
 
 # A share of the run.

@@ -21,12 +21,12 @@ from torch import Tensor
 
 from . import scratch
 from . import tile as tiles
-from .product import addmm_, left, mm, mm_columns
+from .product import addmm_, as_left_operand, mm, mm_columns
 from .reference import PLAIN, Adapter, Factors, parts_of
 
 
 class Sizes(NamedTuple):
-    """How the weight is divided on one kind of device."""
+    """Sizes of tiles and blocks on one kind of device."""
 
     tile: int  # elements
     block: int  # bytes of the composed weight
@@ -46,7 +46,7 @@ class RowSource(Protocol):
 
 
 class Gradients(NamedTuple):
-    """What backward returns; None where it was not asked for."""
+    """The gradients that backward returns; None for those that `Needs` leaves out."""
 
     x: Tensor | None  # [T, I]
     weight: Tensor | None  # [O, I]
@@ -54,7 +54,7 @@ class Gradients(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """What backward has to compute."""
+    """Which gradients backward has to compute."""
 
     x: bool
     weight: bool
@@ -64,7 +64,7 @@ class Needs(NamedTuple):
 def forward(x: Tensor, weight: Tensor | RowSource | None, adapters: Sequence[Adapter]) -> Tensor:
     """y = x (W + ΣΔW)ᵀ for x [T, I], in x's dtype; without a weight, x (ΣΔW)ᵀ."""
     work = _Work(weight, adapters)
-    y, x = x.new_empty(x.shape[0], work.O), left(x)
+    y, x = x.new_empty(x.shape[0], work.O), as_left_operand(x)
     if x.shape[0] == 0:
         return y
     for block in work.blocks(x.dtype, by_rows=True):
@@ -80,7 +80,7 @@ def compose(
     dtype: torch.dtype,
     out: Tensor | None = None,
 ) -> Tensor:
-    """W + ΣΔW, [O, I], the rounding to `dtype` of the fp32 sum (fp64's, for that). `out` may be the weight itself."""
+    """Compose W + ΣΔW, [O, I]: the fp32 sum (for fp64, an fp64 sum), rounded to `dtype`. `out` may be the weight."""
     work = _Work(weight, parts_of(adapters))
     if out is None:
         out = torch.empty(work.O, work.I, dtype=dtype, device=work.device)
@@ -97,11 +97,11 @@ def backward(
     adapters: Sequence[Adapter],
     loss_scale: Tensor | None,
     needs: Needs,
-    of_G: tuple[Tensor, Tensor] | None = None,
+    G_rows: tuple[Tensor, Tensor] | None = None,
 ) -> Gradients:
-    """Gradients of `forward` for dy [T, O] and x [T, I]; those of the factors in fp32.
+    """Compute the gradients of `forward` for dy [T, O] and x [T, I]; those of the factors are fp32.
 
-    of_G: other rows of dy and x, whose product is G.
+    G_rows: the rows of dy and x whose product is G, where these are not all rows.
     """
     work = _Work(weight, adapters)
     T = x.shape[0]
@@ -112,12 +112,12 @@ def backward(
         dx = x.new_zeros(T, work.I, dtype=wide) if by_rows else x.new_empty(T, work.I)
     dW = x.new_zeros(work.O, work.I) if needs.weight else None
     sums = [_FactorSums(a, loss_scale) for a in work.adapters] if needs.factors else None
-    dyG, xG = of_G or (dy, x)
-    dyT = left(dyG.t()) if needs.factors or needs.weight else None
-    dy = left(dy)
+    dyG, xG = G_rows or (dy, x)
+    dyT = as_left_operand(dyG.t()) if needs.factors or needs.weight else None
+    dy = as_left_operand(dy)
     for block in work.blocks(x.dtype, by_rows) if T else ():
         if dyT is not None:
-            block.find_gradient(dyT, xG)
+            block.compute_gradient(dyT, xG)
         for tile in block.tiles():
             if dx is not None:
                 tile.write_composed(block.composed(tile), spare=sums is None)
@@ -139,7 +139,7 @@ def backward(
 
 
 def factor_gradients(G: Tensor, adapters: Sequence[Adapter], loss_scale: Tensor | None) -> list[Factors]:
-    """The factors' share of `backward`, fp32, from a G = ∂L/∂W [O, I] that is already there."""
+    """Compute the factors' gradients, fp32, from a given G = ∂L/∂W [O, I]."""
     work = _Work(None, adapters)
     sums = [_FactorSums(a, loss_scale) for a in work.adapters]
     for block in work.blocks(work.dtype, by_rows=True):
@@ -154,7 +154,7 @@ class _Work:
 
     def __init__(self, weight: Tensor | RowSource | None, adapters: Sequence[Adapter]):
         self.weight = weight
-        self.adapters = [a.working() for a in adapters]
+        self.adapters = [a.in_working_dtype() for a in adapters]
         factors = adapters[0].factors
         self.O, self.I = (factors.B.shape[0], factors.A.shape[1]) if weight is None else weight.shape
         self.device = self.adapters[0].scale.device
@@ -169,14 +169,14 @@ class _Work:
         return min(self.sizes.narrow, self.I) * self.O * dtype.itemsize > self.sizes.block
 
     def blocks(self, dtype: torch.dtype, by_rows: bool) -> Iterator[_Block]:
-        """The blocks in turn; they share their buffers, so that one is used up before the next is taken."""
+        """Yield the blocks. They share their buffers: finish one before taking the next."""
         length, other = (self.O, self.I) if by_rows else (self.I, self.O)
         for span in _spans(length, self.sizes.block // dtype.itemsize // max(other, 1)):
             rows, cols = (span, slice(0, self.I)) if by_rows else (slice(0, self.O), span)
             yield _Block(self, rows, cols, dtype)
 
     def buffer(self, name: str, rows: slice, cols: slice, dtype: torch.dtype | None = None) -> Tensor:
-        """The buffer of that name, in the shape of a part of the weight."""
+        """Return the buffer of that name, in the shape of this part of the weight."""
         dtype = dtype or self.dtype
         r, c = rows.stop - rows.start, cols.stop - cols.start
         kept = self._buffers.get((name, dtype))
@@ -197,28 +197,28 @@ class _Block:
         self.work, self.rows, self.cols, self.dtype = work, rows, cols, dtype
 
     def tiles(self) -> Iterator[_Tile]:
-        """Its rows, some at a time."""
+        """Yield the block's tiles: some rows at a time."""
         width = max(self.cols.stop - self.cols.start, 1)
         for span in _spans(self.rows.stop - self.rows.start, self.work.sizes.tile // width):
             yield _Tile(self.work, slice(self.rows.start + span.start, self.rows.start + span.stop), self.cols, span)
 
     def composed(self, tile: _Tile | None = None) -> Tensor:
-        """The block's share of W + ΣΔW in its dtype, or a tile of it; holds what the tiles have written."""
+        """Return the buffer of the block's composed weight (or of one tile of it), which its tiles write."""
         whole = self.work.buffer("composed", self.rows, self.cols, self.dtype)
         return whole if tile is None else whole[tile.in_block]
 
-    def find_gradient(self, dyT: Tensor, x: Tensor) -> None:
-        """G = dyᵀ x of this block."""
+    def compute_gradient(self, dyT: Tensor, x: Tensor) -> None:
+        """Compute this block's part of G = dyᵀ x."""
         self.G = mm(dyT[self.rows], x[:, self.cols], self.work.buffer("gradient", self.rows, self.cols, self.dtype))
 
     def gradient(self, tile: _Tile) -> Tensor:
-        """A tile of G in the working precision."""
+        """Return a tile of G in the working precision."""
         G = self.G[tile.in_block]
         return G if G.dtype == self.work.dtype else tile.buffer("G").copy_(G)
 
 
 class _Tile:
-    """Some rows of a block: P and Q of every adapter, the composed weight, the weight gradient."""
+    """Some rows of a block, with P and Q of every adapter."""
 
     def __init__(self, work: _Work, rows: slice, cols: slice, in_block: slice):
         self.work, self.rows, self.cols, self.in_block = work, rows, cols, in_block
@@ -226,7 +226,7 @@ class _Tile:
         self._base: Tensor | None = None
 
     def base(self) -> Tensor | None:
-        """The base's weight, read once."""
+        """Return the base's weight, which is read only once."""
         if self._base is None:
             self._base = self.work.base(self.rows, self.cols)
         return self._base
@@ -235,7 +235,7 @@ class _Tile:
         return self.work.buffer(name, self.rows, self.cols, dtype)
 
     def products(self, k: int) -> tuple[Tensor, Tensor]:
-        """P and Q of adapter k."""
+        """Return P and Q of adapter k, computed at the first call."""
         if k not in self._products:
             P, Q = self.buffer(f"P{k}"), self.buffer(f"Q{k}")
             adapter = self.work.adapters[k]
@@ -244,13 +244,13 @@ class _Tile:
         return self._products[k]
 
     def write_composed(self, out: Tensor, spare: bool = True) -> None:
-        """W + ΣΔW of this tile, rounded once to out's dtype; `spare`: P may be overwritten."""
+        """Write W + ΣΔW of this tile, rounded once, to `out`. spare: whether P may be overwritten."""
         total = out if out.dtype in (self.work.dtype, torch.float64) else self.buffer("G")
         base = self.base()
         if base is None:
             total.zero_()
         elif base.dtype != total.dtype:
-            # A block of columns is read at a third of the cost by a copy that converts nothing.
+            # Copying a block of columns first and converting it then costs a third of converting while copying.
             near = base if base.is_contiguous() or base.dtype != out.dtype else out.copy_(base)
             base = total.copy_(near)
         for k, (_, scale, form, _) in enumerate(self.work.adapters):
@@ -265,13 +265,13 @@ class _FactorSums:
     """The four small gradients of one adapter, summed over tiles."""
 
     def __init__(self, adapter: Adapter, loss_scale: Tensor | None):
-        adapter = adapter.whole()
-        self.rule = tiles.estimator(adapter, loss_scale, carries=False)
+        adapter = adapter.with_mean_square()
+        self.rule = tiles.estimator(adapter, loss_scale, G_is_scaled=False)
         self.grads = Factors(*map(torch.zeros_like, adapter.factors))
         self.factors = Factors(*(f * adapter.scale for f in adapter.factors))  # for the scale, which G does not carry
 
     def add(self, tile: _Tile, P: Tensor, Q: Tensor, G: Tensor) -> None:
-        """Add the reductions of a tile; overwrites all three."""
+        """Add a tile's gradients to the sums. Overwrites P, Q and G."""
         dP, dQ = self.rule.product_gradients(G, P, Q)
         A, B, C, D = self.factors
         rows, cols = tile.rows, tile.cols
@@ -284,7 +284,7 @@ class _FactorSums:
 
 
 def _spans(length: int, step: int) -> Iterator[slice]:
-    """0…length in equal parts of about `step`, not below 16."""
+    """Split 0…length into equal parts of about `step`, which is at least 16."""
     count = -(-length // max(step, 16))
     for k in range(count):
         yield slice(length * k // count, length * (k + 1) // count)

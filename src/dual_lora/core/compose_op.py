@@ -3,8 +3,8 @@
 `torch.ops.dual_lora.weight` keeps the factors for backward and takes the gradient G of the composed weight block by
 block. A weight may carry a leading dimension of experts, of which only the routed ones are composed.
 
-The layer's own function would keep the composed weight for its backward; `recomposing` makes it compose it once more
-instead, so that nothing of the weight's size is kept.
+The layer's own function would keep the composed weight for its backward. Under `recompose_in_backward` the weight is
+composed again there instead, so that nothing of the weight's size is kept.
 """
 
 import threading
@@ -33,7 +33,7 @@ def dual_lora_weight(
     routed: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """W + ΣΔW, [O, I] or [E, O, I], the rounding of the fp32 sum to `dtype` (default: the weight's, else fp32).
+    """Compose W + ΣΔW, [O, I] or [E, O, I]: the fp32 sum, rounded to `dtype` (default: the weight's, else fp32).
 
     weight: any strides, which the result has as well; None for ΣΔW alone.
     adapters: factors with the same leading dimension as the weight, scale, form.
@@ -50,7 +50,7 @@ def dual_lora_weight(
 
 
 class Composed(NamedTuple):
-    """A composed weight and what it was made from."""
+    """A composed weight and the operands that it was composed from."""
 
     result: Tensor
     weight: Tensor | None
@@ -75,23 +75,23 @@ _active = threading.local()  # .recipes: by the storage of the composed weight, 
 
 
 @contextmanager
-def recomposing(*composed: Composed) -> Iterator[None]:
-    """Let autograd compose again what it would keep of these weights for its backward.
+def recompose_in_backward(*composed: Composed) -> Iterator[None]:
+    """Keep these weights' operands for backward, and compose the weights again there.
 
-    Under gradient checkpointing (or other hooks on saved tensors) this stays out of the way: there the weight is kept
-    during the backward of one checkpoint alone.
+    It does nothing under gradient checkpointing, or other hooks on saved tensors: there a weight is kept only during
+    the backward of its own checkpoint.
     """
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     if not torch.is_grad_enabled() or traced or _functorch.peek_interpreter_stack() is not None:
         yield
     elif getattr(_active, "recipes", None) is not None:
-        _add(composed)
+        _track(composed)
         yield
     elif _hooks_are_set():
         yield
     else:
         _active.recipes = {}
-        _add(composed)
+        _track(composed)
         try:
             with torch.autograd.graph.saved_tensors_hooks(_pack, _unpack):
                 yield
@@ -99,26 +99,26 @@ def recomposing(*composed: Composed) -> Iterator[None]:
             _active.recipes = None
 
 
-def also_recompose(composed: Composed) -> Tensor:
-    """Add a weight that was composed inside a `recomposing` block to it; returns the weight."""
+def track_composed(composed: Composed) -> Tensor:
+    """Add a weight that was composed inside a `recompose_in_backward` block to that block. Returns the weight."""
     if getattr(_active, "recipes", None) is not None:
-        _add([composed])
+        _track([composed])
     return composed.result
 
 
-def _versions(made: Composed | _Recipe) -> list[int]:
-    tensors = (made.weight, made.routed, *(t for a in made.adapters for t in (*a.factors, a.scale)))
+def _versions(c: Composed | _Recipe) -> list[int]:
+    tensors = (c.weight, c.routed, *(t for a in c.adapters for t in (*a.factors, a.scale)))
     return [t._version for t in tensors if t is not None and not t.is_inference()]
 
 
-def _add(composed: Sequence[Composed]) -> None:
+def _track(composed: Sequence[Composed]) -> None:
     for c in composed:
         recipe = _Recipe(*c[1:], c.result.dtype, _versions(c))
         _active.recipes[c.result.untyped_storage().data_ptr()] = weakref.ref(c.result), recipe
 
 
 def _hooks_are_set() -> bool:
-    # torch 2.6 cannot tell: then ours go on top, which is right, and keeps more under gradient checkpointing.
+    # torch 2.6 has no such function. Our hooks then come on top of others: correct, with more memory kept.
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return top is not None and top(False) is not None
 
@@ -139,16 +139,16 @@ def _unpack(packed: Tensor | _Recipe) -> Tensor:
             "forward and backward (an optimizer step, load_state_dict): call backward before it."
         )
     with torch.no_grad():
-        again = dual_lora_weight(packed.weight, packed.adapters, routed=packed.routed, dtype=packed.dtype)
-    return again.as_strided(packed.size, packed.stride, packed.offset)
+        composed = dual_lora_weight(packed.weight, packed.adapters, routed=packed.routed, dtype=packed.dtype)
+    return composed.as_strided(packed.size, packed.stride, packed.offset)
 
 
-def of_expert(adapters: Sequence[Adapter], e: int) -> list[Adapter]:
-    """The adapters of one expert's matrix."""
+def adapters_of_expert(adapters: Sequence[Adapter], e: int) -> list[Adapter]:
+    """Select the factors of expert `e` from stacked adapters."""
     return [a._replace(factors=Factors(*(f[e] for f in a.factors))) for a in adapters]
 
 
-def _result(weight: Tensor | None, factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+def _empty_result(weight: Tensor | None, factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     if weight is not None:
         return torch.empty_like(weight, dtype=dtype)
     A, B = factors[0], factors[1]
@@ -157,7 +157,7 @@ def _result(weight: Tensor | None, factors: Sequence[Tensor], dtype: torch.dtype
 
 @torch.library.impl("dual_lora::weight", "default")
 def _weight(weight, factors, scales, mean_squares, forms, loss_scale, routed, dtype):
-    adapters, out = dispatch.adapters_of(factors, scales, mean_squares, forms), _result(weight, factors, dtype)
+    adapters, out = dispatch.adapters_of(factors, scales, mean_squares, forms), _empty_result(weight, factors, dtype)
     if out.ndim == 2:
         return dispatch.compose(weight, adapters, dtype, out)
     if routed is not None:
@@ -167,7 +167,7 @@ def _weight(weight, factors, scales, mean_squares, forms, loss_scale, routed, dt
         if computes is not blocked:
             return computes.compose(weight, adapters, dtype, out, routed)
         for e in range(out.shape[0]) if routed is None else routed.tolist():
-            W, own = None if weight is None else weight[e], of_expert(adapters, e)
+            W, own = None if weight is None else weight[e], adapters_of_expert(adapters, e)
             dispatch.without_kernels(out.device, W, own).compose(W, own, dtype, out[e])
     return out
 
@@ -184,7 +184,7 @@ def _weight_backward(G, factors, scales, mean_squares, forms, loss_scale, routed
         else:
             grads = [Factors(*map(torch.zeros_like, a.factors)) for a in adapters]
             for e in range(G.shape[0]) if routed is None else routed.tolist():
-                own = of_expert(adapters, e)
+                own = adapters_of_expert(adapters, e)
                 found = dispatch.without_kernels(G.device, None, own).factor_gradients(G[e], own, loss_scale)
                 for whole, four in zip(grads, found, strict=True):
                     for grad, g in zip(whole, four, strict=True):
@@ -195,7 +195,7 @@ def _weight_backward(G, factors, scales, mean_squares, forms, loss_scale, routed
 @torch.library.register_fake("dual_lora::weight")
 def _(weight, factors, scales, mean_squares, forms, loss_scale, routed, dtype):
     dispatch.refuse_meta(factors[0] if weight is None else weight, *factors)
-    return _result(weight, factors, dtype)
+    return _empty_result(weight, factors, dtype)
 
 
 @torch.library.register_fake("dual_lora::weight_backward")
@@ -215,7 +215,7 @@ def _backward(ctx, G):
     routed, *rest = ctx.saved_tensors
     n = len(ctx.forms)
     given = G, rest[: 4 * n], rest[4 * n : 5 * n], rest[5 * n :], ctx.forms, ctx.loss_scale, routed
-    dF = dispatch.wanted(need_factors, lambda: torch.ops.dual_lora.weight_backward(*given))
+    dF = dispatch.needed_gradients(need_factors, lambda: torch.ops.dual_lora.weight_backward(*given))
     return G.to(ctx.weight_dtype) if need_weight else None, dF, [None] * n, [None] * n, None, None, None, None
 
 

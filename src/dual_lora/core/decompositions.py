@@ -2,9 +2,9 @@
 
     W_eff = round(W + Σ s · ReLU(B A) ⊙ Sign(D C))     linear: x W_effᵀ + bias     embedding: rows of W_eff
 
-An exported graph composes the weight as a whole, which a runtime folds into a constant when it loads the graph. They
-are entered in PyTorch's table of decompositions, so that `torch.onnx.export` finds them; torch.compile and
-torch.export have tables of their own and keep the operators.
+An exported graph composes the weight as a whole, which a runtime folds into a constant when it loads the graph. The
+decompositions are in PyTorch's global table, where `torch.onnx.export` finds them. torch.compile and torch.export have
+tables of their own and keep the operators.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ from .reference import Adapter, Factors, direction, direction_of, magnitude
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
-    """For `ExportedProgram.run_decompositions`: afterwards the program needs this package no more.
+    """Return the table for `ExportedProgram.run_decompositions`, after which a program runs without this package.
 
     >>> program = torch.export.export(model, (x,)).run_decompositions(dual_lora.decompositions())  # doctest: +SKIP
     """
@@ -30,8 +30,8 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 def keep_in_inductor() -> None:
     """Let Inductor call the operators as they are, with inputs in the strides that they were traced with.
 
-    It would do so by itself, but where the environment has CI set: there it raises an error for every operator that has
-    a decomposition (`make_fallback` in torch/_inductor/lowering.py), which is meant for PyTorch's own.
+    Inductor does so by itself, unless the environment variable CI is set. Then it raises an error for every operator
+    that has a decomposition (`make_fallback` in torch/_inductor/lowering.py), a check meant for PyTorch's own ones.
     """
     from torch._inductor import lowering
 
@@ -83,11 +83,11 @@ def embedding(
 
 def _composed(weight: Tensor | None, adapters: Sequence[Adapter], dtype: torch.dtype) -> Tensor:
     """The rounding to `dtype` of the fp32 sum W + ΣΔW."""
-    A = adapters[0].working().factors.A
+    A = adapters[0].in_working_dtype().factors.A
     total = None if weight is None else weight.to(torch.promote_types(dtype, A.dtype))
     with without_autocast(A.device):
         for adapter in adapters:
-            (A, B, C, D), scale, form, _ = adapter.working()
+            (A, B, C, D), scale, form, _ = adapter.in_working_dtype()
             delta = scale * magnitude(B @ A, form) * direction(direction_of(C, D, form, weight), form)
             total = delta if total is None else total + delta
     assert total is not None
@@ -101,6 +101,6 @@ _DECOMPOSITIONS: dict[Any, Callable[..., Tensor]] = {
 }
 for _operator, _function in _DECOMPOSITIONS.items():
     register_decomposition(_operator)(_function)
-    # Where sizes are symbolic, PyTorch takes shapes from a decomposition before it asks the operator's own fake, unless
-    # there is a "meta" entry, which it does not call either.
+    # With symbolic sizes PyTorch takes shapes from a decomposition rather than from the operator's fake, unless the
+    # table has a "meta" entry (which it does not call).
     register_decomposition(_operator, type="meta")(_function)

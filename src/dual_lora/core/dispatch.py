@@ -1,8 +1,8 @@
-"""Who computes, the Triton kernels or the blocks, and what every operator does before it computes.
+"""Choose between the Triton kernels and the blocks, and check what every operator checks before it computes.
 
-The kernels compute on a GPU that they proved right on, for the dtypes, ranks and forms that they know; the blocks
-everywhere else. Forward, backward, merge and cache all ask here, so that they agree on every sign: other products
-might find another one where Q is within rounding of zero.
+The kernels compute on a GPU on which they passed their check, for the dtypes, ranks and forms that they know; the
+blocks compute everywhere else. Forward, backward, merge and cache all choose here, so that they agree on every sign:
+another product might give another sign where Q is within rounding of zero.
 """
 
 import functools
@@ -28,8 +28,8 @@ SWITCH = "DUAL_LORA_KERNELS"  # "plain" keeps to PyTorch's own operations
 OLDEST_TRITON = (3, 4)  # earlier ones take no tuple as a constant
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_RANK = 256
-_NOTHING = nullcontext()
-_PLAIN = Tensor, Parameter
+_NO_CONTEXT = nullcontext()
+_PLAIN_TYPES = Tensor, Parameter
 
 
 def implementation(
@@ -39,9 +39,10 @@ def implementation(
     adapters: Sequence[Adapter],
     gradient_of: tuple[Tensor | None, Tensor, Tensor | None] | None = None,
 ) -> ModuleType:
-    """`triton_linear`, `blocked` or, for a small weight, `whole`; for x, G or a composed weight of that dtype there.
+    """Choose the module that computes: `kernels.linear`, `blocked`, or for a small weight `whole`.
 
-    gradient_of: dy and x, or None and G, and the gradient scaler's factor, where the factors' gradients are wanted.
+    device, dtype: of x, of G, or of the composed weight.
+    gradient_of: dy and x (or None and G) and the gradient scaler's factor, where the factors' gradients are needed.
     """
     plain = without_kernels(device, weight, adapters)
     if device.type != "cuda":
@@ -53,12 +54,12 @@ def implementation(
         and all(max(a.factors.A.shape[-2], a.factors.C.shape[-2]) <= LARGEST_RANK for a in adapters)
         and os.environ.get(SWITCH) != "plain"
     )
-    kernels = triton(device) if known else None
-    return kernels if kernels is not None and kernels.are_right(dtype, weight, adapters, gradient_of) else plain
+    kernels = triton_kernels(device) if known else None
+    return kernels if kernels is not None and kernels.are_correct(dtype, weight, adapters, gradient_of) else plain
 
 
 def without_kernels(device: torch.device, weight: Tensor | RowSource | None, adapters: Sequence[Adapter]) -> ModuleType:
-    """`blocked`, or `whole` for a weight that is one of its tiles and is there."""
+    """Choose `blocked`, or `whole` for a weight in memory that is no larger than one tile."""
     A, B, *_ = adapters[0].factors
     tile = (blocked.CPU if device.type == "cpu" else blocked.CUDA).tile
     small = A.shape[-1] * B.shape[-2] <= tile and B.ndim == 2 and (weight is None or isinstance(weight, Tensor))
@@ -71,7 +72,7 @@ def compose(
     dtype: torch.dtype,
     out: Tensor | None = None,
 ) -> Tensor:
-    """W + ΣΔW, [O, I]: the rounding to `dtype` of the fp32 sum, by whom the layer's forward is computed as well.
+    """Compose W + ΣΔW, [O, I]: the fp32 sum, rounded to `dtype`, by the implementation that forward uses too.
 
     `out` may be the weight itself.
     """
@@ -85,8 +86,8 @@ def compose(
 
 
 @functools.cache
-def triton(device: torch.device) -> ModuleType | None:
-    """The Triton path for a GPU; None, with one warning that says why, where it cannot be taken."""
+def triton_kernels(device: torch.device) -> ModuleType | None:
+    """Return the Triton implementation for a GPU, or None, with one warning that says why it cannot be used."""
     try:
         kernels, launch = triton_modules()
         launch.target(device)
@@ -101,7 +102,7 @@ def triton(device: torch.device) -> ModuleType | None:
 
 
 def triton_modules() -> tuple[ModuleType, ModuleType]:
-    """`triton_linear` and `triton_launch`. Raises ImportError, or NotImplementedError if Triton is too old for them."""
+    """Import `kernels.linear` and `kernels.launch`. Raises ImportError, or NotImplementedError if Triton is too old."""
     import triton as installed
 
     if tuple(int(part) for part in installed.__version__.split(".")[:2]) < OLDEST_TRITON:
@@ -114,11 +115,11 @@ def triton_modules() -> tuple[ModuleType, ModuleType]:
 
 
 def autocast_dtype(device: torch.device, dtype: torch.dtype | None = None) -> torch.dtype | None:
-    """What autocast computes in on this device, or None where it is off (or, as on "meta", does not exist).
+    """Return the dtype that autocast computes in on this device, or None where it is off (or, as on "meta", missing).
 
-    dtype: of the tensor that is asked for; autocast leaves fp64 as it is.
+    dtype: of the tensor that would be cast; autocast leaves fp64 as it is.
     """
-    # Tracing torch 2.6 breaks the graph at the other questions; what can be traced has an autocast.
+    # Under torch.compile, torch 2.6 breaks the graph at the other calls; a device that can be traced has an autocast.
     compiling = torch.compiler.is_compiling()
     if not (compiling or torch._C._is_any_autocast_enabled()):
         return None
@@ -129,7 +130,7 @@ def autocast_dtype(device: torch.device, dtype: torch.dtype | None = None) -> to
 
 
 def in_dtype_of(weight: Tensor, x: Tensor) -> Tensor:
-    """x in the weight's precision, unless autocast chooses one; a quantised or fp8 weight leaves x its own."""
+    """Cast x to the weight's dtype, unless autocast is on, or the weight is quantised or fp8."""
     dtype = weight.dtype
     if x.dtype == dtype:
         return x
@@ -138,15 +139,15 @@ def in_dtype_of(weight: Tensor, x: Tensor) -> Tensor:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """P and Q stay fp32 inside; nothing to do on a device that has no autocast."""
+    """Switch autocast off, so that P and Q are fp32. Does nothing on a device that has no autocast."""
     if not torch._C._is_any_autocast_enabled() or not (torch.amp.is_autocast_available(device.type)):
-        return _NOTHING
+        return _NO_CONTEXT
     return torch.autocast(device.type, enabled=False)
 
 
-def nobody_watches() -> bool:
-    """Whether nothing wants to see the operator itself: no compiler, no tracer, no mode (fake tensors, selective
-    checkpointing, counters of flops), no transform, no forward mode."""
+def runs_eagerly() -> bool:
+    """Whether the operator may be bypassed: no compiler, tracer, dispatch mode (fake tensors, selective checkpointing,
+    flop counters), functional transform or forward-mode AD is active."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
@@ -156,23 +157,23 @@ def nobody_watches() -> bool:
     )
 
 
-def are_plain(*tensors: Tensor | None) -> bool:
-    """Whether all of these are tensors with values, and of no class that sees operators (DTensor, fake tensors)."""
+def are_plain_tensors(*tensors: Tensor | None) -> bool:
+    """Whether all of these are ordinary tensors with values: not on "meta", and of no subclass (DTensor, fake)."""
     for t in tensors:  # noqa: SIM110 - a generator costs a call of Python for each tensor
-        if t is not None and (type(t) not in _PLAIN or t.is_meta):
+        if t is not None and (type(t) not in _PLAIN_TYPES or t.is_meta):
             return False
     return True
 
 
 def refuse_transforms(x: Tensor | None, adapters: Sequence[Adapter], *others: Any) -> None:
-    """Raise NotImplementedError for torch.func's transforms, and for a tangent, which would be lost in silence."""
+    """Raise NotImplementedError for torch.func's transforms and forward-mode tangents, which would be ignored."""
     inside = not torch.compiler.is_compiling() and _functorch.peek_interpreter_stack() is not None
     forward = forward_ad._current_level >= 0
     if not (inside or forward):
         return
     own = [*(() if x is None else (x,)), *(f for a in adapters for f in a.factors)]
     rest = [t for t in (*others, *(a.scale for a in adapters)) if isinstance(t, Tensor)]
-    # Inside a transform every view is wrapped, that of a weight that nobody differentiates as well.
+    # Inside a transform every view is wrapped, even one of a weight that is not differentiated.
     transformed = inside and (
         any(map(_functorch.is_functorch_wrapped_tensor, own))
         or any(
@@ -190,7 +191,7 @@ def refuse_transforms(x: Tensor | None, adapters: Sequence[Adapter], *others: An
 
 
 def refuse_meta(leading: Tensor, *operands: Tensor | None) -> None:
-    """Raise RuntimeError for operands on the meta device where the leading one is not: there is no result."""
+    """Raise RuntimeError for operands on the meta device whose leading operand is on another one."""
     # A handle's number is on the CPU, whatever the weight's device.
     on_meta = any(t is not None and t.ndim and t.device.type == "meta" for t in operands)
     if on_meta and leading.device.type != "meta":
@@ -202,7 +203,7 @@ def refuse_meta(leading: Tensor, *operands: Tensor | None) -> None:
 
 
 def refuse_double_backward(ctx: Any, *grads: Any) -> None:
-    """The backward of every operator's backward: raises RuntimeError."""
+    """Raise RuntimeError: the registered backward of every backward operator."""
     raise RuntimeError(
         "Dual LoRA has no second derivative: Sign and ReLU are trained by straight-through estimators, whose gradient"
         " is not the derivative of anything. Call backward without create_graph=True."
@@ -219,7 +220,7 @@ class Flat(NamedTuple):
 
 
 def flat(adapters: Sequence[Adapter]) -> Flat:
-    """Adapters as an operator takes them; `adapters_of` is the inverse. Raises ValueError for a scale that trains."""
+    """Flatten adapters for an operator; `adapters_of` is the inverse. Raises ValueError for a scale that trains."""
     for adapter in adapters:
         refuse_trained(adapter.scale)
     unknown = adapters[0].scale.new_empty(0)
@@ -234,7 +235,7 @@ def flat(adapters: Sequence[Adapter]) -> Flat:
 def adapters_of(
     factors: Sequence[Tensor], scales: Sequence[Tensor], mean_squares: Sequence[Tensor], forms: Sequence[int]
 ) -> list[Adapter]:
-    """The adapters that an operator got as flat lists."""
+    """Rebuild adapters from an operator's flat lists."""
     fours = (Factors(*factors[k : k + 4]) for k in range(0, len(factors), 4))
     return [
         Adapter(four, scale, Form.from_code(form), known if known.numel() else None)
@@ -243,7 +244,7 @@ def adapters_of(
 
 
 def flat_gradients(grads: Sequence[Factors], adapters: Sequence[Adapter]) -> list[Tensor]:
-    """The adapters' gradients in a row, each in its factor's dtype."""
+    """Flatten the adapters' gradients into one list, each in its factor's dtype."""
     return [
         g if g.dtype == f.dtype else g.to(f.dtype)
         for four, a in zip(grads, adapters, strict=True)
@@ -251,8 +252,8 @@ def flat_gradients(grads: Sequence[Factors], adapters: Sequence[Adapter]) -> lis
     ]
 
 
-def wanted(needed: Sequence[bool], compute: Callable[[], Iterable[Tensor]]) -> list[Tensor | None]:
-    """Gradients as autograd takes them, None where none is needed; nothing is computed if none is."""
+def needed_gradients(needed: Sequence[bool], compute: Callable[[], Iterable[Tensor]]) -> list[Tensor | None]:
+    """Return the computed gradients, with None where none is needed; computes nothing if none is needed."""
     if not any(needed):
         return [None for _ in needed]
     return [g if need else None for g, need in zip(compute(), needed, strict=True)]

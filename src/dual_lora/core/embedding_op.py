@@ -36,7 +36,7 @@ def dual_lora_embedding(
     scale_grad_by_freq: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Rows of W + ΣΔW: indices [...] -> [..., I], for W [O, I] with O = num_embeddings.
+    """Look up rows of W + ΣΔW: indices [...] -> [..., I], for W [O, I] with O = num_embeddings.
 
     weight: [O, I] or None for ΣΔW alone. The other arguments are nn.Embedding's; `max_norm` shortens the rows that are
     returned and, other than nn.Embedding, writes nothing back.
@@ -62,7 +62,7 @@ def dual_lora_embedding(
 
 
 def _rows_of(adapters: Sequence[Adapter], rows: Tensor, padding_idx: int) -> list[Adapter]:
-    """The adapters of some rows; P = 0 at the padding, so that ΔW and the gradients vanish there."""
+    """Select the adapters of these rows. P = 0 at the padding, so that ΔW and the gradients are zero there."""
     used = (rows != padding_idx).unsqueeze(-1)
     return [
         a._replace(factors=Factors(A, B.index_select(0, rows) * used, C, D.index_select(0, rows)))
@@ -85,7 +85,7 @@ def _embedding(indices, weight, factors, scales, mean_squares, forms, loss_scale
 @torch.library.impl("dual_lora::embedding_backward", "default")
 def _embedding_backward(dy, indices, factors, scales, mean_squares, forms, loss_scale, padding_idx, scale_grad_by_freq):
     rows, inverse = torch.unique(indices, return_inverse=True)
-    whole = [a.whole() for a in dispatch.adapters_of(factors, scales, mean_squares, forms)]
+    whole = [a.with_mean_square() for a in dispatch.adapters_of(factors, scales, mean_squares, forms)]
     adapters = _rows_of(whole, rows, padding_idx)
     with dispatch.without_autocast(indices.device):
         # Rows of a low precision are summed in fp32, which is what blocks want anyway.
@@ -124,7 +124,7 @@ def _backward(ctx, dy):
     n = len(forms)
     lists = rest[: 4 * n], rest[4 * n : 5 * n], rest[5 * n :], forms
     given = dy, indices, *lists, loss_scale, padding_idx, scale_grad_by_freq
-    dF = dispatch.wanted(ctx.needs_input_grad[2], lambda: torch.ops.dual_lora.embedding_backward(*given))
+    dF = dispatch.needed_gradients(ctx.needs_input_grad[2], lambda: torch.ops.dual_lora.embedding_backward(*given))
     return None, None, dF, [None] * n, [None] * n, None, None, None, None, None, None, None
 
 

@@ -1,4 +1,4 @@
-"""Signs of a fixed random matrix S₀ [O, I], made entry by entry from two vectors of integers, which a seed gives.
+"""Signs of a fixed random matrix S₀ [O, I], computed entry by entry from two vectors of integers, which a seed gives.
 
     D [O, 1] = mix(row ⊕ seed's low half) | 1     C [1, I] = mix(column ⊕ seed's high half) | 1     S₀ = Sign(D C)
 
@@ -15,12 +15,12 @@ from torch import Tensor
 
 
 def seed_of(number: int, name: str) -> int:
-    """A layer's seed, a signed whole number of 64 bits: of the user's number and of the layer's name."""
+    """Derive a layer's seed, a signed 64-bit integer, from the user's number and the layer's name."""
     return int.from_bytes(hashlib.blake2b(f"{number} {name}".encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def keys(seed: Tensor, O: int, I: int) -> tuple[Tensor, Tensor]:
-    """C [1, I] and D [O, 1], int32, of a seed (int64, 0-dim); of seeds [E], with that leading dimension."""
+    """Derive C [1, I] and D [O, 1], int32, from a seed (int64, 0-dim); from seeds [E], with that leading dimension."""
     low, high = ((seed << 32) >> 32).to(torch.int32), (seed >> 32).to(torch.int32)
     rows, columns = (torch.arange(n, dtype=torch.int32, device=seed.device) for n in (O, I))
     C, D = _mix(columns ^ high.unsqueeze(-1)) | 1, _mix(rows ^ low.unsqueeze(-1)) | 1

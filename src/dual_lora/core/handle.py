@@ -1,8 +1,8 @@
-"""What a graph holds of a weight that is read by rows: a handle.
+"""Handles: tensors that stand for a weight that is read by rows.
 
 Operators take tensors, and a RowSource is none. The handle's number is a tensor, by which an operator finds the source
-when it runs. Were it a Python number, it would be a constant of the graph, and a model compiled block by block would be
-compiled for every block anew.
+when it runs. A Python number would be a constant of the graph, and a model that is compiled block by block would be
+compiled again for every block.
 """
 
 import itertools
@@ -27,7 +27,7 @@ class Handle(NamedTuple):
 
 
 def handle(opener: Callable[[], RowSource], shape: tuple[int, int]) -> Handle:
-    """A handle for what `opener` returns, which is called once for every pass over the weight's rows.
+    """Make a handle for what `opener` returns; `opener` is called once for every pass over the weight's rows.
 
     The number keeps the opener alive, as does a graph that has saved the number for its backward.
     """
@@ -38,7 +38,7 @@ def handle(opener: Callable[[], RowSource], shape: tuple[int, int]) -> Handle:
 
 
 def source_of(number: Tensor) -> RowSource:
-    """The weight that a handle's number stands for; RuntimeError if its owner is gone."""
+    """Open the weight that a handle's number stands for. Raises RuntimeError if its owner is gone."""
     opener = _openers.get(int(number))
     if opener is None:
         raise RuntimeError(

@@ -1,8 +1,8 @@
 """Factor products in true fp32, whatever precision the user has chosen for other products.
 
-TF32 operands flip 0.009 % of the signs and change ΔW by 1.7 % (measured). PyTorch keeps that choice in two ways:
-`torch.set_float32_matmul_precision`, and since 2.9 `torch.backends.….fp32_precision` (which Trainer's tf32=True sets),
-after which the functions of the first way raise RuntimeError.
+TF32 operands flip 0.009 % of the signs and change ΔW by 1.7 % (measured). PyTorch has two interfaces for that choice:
+`torch.set_float32_matmul_precision`, and since 2.9 `torch.backends.….fp32_precision` (which Trainer's tf32=True sets).
+Once the second one was used, the functions of the first raise RuntimeError.
 """
 
 import threading
@@ -13,39 +13,39 @@ from typing import Any
 
 import torch
 
-# The choice is the process's, not a thread's: it is put back when the last thread has left.
+# The choice is the process's, not a thread's: it is restored when the last thread has left.
 _lock = threading.Lock()
-_inside = 0
-_put_back: Callable[[], Any] | None = None
+_depth = 0
+_undo: Callable[[], Any] | None = None
 _NOTHING = nullcontext()
 
 
 def ieee_fp32() -> AbstractContextManager[None]:
-    """Products of fp32 matrices are fp32 inside; the user's choice is put back."""
+    """Multiply fp32 matrices in true fp32 inside the block; afterwards the user's choice is restored."""
     try:
-        # With nobody inside, that is the user's own choice, and nobody will put another back meanwhile.
-        if not _inside and torch._C._get_float32_matmul_precision() == "highest":
+        # With no thread inside a block this is the user's own choice, and no thread will restore another one.
+        if not _depth and torch._C._get_float32_matmul_precision() == "highest":
             return _NOTHING
     except RuntimeError:
         pass
-    return _switched()
+    return _in_ieee_fp32()
 
 
 @contextmanager
-def _switched() -> Iterator[None]:
-    global _inside, _put_back
+def _in_ieee_fp32() -> Iterator[None]:
+    global _depth, _undo
     with _lock:
-        if not _inside:
-            _put_back = _switch()
-        _inside += 1
+        if not _depth:
+            _undo = _switch()
+        _depth += 1
     try:
         yield
     finally:
         with _lock:
-            _inside -= 1
-            if not _inside and _put_back is not None:
-                _put_back()
-                _put_back = None
+            _depth -= 1
+            if not _depth and _undo is not None:
+                _undo()
+                _undo = None
 
 
 def wants_tf32() -> bool:
@@ -57,7 +57,7 @@ def wants_tf32() -> bool:
 
 
 def _switch() -> Callable[[], Any] | None:
-    """Switch to true fp32; what puts the user's choice back, or None if that was it."""
+    """Switch to true fp32. Returns a function that restores the user's choice, or None if that was fp32 already."""
     try:
         before = torch.get_float32_matmul_precision()
     except RuntimeError:
@@ -65,14 +65,14 @@ def _switch() -> Callable[[], Any] | None:
         chosen = [(backend, backend.fp32_precision) for backend in backends]
         for backend, _ in chosen:
             backend.fp32_precision = "ieee"
-        return partial(_choose, chosen)
+        return partial(_restore, chosen)
     if before == "highest":
         return None
     torch.set_float32_matmul_precision("highest")
     return partial(torch.set_float32_matmul_precision, before)
 
 
-def _choose(chosen: list[tuple[Any, str]]) -> None:
+def _restore(chosen: list[tuple[Any, str]]) -> None:
     for backend, precision in chosen:
         backend.fp32_precision = "none"  # follows torch.backends.fp32_precision, as it may have done before
         if backend.fp32_precision != precision:

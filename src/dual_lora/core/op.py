@@ -1,13 +1,13 @@
 """The public operator y = x (W + ΣΔW)ᵀ + bias: schema, fake, backward, dispatch.
 
-`torch.ops.dual_lora.linear` keeps x, W and the factors for backward and nothing of the weight's size. It is opaque to
-torch.compile, which is meant: its blocks are the optimisation.
+`torch.ops.dual_lora.linear` keeps x, W and the factors for backward, and no other tensor of the weight's size. It is
+opaque to torch.compile on purpose: its blocks are the optimisation.
 
 `torch.ops.dual_lora.through_rows` gives a foreign y = x Wᵀ the gradient dx = dy W, for quantised layers whose own
 forward has no backward (int8 activations).
 
 Eager mode calls the same two functions from a plain `torch.autograd.Function`: a registered operator with lists of
-tensors costs some 200 µs of Python a layer, which is longer than a layer takes on a GPU below T = 2048.
+tensors costs some 200 µs of Python a layer, more than a layer takes on a GPU below T = 2048.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import dispatch, tokens
 from .blocked import Needs, RowSource
-from .dispatch import are_plain, nobody_watches
+from .dispatch import are_plain_tensors, runs_eagerly
 from .handle import Handle, handle, source_of
 from .reference import Adapter, Factors, check_factors, parts_of
 from .tokens import EXACT
@@ -43,14 +43,14 @@ def dual_lora_linear(
     loss_scale: Tensor | None = None,
     share: float = EXACT,
 ) -> Tensor:
-    """y = x (W + ΣΔW)ᵀ + bias, x [..., I] -> y [..., O], for one or more adapters.
+    """Compute y = x (W + ΣΔW)ᵀ + bias, x [..., I] -> y [..., O], for one or more adapters.
 
     weight: [O, I], any floating dtype and strides; a RowSource for a quantised weight, or under torch.compile a handle
         for one; None for the adapters' share.
     adapters: factors (kept in fp32), scale s = λα/√(r1 r2) as a 0-dim tensor, form.
     loss_scale: 0-dim tensor, the gradient scaler's present factor (only the "clip" estimator looks at it).
-    share: of the tokens, from which the factors' gradients are estimated (`tokens`); EXACT: from all of them; AUTO:
-        from as few as the variance allows. One number is then drawn from torch's generator in backward. x of three
+    share: the share of the tokens that the factors' gradients are estimated from (`tokens`). EXACT: all tokens. AUTO:
+        as few as the variance allows. A sample draws one number from torch's generator in backward. An x of three
         dimensions is a batch of sequences.
 
     Computes in x's dtype, or in autocast's where that is on; P and Q are always fp32, and W + ΔW is rounded once.
@@ -73,7 +73,7 @@ def dual_lora_linear(
             weight = handle(lambda: source, source.shape)
         weight = weight.number
     factors = [f for a in adapters for f in a.factors]
-    direct = nobody_watches() and are_plain(x, weight, bias, loss_scale, *factors)
+    direct = runs_eagerly() and are_plain_tensors(x, weight, bias, loss_scale, *factors)
     if not direct:
         dispatch.refuse_transforms(x, adapters, weight, bias, loss_scale)
     if not direct or torch._C._is_any_autocast_enabled():
@@ -101,7 +101,7 @@ def _linear(x: Tensor, weight: Tensor | None, bias: Tensor | None, adapters: Seq
         y: Tensor = dispatch.implementation(x.device, x.dtype, source, adapters).forward(_rows(x), source, adapters)
         if bias is not None:
             y += bias
-        # No view: nn.ReLU(inplace=True) may follow.
+        # Not a view, because nn.ReLU(inplace=True) may follow.
         return y if x.ndim == 2 else y.resize_(*x.shape[:-1], y.shape[-1])
 
 
@@ -115,18 +115,18 @@ def _linear_backward(
     draw: Tensor | None,
     needs: Needs,
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor] | None]:
-    """dx, dW and the factors' gradients in a row."""
+    """Return dx, dW and the factors' gradients as one list."""
     with dispatch.without_autocast(x.device):
         source = weight if weight is None or weight.ndim else source_of(weight)
         dy, rows = _rows(dy), _rows(x)
-        sampled = None if draw is None else tokens.carriers(dy, rows, len(x) if x.ndim > 2 else 1, share, draw)
-        used = tokens.not_zero(dy)
+        sampled = None if draw is None else tokens.gradient_rows(dy, rows, len(x) if x.ndim > 2 else 1, share, draw)
+        used = tokens.nonzero_rows(dy)
         if used is not None:
             dy, rows = dy[used], rows[used]
-        of_G = sampled or (dy, rows)
-        of = (*of_G, loss_scale) if needs.factors else None
+        G_rows = sampled or (dy, rows)
+        of = (*G_rows, loss_scale) if needs.factors else None
         computes = dispatch.implementation(x.device, x.dtype, source, adapters, of)
-        dx, dW, dF = computes.backward(dy, rows, source, adapters, loss_scale, needs, of_G)
+        dx, dW, dF = computes.backward(dy, rows, source, adapters, loss_scale, needs, G_rows)
     if dx is not None and used is not None:
         dx = x.new_zeros(x.numel() // x.shape[-1], x.shape[-1]).index_copy_(0, used, dx)
     if dx is not None and x.ndim != 2:
@@ -136,8 +136,7 @@ def _linear_backward(
     return dx, dW, None if dF is None else dispatch.flat_gradients(dF, adapters)
 
 
-# For whoever watches: lists of tensors. "default" takes in the devices that this package has no kernels for (mps,
-# xpu …) and that take the blocks.
+# The registered operators, which take lists of tensors. "default" covers devices without kernels here (mps, xpu …) too.
 
 
 @torch.library.impl("dual_lora::linear", "default")
@@ -173,7 +172,7 @@ def _setup(ctx, inputs, output):
 def _keep(
     ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, loss_scale: Any, share: float, adapters: Any
 ) -> None:
-    # One order for both ways: gradient checkpointing may see one in forward and the other when it computes again.
+    # Operator and eager function save in the same order: checkpointing may run one in forward, the other in backward.
     kept, ctx.forms, ctx.share = [x, weight], [], share
     for factors, scale, form, mean_square in adapters:
         kept += *factors, scale, mean_square
@@ -186,7 +185,7 @@ def _keep(
 def _gradients(
     ctx: Any, dy: Tensor, need_x: bool, need_weight: bool, need_bias: bool, need_factors: Sequence[bool]
 ) -> tuple[Any, ...]:
-    """dx, dW, dbias and the factors' gradients; None where no gradient is wanted."""
+    """Return dx, dW, dbias and the factors' gradients; None where no gradient is needed."""
     x, weight, *kept = ctx.saved_tensors
     dx: Any = None
     dW: Any = None
@@ -201,7 +200,7 @@ def _gradients(
         sampling = needs.factors and not needs.weight and ctx.share != EXACT
         draw = torch.rand((), device=x.device) if sampling else None
         # With create_graph=True the operator's own backward raises the error for a second derivative.
-        if nobody_watches() and not torch.is_grad_enabled() and are_plain(dy, x, weight):
+        if runs_eagerly() and not torch.is_grad_enabled() and are_plain_tensors(dy, x, weight):
             dx, dW, dF = _linear_backward(dy, x, weight, adapters, ctx.loss_scale, ctx.share, draw, needs)
         else:
             given = dy, x, weight, *dispatch.flat(adapters), ctx.loss_scale, ctx.share, draw, *needs
@@ -211,7 +210,7 @@ def _gradients(
     if need_bias:
         db = _rows(dy).sum(0).to(ctx.bias_dtype)
     if dF is None or False in need_factors:
-        dF = dispatch.wanted(need_factors, lambda: dF or ())
+        dF = dispatch.needed_gradients(need_factors, lambda: dF or ())
     return dx, dW, db, dF
 
 
@@ -249,7 +248,7 @@ torch.library.define("dual_lora::through_rows_backward", "(Tensor dy, Tensor wei
 
 
 def through_rows(x: Tensor, y: Tensor, weight: Handle) -> Tensor:
-    """y [..., O], of which x [..., I] gets the gradient dy W; y is computed without one."""
+    """Return y [..., O], which was computed without a gradient, with the gradient dy W for x [..., I]."""
     return torch.ops.dual_lora.through_rows(x, y, weight.number)
 
 

@@ -16,12 +16,12 @@ from torch.utils._python_dispatch import _disable_current_modes
 # Sums of so many terms are made in the same order by both libraries, one term after the other; MKL cuts longer ones.
 SAME_BITS = 128
 SMALL = 1 << 20
-"""Multiplications below which oneDNN is slower to call than it is fast."""
+"""Multiplications below which the cost of calling oneDNN is more than it saves."""
 
 
 def mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a @ b, in `out` or in memory of its own (oneDNN allocates what it returns), laid out like `out`."""
-    if not _by_onednn(a, b):
+    """Return a @ b, in `out` or, by oneDNN, in new memory that is laid out like `out`."""
+    if not _uses_onednn(a, b):
         return torch.mm(a, b, out=out)
     if out is not None and out.stride(0) == 1 != out.stride(1):
         return onednn_mm(b.t(), a.t()).t()
@@ -29,15 +29,15 @@ def mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def factors_mm(left: Tensor, right: Tensor, out: Tensor | None) -> Tensor:
-    """P or Q as `mm` gives it, with the bits of torch.mm: all others have to find the same signs."""
-    if _by_onednn(left, right) and right.shape[0] <= SAME_BITS and onednn_sums_alike():
+    """Return P or Q as `mm` does, with the bits of torch.mm: all implementations have to find the same signs."""
+    if _uses_onednn(left, right) and right.shape[0] <= SAME_BITS and onednn_sums_alike():
         return mm(left, right, out)
     return torch.mm(left, right, out=out)
 
 
 @functools.cache
 def onednn_sums_alike() -> bool:
-    """Whether oneDNN adds up as torch.mm does, tried on some: with AVX2 that of torch 2.6 does not."""
+    """Whether oneDNN gives the bits of torch.mm, found by trial: with AVX2, torch 2.6's oneDNN does not."""
     numbers = partial(torch.randn, generator=torch.Generator().manual_seed(0), device="cpu", dtype=torch.float32)
     with _disable_current_modes(), torch.autocast("cpu", enabled=False):
         for rank in (16, 48, SAME_BITS):
@@ -49,7 +49,7 @@ def onednn_sums_alike() -> bool:
 
 
 def mm_columns(whole: Tensor, cols: slice, a: Tensor, b: Tensor) -> Tensor:
-    """`whole` with a @ b in those columns; where that is all of them, the product itself."""
+    """Write a @ b to these columns of `whole` and return it; if they are all of its columns, return the product."""
     part = whole[:, cols]
     product = mm(a, b, part)
     if product is part:
@@ -61,15 +61,15 @@ def mm_columns(whole: Tensor, cols: slice, a: Tensor, b: Tensor) -> Tensor:
 
 
 def addmm_(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b."""
-    if _by_onednn(a, b):
+    """Add a @ b to `total` in place."""
+    if _uses_onednn(a, b):
         total += mm(a, b, total)
     else:
         total.addmm_(a, b)
 
 
-def left(a: Tensor) -> Tensor:
-    """`a` as `mm` takes its first operand without a copy, for one that takes part in several products."""
+def as_left_operand(a: Tensor) -> Tensor:
+    """Return `a` in the layout in which `mm` takes its first operand without a copy; for use in several products."""
     return a.contiguous() if a.dtype == torch.float32 and a.device.type == "cpu" and onednn_is_faster() else a
 
 
@@ -79,11 +79,11 @@ def onednn_mm(a: Tensor, b: Tensor) -> Tensor:
 
 
 def without_gaps(b: Tensor) -> Tensor:
-    """`b`, copied where it is part of a wider matrix: oneDNN would fall back to loops a thousand times slower."""
+    """Return `b`, copied if it is part of a wider matrix, for which oneDNN has only loops, a thousand times slower."""
     return b if b.is_contiguous() or b.t().is_contiguous() else b.contiguous()
 
 
-def _by_onednn(a: Tensor, b: Tensor) -> bool:
+def _uses_onednn(a: Tensor, b: Tensor) -> bool:
     large = a.shape[0] * a.shape[1] * b.shape[1] >= SMALL
     return large and a.dtype == torch.float32 and a.device.type == "cpu" and onednn_is_faster()
 

@@ -7,7 +7,7 @@ and of its relatives, ΔW = s · m(P) ⊙ d, whose d is Q (LoHa), W (HiRA), a fi
 Xu et al., "Dual LoRA: Enhancing LoRA with Magnitude and Direction Updates", arXiv 2512.03402.
 
 Legend for shapes: O out features, I in features, T tokens, r1 magnitude rank, r2 direction rank.
-This file is slow and keeps several O × I tensors for backward: it is for judging, not for training.
+This file is slow and keeps several O × I tensors for backward: it is for comparison, not for training.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _STES, _MAGNITUDES, _DIRECTIONS = get_args(Ste), get_args(Magnitude), get_args(D
 TRAINED = ("sign", "identity")
 """Directions whose factors C and D train."""
 SIGNED = ("sign", "frozen")
-"""Directions of which the sign alone counts."""
+"""Directions of which only the sign is used."""
 
 SHARPNESS = 4.0
 """k of the surrogate derivative, chosen by `results/surrogates/make.py`."""
@@ -48,7 +48,7 @@ class Factors(NamedTuple):
     D: Tensor  # [O, r2]
 
     def rows(self, start: int, stop: int) -> Factors:
-        """The factors of the rows start…stop of ΔW."""
+        """Select the factors of the rows start…stop of ΔW."""
         return Factors(self.A, self.B[start:stop], self.C, self.D[start:stop])
 
 
@@ -64,7 +64,7 @@ class Form(NamedTuple):
     magnitude: "relu", or "identity" for the ablation without ReLU.
     direction: "sign", or "identity" for the ablation without Sign. Without a direction group of their own: "frozen",
         Sign of a fixed random matrix, for which C and D are integers (`frozen.keys`); "weight", the base's weight
-        itself; "one", no direction. `ste` plays a part for "sign" alone.
+        itself; "one", no direction. `ste` matters for "sign" alone.
     live_zero: take ReLU's derivative at exactly 0 as 1, which lets a zero B train (the ramp-free start).
     plain: how many of the ranks of B A, the first, are added as they are, without m and d.
     """
@@ -88,13 +88,8 @@ class Form(NamedTuple):
         return self.direction in TRAINED
 
     @property
-    def clips(self) -> bool:
-        """Whether the values of gradients matter, and not their directions alone."""
-        return self.direction == "sign" and self.ste == "clip"
-
-    @property
     def code(self) -> int:
-        """This form as one integer, the shape in which operators take it; of a sum, of each part alone."""
+        """This form as one integer, as operators take it. A form with plain ranks has none: see `Adapter.parts`."""
         assert not self.plain, "Adapter.parts"
         direction = _DIRECTIONS.index(self.direction)
         return (
@@ -118,43 +113,43 @@ PLAIN = Form(magnitude="identity", direction="one")
 
 
 def scaling(alpha: float, r1: int, r2: int) -> float:
-    """α / √(r1 r2): the scale of ΔW once the warm-up is over. Without a direction group α / (2 r1), which is LoRA's
-    lora_alpha / r at the strength that α stands for."""
+    """Return α / √(r1 r2), the scale of ΔW after the warm-up. Without a direction group: α / (2 r1), which is LoRA's
+    lora_alpha / r, because α is twice `lora_alpha`."""
     return alpha / math.sqrt(r1 * r2) if r2 else alpha / (2 * r1)
 
 
 def magnitude(P: Tensor, form: Form) -> Tensor:
-    """How far each weight moves: ReLU(P), or P in the ablation."""
+    """Return ReLU(P), how far each weight moves; in the ablation, P."""
     return P.clamp(min=0) if form.magnitude == "relu" else P
 
 
 def direction_of(C: Tensor, D: Tensor, form: Form, weight: Tensor | None = None) -> Tensor:
-    """Q, [O, I]: D C, in integers that wrap around where the signs are frozen; the weight; or nothing, a 1."""
+    """Return Q, [O, I]: D C (in wrapping int32 for frozen signs), the weight, or for "one" the number 1."""
     if form.direction == "weight":
-        return needed(weight)
+        return require_weight(weight)
     if form.direction == "one":
         return D.new_ones(())
     return D * C if form.direction == "frozen" else D @ C
 
 
-def needed(weight: Tensor | None) -> Tensor:
-    """The weight that an update is multiplied by. Raises ValueError where there is none."""
+def require_weight(weight: Tensor | None) -> Tensor:
+    """Return the weight that an update is multiplied by. Raises ValueError if it is None."""
     if weight is None:
         raise ValueError('The direction "weight" needs the weight that the update is multiplied by.')
     return weight
 
 
 def direction(Q: Tensor, form: Form) -> Tensor:
-    """Which way each weight moves: +1 where Q > 0, else -1; or Q itself."""
+    """Return Sign(Q), which way each weight moves (+1 where Q > 0, else -1); in the ablations, Q."""
     if form.direction not in SIGNED:
         return Q
     return 2 * (Q > 0).to(Q.dtype if Q.is_floating_point() else torch.get_default_dtype()) - 1
 
 
 def mean_square_of(C: Tensor, D: Tensor) -> Tensor:
-    """rms(Q)² of Q = D C, 0-dim ([E] for experts), from r2 × r2 numbers: ‖D C‖² = ⟨DᵀD, C Cᵀ⟩.
+    """Return rms(Q)² of Q = D C, 0-dim ([E] for experts), from r2 × r2 numbers: ‖D C‖² = ⟨DᵀD, C Cᵀ⟩.
 
-    In fp64 where the device is known to have it: the terms may cancel, and neither autocast nor TF32 rounds them.
+    It is computed in fp64 on CPUs and GPUs, because the terms may cancel; fp64 is not rounded by autocast or TF32.
     """
     wide = torch.float64 if C.device.type in ("cpu", "cuda") else torch.float32
     c, d = C.detach().to(wide), D.detach().to(wide)
@@ -163,7 +158,7 @@ def mean_square_of(C: Tensor, D: Tensor) -> Tensor:
 
 
 def steepness(mean_square: Tensor) -> Tensor:
-    """(k / rms(Q))², by which the surrogate narrows; 0 where Q is zero, which makes it the identity."""
+    """Return (k / rms(Q))², the surrogate's inverse squared width; 0 where Q is zero: the surrogate is the identity."""
     return torch.where(mean_square < TINY, 0.0, SHARPNESS**2 / mean_square)
 
 
@@ -178,13 +173,13 @@ class Adapter(NamedTuple):
     form: Form
     mean_square: Tensor | None = None
 
-    def whole(self) -> Adapter:
-        """The same with the mean square of this Q, if the form asks for one and it is not known."""
+    def with_mean_square(self) -> Adapter:
+        """Return the adapter with `mean_square` filled in from its Q, if its form needs it and it is missing."""
         known = self.mean_square is not None or self.form.ste != "surrogate" or self.form.direction != "sign"
         return self if known else self._replace(mean_square=mean_square_of(self.factors.C, self.factors.D))
 
     def parts(self) -> list[Adapter]:
-        """The same as a sum of adapters of which each has one form: the plain one and the other."""
+        """Split an adapter with plain ranks into two: the plain product and the rest."""
         if not (p := self.form.plain):
             return [self]
         A, B, C, D = self.factors
@@ -193,15 +188,15 @@ class Adapter(NamedTuple):
         return [Adapter(none, self.scale, PLAIN), self._replace(factors=other, form=self.form._replace(plain=0))]
 
     def without_row(self, row: int | None) -> Adapter:
-        """The same with ΔW = 0 in that row, the padding's of an embedding; None: in no row."""
+        """Return the adapter with ΔW = 0 in that row (an embedding's padding); None: in no row."""
         if row is None:
             return self
         B = self.factors.B
         here = torch.arange(B.shape[0], device=B.device) == row
         return self._replace(factors=self.factors._replace(B=B.masked_fill(here.unsqueeze(1), 0.0)))
 
-    def working(self) -> Adapter:
-        """The same with factors in the precision that P and Q are computed in: fp32, or fp64 for fp64 factors."""
+    def in_working_dtype(self) -> Adapter:
+        """Return the adapter in the precision that P and Q are computed in: fp32, or fp64 for fp64 factors."""
         dtype = torch.float64 if self.factors.A.dtype == torch.float64 else torch.float32
         A, B, C, D = self.factors
         if dtype == A.dtype == B.dtype == self.scale.dtype and (
@@ -214,7 +209,7 @@ class Adapter(NamedTuple):
 
 
 def parts_of(adapters: Sequence[Adapter]) -> Sequence[Adapter]:
-    """The adapters, sums taken apart."""
+    """Replace each adapter that has plain ranks by its two parts."""
     for adapter in adapters:
         if adapter.form.plain:
             return [part for a in adapters for part in a.parts()]
@@ -243,11 +238,11 @@ def product_gradients(
     loss_scale: Tensor | float | None = None,
     mean_square: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """∂L/∂P and ∂L/∂Q from G = ∂L/∂W, all [O, I]; ∂L/∂Q is zero where no direction trains.
+    """Compute ∂L/∂P and ∂L/∂Q from G = ∂L/∂W, all [O, I]; ∂L/∂Q is zero where no direction trains.
 
-    loss_scale: the factor L that a gradient scaler has put on the loss. The clip looks at values, so it acts on
-        the unscaled gradient: clip(H / L, -1, 1) · L.
-    mean_square: rms(Q)² of the whole matrix for the surrogate, where this Q is a part; by default of this Q.
+    loss_scale: the factor L by which a gradient scaler multiplies the loss. The clip depends on the gradient's size,
+        so it acts on the unscaled gradient: clip(H / L, -1, 1) · L.
+    mean_square: rms(Q)² of the whole matrix, for the surrogate, if Q is a part of it; by default that of Q.
     """
     H = scale * G * magnitude(P, form)
     dP = scale * G * direction(Q, form)
@@ -288,7 +283,7 @@ class _Combine(torch.autograd.Function):
 
 
 def refuse_trained(scale: Tensor | float) -> None:
-    """Raise ValueError for a scale that is to be trained: the factors alone get gradients."""
+    """Raise ValueError for a scale that requires a gradient: only the factors get gradients."""
     if isinstance(scale, Tensor) and scale.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             "The scale of a Dual LoRA adapter requires a gradient, and there is none for it: detach it, or multiply "
@@ -303,7 +298,7 @@ def delta_weight(
     loss_scale: Tensor | float | None = None,
     weight: Tensor | None = None,
 ) -> Tensor:
-    """ΔW, [O, I], in the factors' dtype, differentiable in the factors.
+    """Compute ΔW, [O, I], in the factors' dtype, differentiable in the factors.
 
     weight: for the direction "weight", a constant.
     """
@@ -325,7 +320,7 @@ def linear(
     form: Form = Form(),  # noqa: B008
     loss_scale: Tensor | float | None = None,
 ) -> Tensor:
-    """y = x (W + ΔW)ᵀ + bias; x [..., I] -> y [..., O]. Without a weight, the adapter's share alone."""
+    """Compute y = x (W + ΔW)ᵀ + bias; x [..., I] -> y [..., O]. Without a weight: x ΔWᵀ + bias."""
     W = delta_weight(factors, scale, form, loss_scale, weight)
     if weight is not None:
         W = weight + W

@@ -1,8 +1,8 @@
-"""The gradient of a composed weight from a sample of the tokens, where a function of another's makes the product.
+"""The gradient of a composed weight from a sample of the tokens, where foreign code computes the product.
 
-y = f(x, W), linear in W: a convolution, an expert's product, the products of several experts at once. f gets W without
-its gradient, so that dx is exact and PyTorch's own, and y passes through a function that gives W its gradient: the
-sum over the tokens that were drawn (`tokens`).
+y = f(x, W), linear in W: a convolution, an expert's product, the products of several experts at once. f gets W
+detached, so that dx is exact and PyTorch's own. Then y passes through a function whose backward computes W's gradient
+from the sampled tokens (`tokens`).
 """
 
 import weakref
@@ -26,7 +26,7 @@ torch.library.define(
 
 
 class Geometry(NamedTuple):
-    """Of a convolution, a number for each of its dimensions; of a product nothing."""
+    """A convolution's options, one number for each dimension; empty for a matrix product."""
 
     stride: Sequence[int] = ()
     padding: Sequence[int] = ()
@@ -44,7 +44,7 @@ def with_sampled_gradient(
     ends: Tensor | None = None,
     geometry: Geometry = PRODUCT,
 ) -> Tensor:
-    """y = f(W), of which W gets the gradient that a share of the tokens estimates; dx is f's own.
+    """Return y = f(W), with W's gradient estimated from a share of the tokens; dx is f's own.
 
     x, weight: [..., I] and [O, I], tokens first; with `ends`: [T, I] and [E, O, I], expert e's tokens are those from
         ends[e - 1] up to ends[e]; with a geometry: [N, I, …] and [O, I / groups, …], whose tokens are y's positions.
@@ -81,13 +81,13 @@ def _sampled_gradient(dy, x, shape, share, draw, ends, stride, padding, dilation
     with dispatch.without_autocast(x.device):
         x = x.to(dy.dtype)
         if stride:
-            return _of_convolution(dy, x, shape, share, draw, Geometry(stride, padding, dilation))
+            return _convolution_gradient(dy, x, shape, share, draw, Geometry(stride, padding, dilation))
         sequences = len(x) if x.ndim > 2 else 1
         dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
         if ends is None:
-            dy, x = tokens.carriers(dy, x, sequences, share, draw) or (dy, x)
+            dy, x = tokens.gradient_rows(dy, x, sequences, share, draw) or (dy, x)
             return dy.mT @ x
-        return _of_experts(dy, x, shape, share, draw, ends)
+        return _expert_gradients(dy, x, shape, share, draw, ends)
 
 
 @torch.library.register_fake("dual_lora::sampled_gradient")
@@ -98,13 +98,13 @@ def _(dy, x, shape, share, draw, ends, stride, padding, dilation):
 torch.library.register_autograd("dual_lora::sampled_gradient", dispatch.refuse_double_backward)
 
 
-def _of_experts(dy: Tensor, x: Tensor, shape: Sequence[int], share: float, draw: Tensor, ends: Tensor) -> Tensor:
-    """The experts' gradients [E, O, I] from a sample of all their tokens."""
-    T = int(ends[-1])  # what comes after belongs to no expert
+def _expert_gradients(dy: Tensor, x: Tensor, shape: Sequence[int], share: float, draw: Tensor, ends: Tensor) -> Tensor:
+    """Estimate the experts' gradients [E, O, I] from one sample of all their tokens."""
+    T = int(ends[-1])  # later rows belong to no expert
     dy, x = dy[:T], x[:T]
-    drawn = tokens.chosen(tokens.leverage(dy, x), share, draw, lambda made, _: made.rest_squared[:1])
+    drawn = tokens.choose_tokens(tokens.leverage(dy, x), share, draw, lambda made, _: made.rest_squared[:1])
     if drawn is not None:
-        dy, x = tokens.weighed(dy, x, drawn)
+        dy, x = tokens.weighted_rows(dy, x, drawn)
         ends = torch.searchsorted(drawn[0].contiguous(), ends.long())  # they are drawn in their order
     G, begin = dy.new_zeros(shape), 0
     for e, end in enumerate(ends.tolist()):
@@ -113,10 +113,10 @@ def _of_experts(dy: Tensor, x: Tensor, shape: Sequence[int], share: float, draw:
     return G
 
 
-def _of_convolution(
+def _convolution_gradient(
     dy: Tensor, x: Tensor, shape: Sequence[int], share: float, draw: Tensor, geometry: Geometry
 ) -> Tensor:
-    """The weight's gradient [O, I / groups, …] from some of y's positions and the patches of x that they see."""
+    """Estimate the gradient [O, I / groups, …] from a sample of y's positions and their patches of x."""
     kernel, n = tuple(shape[2:]), len(geometry.stride)
     if dy.ndim == n + 1:  # without a batch
         dy, x = dy.unsqueeze(0), x.unsqueeze(0)
@@ -125,15 +125,15 @@ def _of_convolution(
     places = dy.movedim(1, -1).reshape(S, -1, groups, O // groups)
     seen = _patch_norms(x, groups, kernel, geometry)
 
-    def variance(made: tokens.Water, draw: Tensor) -> Tensor:
+    def variance(made: tokens.WaterFilling, draw: Tensor) -> Tensor:
         if S < 2:
             return made.rest_squared[:1]
         directions = tokens.probes(draw, (groups * tokens.PROBES, *shape[1:]), x)
         projected = _convolved(x.float(), directions, geometry, groups).reshape(S, groups, tokens.PROBES, -1)
-        return tokens.between(places.permute(0, 2, 3, 1).float() @ projected.mT)
+        return tokens.variance_between_sequences(places.permute(0, 2, 3, 1).float() @ projected.mT)
 
     scores = (tokens.norms(places).double() * seen.double()).flatten(0, 1)
-    drawn = tokens.chosen(scores, share, draw, variance)
+    drawn = tokens.choose_tokens(scores, share, draw, variance)
     if drawn is None:
         return torch.ops.aten.convolution_backward(
             dy, x, dy.new_empty(shape), None, *geometry, False, [0] * n, groups, [False, True, False]
@@ -154,7 +154,7 @@ def _convolved(x: Tensor, weight: Tensor, geometry: Geometry, groups: int) -> Te
 
 
 def _patch_norms(x: Tensor, groups: int, kernel: Sequence[int], geometry: Geometry) -> Tensor:
-    """‖patch‖ by batch, position and group, [S, positions, groups]."""
+    """Return the norm of each patch of x, [S, positions, groups]."""
     squares = x.to(torch.promote_types(x.dtype, torch.float32)).square()
     summed = squares.unflatten(1, (groups, -1)).sum(2)
     ones = summed.new_ones(1, 1, *kernel)
@@ -162,7 +162,7 @@ def _patch_norms(x: Tensor, groups: int, kernel: Sequence[int], geometry: Geomet
 
 
 def _patches(x: Tensor, at: Tensor, sizes: Sequence[int], kernel: Sequence[int], geometry: Geometry) -> Tensor:
-    """The patches of x that the positions see, [tokens, kernel's places, I]; each row of x is read in one piece."""
+    """Gather the patches of x at these positions, [tokens, kernel size, I]; each row of x is read in one piece."""
     x = functional.pad(x, [p for padding in reversed(geometry.padding) for p in (padding, padding)]).movedim(1, -1)
     sample, *places = torch.unravel_index(at, (len(x), *sizes))
     steps = torch.meshgrid(*(torch.arange(k, device=x.device) for k in kernel), indexing="ij")
@@ -174,27 +174,27 @@ def _patches(x: Tensor, at: Tensor, sizes: Sequence[int], kernel: Sequence[int],
     return x.reshape(-1, x.shape[-1])[row]
 
 
-# A function of another's, seen through PyTorch's own calls.
+# Products that foreign code computes with a composed weight, found by a TorchFunctionMode.
 
 _MATMULS = {torch.matmul, torch.mm, Tensor.matmul, Tensor.__matmul__, Tensor.mm}
 
 
 class SampledProducts(TorchFunctionMode):
-    """Products with the composed weights that are added get those weights' gradients from a share of their tokens.
+    """Estimates the gradients of the added weights from a share of the tokens, in the products inside the mode.
 
-    Known are linear, x @ W with a matrix, and the grouped products of experts. Others stay exact, as does all that
-    becomes a graph.
+    It samples linear, x @ W with a matrix, and the grouped products of experts. Other operations stay exact, and so
+    does everything under torch.compile.
     """
 
     def __init__(self, share: float):
         super().__init__()
         self.share = share
-        # A graph takes no address.
+        # A compiled graph has no storage addresses.
         self._idle = share == EXACT or not torch.is_grad_enabled() or torch.compiler.is_compiling()
         self._alive: dict[int, weakref.ref[Tensor]] = {}  # by storage; when its weight is gone, it may be another's
 
-    def entered(self) -> AbstractContextManager[Any]:
-        """The mode, or nothing where nothing is sampled."""
+    def context(self) -> AbstractContextManager[Any]:
+        """Return the mode as a context manager, or an empty one where nothing is sampled."""
         return nullcontext() if self._idle else self
 
     def add(self, composed: Tensor) -> None:
@@ -226,5 +226,5 @@ class SampledProducts(TorchFunctionMode):
 
 
 def _is_grouped(func: Any) -> bool:
-    """PyTorch's grouped product, or transformers' own operator where that has no kernel."""
+    """Whether this is PyTorch's grouped product, or transformers' replacement for it."""
     return getattr(func, "__name__", "") in ("grouped_mm", "_grouped_mm", "grouped_mm_fallback")

@@ -1,9 +1,9 @@
 """Working memory that calls on a CPU share.
 
-What a call allocates anew, the system may hand over page by page, each of them zeroed first: for weights of 384² to
-1,536² that took longer than the arithmetic (docs/explanation/performance-notes.md). So each thread keeps the buffers of
-its last calls, some 20 MB. Nothing that a caller gets lies in them, and one call at a time uses them: none of `core`
-calls another while it works on its buffers.
+The system hands over newly allocated memory page by page and zeroes each page first. For weights of 384² to 1,536²
+that took longer than the arithmetic (docs/explanation/performance-notes.md). So each thread keeps the buffers of its
+last calls, some 20 MB. No result that a caller gets lies in them, and no function of `core` calls another one while it
+uses them.
 """
 
 import threading
@@ -13,30 +13,30 @@ import torch
 from torch import Tensor
 
 SMALLEST, LARGEST = 1 << 17, 32 << 20
-"""Bytes between which a buffer is kept; smaller ones do not come from the system page by page."""
+"""Bytes between which a buffer is kept; the allocator serves smaller ones without new pages."""
 
 
-class _Kept(threading.local):
+class _Buffers(threading.local):
     def __init__(self) -> None:
         self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
 
-_kept = _Kept()
+_buffers = _Buffers()
 
 
 def flat(name: str, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory for `size` numbers, uninitialised, which the next call for this name and dtype gets as well."""
+    """Return uninitialised memory for `size` numbers; the next call for this name and dtype gets the same memory."""
     if device.type != "cpu" or not SMALLEST < size * dtype.itemsize <= LARGEST:
         return torch.empty(size, dtype=dtype, device=device)
-    found = _kept.buffers.get((name, dtype))
+    found = _buffers.buffers.get((name, dtype))
     if found is None or found.numel() < size:
         with torch.inference_mode(False):  # or it could not be written to outside of it
-            found = _kept.buffers[name, dtype] = torch.empty(size, dtype=dtype)
+            found = _buffers.buffers[name, dtype] = torch.empty(size, dtype=dtype)
     return found[:size]
 
 
 def matrices(rows: int, cols: int, dtype: torch.dtype, device: torch.device, names: Sequence[str]) -> list[Tensor]:
-    """The same as matrices [rows, cols], one for each name."""
+    """Return uninitialised matrices [rows, cols] like `flat`, one for each name."""
     size = rows * cols
     if size * dtype.itemsize <= SMALLEST:
         return list(torch.empty(len(names), rows, cols, dtype=dtype, device=device).unbind())

@@ -1,4 +1,4 @@
-"""Which tokens the weight's gradient G = Σ_t dy_t x_tᵀ is made of: those that carry it, or a sample of them.
+"""The tokens that the weight's gradient G = Σ_t dy_t x_tᵀ is computed from: those that are not zero, or a sample.
 
 Rows of dy that are zero (padding, tokens without a loss in the last block) add nothing: leaving them out is exact.
 
@@ -15,23 +15,23 @@ import torch
 from torch import Tensor
 
 EXACT, AUTO = 1.0, 0.0
-"""Shares of the tokens with a meaning of their own; one between them is meant as it is."""
+"""Shares of the tokens with a special meaning: all tokens, and as few as `VARIANCE_BOUND` allows."""
 
-FEWEST = 64
+MIN_TOKENS = 64
 """Tokens below which nothing is sampled or left out."""
 
-BOUND = 0.05
-"""Variance that `AUTO` may add, over that between the batch's sequences."""
+VARIANCE_BOUND = 0.05
+"""Variance that `AUTO` may add, as a share of the variance between the batch's sequences."""
 
 PROBES = 4
-WORTH = 0.05
+MIN_ZERO_SHARE = 0.05
 """Share of the rows that have to be zero before they are left out."""
 
-_HUGE = 1e150  # the leverage of what is not finite: it has to reach the result
+_HUGE = 1e150  # the leverage of NaN and infinity, so that a sample contains them and the result shows them
 
 
-class Water(NamedTuple):
-    """Leverages in descending order, and the sums of those from each on, of them and of their squares."""
+class WaterFilling(NamedTuple):
+    """Leverages in descending order, with the sums of all from each position on, and of their squares."""
 
     scores: Tensor  # [T], fp64, as the tokens stand
     ordered: Tensor
@@ -39,7 +39,7 @@ class Water(NamedTuple):
     rest_squared: Tensor
 
     def level(self, n: int) -> tuple[Tensor, Tensor]:
-        """How many tokens are certain, and what the others share, for n tokens: π = (n - k) · score / R."""
+        """Return k, the number of tokens with π = 1, and R of the others' π = (n - k) · score / R, for n tokens."""
         n = min(n, len(self.ordered))
         certain = torch.arange(n, device=self.ordered.device)
         enough = (n - certain) * self.ordered[:n] <= self.rest[:n]
@@ -47,130 +47,140 @@ class Water(NamedTuple):
         return k, self.rest.gather(0, k)
 
     def probabilities(self, n: int) -> Tensor:
-        """π of each token, [T]."""
+        """Return π of each token, [T]."""
         k, rest = self.level(n)
         return ((n - k) * self.scores / rest.clamp(min=1e-300)).clamp(max=1.0)
 
     def added_variance(self, n: int) -> Tensor:
-        """Σ (1/π - 1) · score²: what independent draws with these π would add to E‖Ĝ - G‖²."""
+        """Return Σ (1/π - 1) · score², which independent draws with these π would add to E‖Ĝ - G‖²."""
         k, rest = self.level(n)
         return rest.square() / (n - k) - self.rest_squared.gather(0, k)
 
     def shift(self) -> Tensor:
-        """A number in [0, 1) of these tokens, added to the draw: processes with one seed but other data draw others.
+        """Return a number in [0, 1) that depends on these tokens; it is added to the draw.
 
-        And those with the same data, such as the replicas of a layer under tensor parallelism, draw the same.
+        So processes with one seed and different data draw different samples, and processes with the same data, such as
+        the replicas of a layer under tensor parallelism, draw the same one.
         """
         return (self.rest[0].view(torch.int64) % 1_000_003).double() / 1_000_003
 
     def draw(self, n: int, draw: Tensor) -> tuple[Tensor, Tensor]:
-        """Which n tokens a systematic sample takes, and the weight 1/π of each."""
+        """Draw a systematic sample: the indices of n tokens, and the weight 1/π of each."""
         chances = self.probabilities(n)
         ends = chances.cumsum(0)
         at = torch.searchsorted(ends, draw.double() + torch.arange(n, device=ends.device), right=True)
-        # Fewer tokens than n may have a leverage at all: the rest of the sample weighs nothing.
+        # Fewer than n tokens may have a leverage above zero: the rest of the sample gets the weight 0.
         beyond = at >= len(ends)
         at = at.clamp(max=len(ends) - 1)
         return at, torch.where(beyond, 0.0, chances[at].clamp(min=1e-300).reciprocal())
 
 
-def water(scores: Tensor) -> Water:
-    """Of leverages [T], or of parts of each token [T, parts], whose squares are added."""
+def water_filling(scores: Tensor) -> WaterFilling:
+    """Order the leverages [T], or those of each token's parts [T, parts], whose squares are added."""
     scores = torch.nan_to_num(scores.double(), nan=_HUGE, posinf=_HUGE)
     if scores.ndim > 1:
         scores = torch.linalg.vector_norm(scores, dim=1)
     ordered = scores.sort(descending=True).values
     rest, squared = (v.flip(0).cumsum(0).flip(0) for v in (ordered, ordered.square()))
-    return Water(scores, ordered, rest, squared)
+    return WaterFilling(scores, ordered, rest, squared)
 
 
 def leverage(dy: Tensor, x: Tensor) -> Tensor:
-    """‖dy_t‖ · ‖x_t‖ of the rows of dy [..., T, O] and x [..., T, I]."""
+    """Return ‖dy_t‖ · ‖x_t‖, [..., T], for the rows of dy [..., T, O] and x [..., T, I]."""
     return norms(dy).double() * norms(x).double()
 
 
 def sample(dy: Tensor, x: Tensor, n: int, draw: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of dy, weighed, and of x, n of each, whose product has the expectation dyᵀ x.
+    """Sample n rows of dy, weighted, and of x; the expectation of their product is dyᵀ x.
 
     draw: one number, uniform in [0, 1).
     """
-    return weighed(dy, x, water(leverage(dy, x)).draw(n, draw))
+    return weighted_rows(dy, x, water_filling(leverage(dy, x)).draw(n, draw))
 
 
-def weighed(dy: Tensor, x: Tensor, drawn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """The drawn rows of dy [T, O], each by its weight, and of x [T, I]."""
+def weighted_rows(dy: Tensor, x: Tensor, drawn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Select the drawn rows of dy [T, O], multiplied by their weights, and of x [T, I]."""
     at, weights = drawn
     return dy[at] * weights.to(dy.dtype).unsqueeze(1), x[at]
 
 
-def count(T: int, share: float, made: Water, variance: Callable[[], Tensor]) -> int:
-    """How many tokens a sample takes; T for all of them. variance: G's own, which `AUTO` adds to."""
+def sample_size(T: int, share: float, made: WaterFilling, variance: Callable[[], Tensor]) -> int:
+    """Return the size of the sample, T for all tokens. variance: computes that of G itself, for `AUTO`."""
     if share != AUTO:
-        return min(T, max(FEWEST, round(share * T)))
-    allowed = BOUND * variance()
+        return min(T, max(MIN_TOKENS, round(share * T)))
+    allowed = VARIANCE_BOUND * variance()
     for part in (16, 8, 4, 3, 2):
-        n = max(FEWEST, T // part)
+        n = max(MIN_TOKENS, T // part)
         if n < T and bool(made.added_variance(n) <= allowed):
             return n
     return T
 
 
-def chosen(
-    scores: Tensor, share: float, draw: Tensor, variance: Callable[[Water, Tensor], Tensor]
+def choose_tokens(
+    scores: Tensor, share: float, draw: Tensor, variance: Callable[[WaterFilling, Tensor], Tensor]
 ) -> tuple[Tensor, Tensor] | None:
-    """Which tokens stand for all, and the weight of each, by their leverages [T]; None for all as they are.
+    """Draw a sample by the leverages [T]: indices and weights; None to use all tokens unweighted.
 
-    variance: G's own, for these tokens and this draw.
+    variance: computes that of G itself, for these tokens and this draw.
     """
     T = len(scores)
-    if T <= FEWEST:
+    if T <= MIN_TOKENS:
         return None
-    made = water(scores)
+    made = water_filling(scores)
     draw = (draw + made.shift()) % 1
-    n = count(T, share, made, lambda: variance(made, draw))
+    n = sample_size(T, share, made, lambda: variance(made, draw))
     return None if n >= T else made.draw(n, draw)
 
 
 def probes(draw: Tensor, shape: Sequence[int], like: Tensor) -> Tensor:
-    """Random directions [shape] of this draw, by which gradients are compared without being made."""
+    """Return Gaussian directions [shape], seeded by the draw; gradients are compared by their projections on them."""
     generator = torch.Generator().manual_seed(int(draw * 2**53))
     return torch.randn(*shape, generator=generator).to(like.device, torch.float32)
 
 
-def between(projected: Tensor) -> Tensor:
-    """The variance of G as the sum over S sequences, estimated from G of each, projected on the probes [S, …]."""
+def variance_between_sequences(projected: Tensor) -> Tensor:
+    """Estimate the variance of G, a sum over S sequences, from each sequence's G projected on the probes, [S, …]."""
     S = len(projected)
     return (projected - projected.mean(0)).double().square().sum() / PROBES * S / (S - 1)
 
 
-def own_variance(dy: Tensor, x: Tensor, sequences: int, made: Water, draw: Tensor) -> Tensor:
-    """The variance of G = dyᵀ x between the sequences of a batch; of a single one, as if its tokens were independent,
-    which is less."""
+def gradient_variance(dy: Tensor, x: Tensor, sequences: int, made: WaterFilling, draw: Tensor) -> Tensor:
+    """Estimate the variance of G = dyᵀ x between the sequences of a batch.
+
+    For a single sequence, the variance of independent tokens, which is smaller.
+    """
     if sequences < 2:
         return made.rest_squared[:1]
     seen = (x.float() @ probes(draw, (x.shape[1], PROBES), x)).view(sequences, -1, PROBES)
-    return between(dy.float().view(sequences, -1, dy.shape[1]).mT @ seen)
+    return variance_between_sequences(dy.float().view(sequences, -1, dy.shape[1]).mT @ seen)
 
 
-def carriers(dy: Tensor, x: Tensor, sequences: int, share: float, draw: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    """Rows of dy and x whose product stands for dyᵀ x; None for all of them as they are."""
-    if draw is None or len(x) <= FEWEST:
+def gradient_rows(
+    dy: Tensor, x: Tensor, sequences: int, share: float, draw: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    """Sample the rows of dy and x that G is estimated from; None to use all rows as they are."""
+    if draw is None or len(x) <= MIN_TOKENS:
         return None
-    drawn = chosen(leverage(dy, x), share, draw, lambda made, draw: own_variance(dy, x, sequences, made, draw))
-    return None if drawn is None else weighed(dy, x, drawn)
+    drawn = choose_tokens(
+        leverage(dy, x), share, draw, lambda made, draw: gradient_variance(dy, x, sequences, made, draw)
+    )
+    return None if drawn is None else weighted_rows(dy, x, drawn)
 
 
-def not_zero(dy: Tensor) -> Tensor | None:
-    """The rows of dy [T, O] that are not zero; None where nearly none is, or on a device that would have to wait."""
-    if dy.device.type != "cpu" or dy.shape[0] <= FEWEST:
+def nonzero_rows(dy: Tensor) -> Tensor | None:
+    """Return the indices of the rows of dy [T, O] that are not zero; None to use all rows.
+
+    All rows are used where few are zero, and on GPUs, which would have to synchronise.
+    """
+    if dy.device.type != "cpu" or dy.shape[0] <= MIN_TOKENS:
         return None
     zero = norms(dy) == 0
     # The square of a small number may be zero where the number is not.
-    if int(zero.sum()) <= WORTH * len(dy) or bool(dy[zero].any()):
+    if int(zero.sum()) <= MIN_ZERO_SHARE * len(dy) or bool(dy[zero].any()):
         return None
     return zero.logical_not_().nonzero().view(-1)
 
 
 def norms(rows: Tensor) -> Tensor:
-    """‖row‖ of each row, at least in fp32."""
+    """Return the norm of each row, in fp32 or wider."""
     return torch.linalg.vector_norm(rows, dim=-1, dtype=torch.promote_types(rows.dtype, torch.float32))

@@ -1,6 +1,6 @@
-"""Dual LoRA on a weight that is one tile: `blocked` without its blocks, for the layers that are small.
+"""Dual LoRA on a weight that is one tile: `blocked` without its blocks, for small layers.
 
-There the cost of a call is that of its Python; each function here is one straight line.
+Such a layer's time is that of the Python calls, so each function here is straight-line code.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from .product import mm
 from .reference import Adapter, Factors
 from .tile import ALL
 
-Made = tuple[Adapter, Tensor, Tensor]  # with P and Q
+Products = tuple[Adapter, Tensor, Tensor]  # with P and Q
 Space = tuple[Any, Any, Any]  # scratch matrices in working precision: for T, for a composed weight, for G
 NAMES = "P0", "Q0", "T", "composed", "gradient"  # the first adapter's products, and the three
 
@@ -23,15 +23,15 @@ NAMES = "P0", "Q0", "T", "composed", "gradient"  # the first adapter's products,
 def forward(x: Tensor, weight: Tensor | None, adapters: Sequence[Adapter]) -> Tensor:
     """y = x (W + ΣΔW)ᵀ for x [T, I], in x's dtype; without a weight, x (ΣΔW)ᵀ."""
     made, space = _products(adapters, weight)
-    return mm(x, _sum(weight, made, space, x.dtype).to(x.dtype).t())
+    return mm(x, _composed(weight, made, space, x.dtype).to(x.dtype).t())
 
 
 def compose(
     weight: Tensor | None, adapters: Sequence[Adapter], dtype: torch.dtype, out: Tensor | None = None
 ) -> Tensor:
-    """W + ΣΔW, [O, I], the rounding to `dtype` of the fp32 sum (fp64's, for that). `out` may be the weight itself."""
+    """Compose W + ΣΔW, [O, I]: the fp32 sum (for fp64, an fp64 sum), rounded to `dtype`. `out` may be the weight."""
     made, space = _products(adapters, weight)
-    W = _sum(weight, made, space, dtype)
+    W = _composed(weight, made, space, dtype)
     return W.to(dtype, copy=True) if out is None else out.copy_(W)
 
 
@@ -42,19 +42,19 @@ def backward(
     adapters: Sequence[Adapter],
     loss_scale: Tensor | None,
     needs: Needs,
-    of_G: tuple[Tensor, Tensor] | None = None,
+    G_rows: tuple[Tensor, Tensor] | None = None,
 ) -> Gradients:
-    """Gradients of `forward` for dy [T, O] and x [T, I]; those of the factors in fp32.
+    """Compute the gradients of `forward` for dy [T, O] and x [T, I]; those of the factors are fp32.
 
-    of_G: other rows of dy and x, whose product is G.
+    G_rows: the rows of dy and x whose product is G, where these are not all rows.
     """
     dx = grads = None
     G: Any = None
     made, space = _products(adapters, weight)
     if needs.x:
-        dx = mm(dy, _sum(weight, made, space, x.dtype, spare=not needs.factors).to(x.dtype))
+        dx = mm(dy, _composed(weight, made, space, x.dtype, spare=not needs.factors).to(x.dtype))
     if needs.weight or needs.factors:
-        dyG, xG = of_G or (dy, x)
+        dyG, xG = G_rows or (dy, x)
         *_, room = space
         G = mm(dyG.t(), xG, None if needs.weight or x.dtype != room.dtype else room)
     if needs.factors:
@@ -63,16 +63,16 @@ def backward(
 
 
 def factor_gradients(G: Tensor, adapters: Sequence[Adapter], loss_scale: Tensor | None) -> list[Factors]:
-    """The factors' share of `backward`, fp32, from a G = ∂L/∂W [O, I], which stays as it is."""
+    """Compute the factors' gradients, fp32, from a given G = ∂L/∂W [O, I], which is not overwritten."""
     return _factor_gradients(G, *_products(adapters, None), loss_scale)
 
 
-def _products(adapters: Sequence[Adapter], weight: Tensor | None) -> tuple[list[Made], Space]:
-    """The adapters in working precision with their P and Q, and room for what is made of them."""
+def _products(adapters: Sequence[Adapter], weight: Tensor | None) -> tuple[list[Products], Space]:
+    """Return the adapters in working precision with their P and Q, and scratch matrices for T, W + ΣΔW and G."""
     made = []
     T = composed = G = None
     for k, adapter in enumerate(adapters):
-        adapter = adapter.working()
+        adapter = adapter.in_working_dtype()
         A, B, *_ = adapter.factors
         names = NAMES if k == 0 else (f"P{k}", f"Q{k}")
         P, Q, *more = scratch.matrices(B.shape[0], A.shape[1], A.dtype, A.device, names)
@@ -82,10 +82,12 @@ def _products(adapters: Sequence[Adapter], weight: Tensor | None) -> tuple[list[
     return made, (T, composed, G)
 
 
-def _sum(weight: Tensor | None, made: list[Made], space: Space, dtype: torch.dtype, spare: bool = True) -> Tensor:
-    """W + ΣΔW before its rounding to `dtype`, in scratch memory where that is not fp64's.
+def _composed(
+    weight: Tensor | None, made: list[Products], space: Space, dtype: torch.dtype, spare: bool = True
+) -> Tensor:
+    """Return W + ΣΔW before its rounding to `dtype`, in scratch memory (fp64: in memory of its own).
 
-    spare: P may be overwritten, which spares a cache another matrix.
+    spare: whether P may be overwritten, which saves cache.
     """
     own, composed, _ = space
     W: Any = weight
@@ -99,11 +101,11 @@ def _sum(weight: Tensor | None, made: list[Made], space: Space, dtype: torch.dty
     return W
 
 
-def _factor_gradients(G: Tensor, made: list[Made], space: Space, loss_scale: Tensor | None) -> list[Factors]:
+def _factor_gradients(G: Tensor, made: list[Products], space: Space, loss_scale: Tensor | None) -> list[Factors]:
     grads, (scaled, *_) = [], space
     for adapter, P, Q in made:
-        (A, B, C, D), scale, *_ = adapter = adapter.whole()
-        rule = tile.estimator(adapter, loss_scale, carries=True)
+        (A, B, C, D), scale, *_ = adapter = adapter.with_mean_square()
+        rule = tile.estimator(adapter, loss_scale, G_is_scaled=True)
         dP, dQ = rule.product_gradients(torch.mul(G, scale, out=scaled), P, Q)
         direction = map(torch.zeros_like, (C, D)) if dQ is None else (D.t().mm(dQ), dQ.mm(C.t()))
         grads.append(Factors(B.t().mm(dP), dP.mm(A.t()), *direction))

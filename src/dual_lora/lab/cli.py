@@ -132,7 +132,7 @@ def main(arguments: list[str] | None = None) -> None:
     show_all(HELP_ALL in given)
     given = ["--help" if a == HELP_ALL else a for a in given]
     debug = "--debug" in given
-    given, modules = _modules(a for a in given if a != "--debug")
+    given, modules = _split_allowed_modules(a for a in given if a != "--debug")
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries would tear ours
     if not debug:
         for library in NOISY:
@@ -150,18 +150,18 @@ def main(arguments: list[str] | None = None) -> None:
         for module in modules:
             allow(module)
         with on_signals(stop_at_once), _help_without_sources():
-            build_app(wanted)(_renamed(given, RENAMED.get(wanted or "", {})))
+            build_app(wanted)(_with_new_option_names(given, RENAMED.get(wanted or "", {})))
     except KeyboardInterrupt as error:
         _fail(str(error) or "Interrupted.", given, exit_status(error))
     except BrokenPipeError:  # the reader of our output has gone, as in `dual-lora recipes list | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except CycloptsError as error:
-        _fail(_of_fields(error.__cause__ or error.__context__) or _usage_error(error, wanted), given)
+        _fail(_field_problems(error.__cause__ or error.__context__) or _usage_error(error, wanted), given)
     except Exception as error:
         if debug:
             _trace()
-        _fail(str(error) if isinstance(error, UserError) else _of_fields(error) or _in_a_sentence(error), given)
+        _fail(str(error) if isinstance(error, UserError) else _field_problems(error) or _in_a_sentence(error), given)
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # of tokenizers and other libraries in Rust, and no Exception
             raise
@@ -189,7 +189,7 @@ def _help_without_sources() -> Iterator[None]:
         parser.add_attribute_docstrings = former
 
 
-def _of_fields(error: BaseException | None) -> str:
+def _field_problems(error: BaseException | None) -> str:
     """What pydantic has found, "" for another error. Its import is left to the commands that have fields."""
     if error is None or "pydantic" not in sys.modules:
         return ""
@@ -224,7 +224,7 @@ def _check_text(given: list[str]) -> None:
             raise UserError(f"{shown} is not UTF-8: rename the file or folder, or make a link to it.") from None
 
 
-def _modules(given: Iterable[str]) -> tuple[list[str], list[str]]:
+def _split_allowed_modules(given: Iterable[str]) -> tuple[list[str], list[str]]:
     """The arguments without `--allow-module NAME`, which every command takes, and those names."""
     kept, modules, rest = [], [], iter(given)
     for argument in rest:
@@ -236,7 +236,7 @@ def _modules(given: Iterable[str]) -> tuple[list[str], list[str]]:
     return kept, modules
 
 
-def _renamed(given: Iterable[str], names: dict[str, str]) -> list[str]:
+def _with_new_option_names(given: Iterable[str], names: dict[str, str]) -> list[str]:
     """The arguments with today's names of options."""
     parts = (argument.partition("=") for argument in given)
     return [f"{names.get(name, name)}{sign}{value}" for name, sign, value in parts]

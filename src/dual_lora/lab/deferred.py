@@ -129,7 +129,7 @@ class _StandIn(ModuleType):
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
         if (action := WITHOUT.get(self.__name__, {}).get(name)) is not None:
             return action
-        return _Later(self, name)
+        return _DeferredObject(self, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         mine = name.startswith("__") or isinstance(value, _StandIn)
@@ -139,7 +139,7 @@ class _StandIn(ModuleType):
             setattr(self._real(), name, value)
 
 
-class _Later:
+class _DeferredObject:
     """What a stand-in was asked for: the real object, found when it is used."""
 
     def __init__(self, holder: Any, name: str):
@@ -156,14 +156,14 @@ class _Later:
 
     def _is_there(self) -> bool:
         holder: Any = self
-        while isinstance(holder, _Later):
+        while isinstance(holder, _DeferredObject):
             holder = holder._holder
         return bool(holder._owner not in holder._finder.names)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or self._is_there():
             return getattr(self._real(), name)
-        return _Later(self, name)
+        return _DeferredObject(self, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._real(), name, value)
@@ -172,7 +172,7 @@ class _Later:
         holder = self._holder
         if isinstance(holder, _StandIn) and not self._is_there():
             if self._name in MADE_LATER.get(holder.__name__, ()) and _while_importing():
-                return _Made(self, given, named)
+                return _DeferredCall(self, given, named)
             if self._name in NOTED.get(holder.__name__, ()):
                 holder._finder.noted[holder._owner].append(lambda: self._real()(*given, **named))
                 return given[0]
@@ -233,10 +233,10 @@ def _while_importing() -> bool:
     return False
 
 
-class _Made(_Later):
+class _DeferredCall(_DeferredObject):
     """What a call would make."""
 
-    def __init__(self, factory: _Later, given: Any, named: Any):
+    def __init__(self, factory: _DeferredObject, given: Any, named: Any):
         super().__init__(factory, "")
         vars(self).update(_given=given, _named=named, _object=None)
 

@@ -82,7 +82,8 @@ def run(
     overrides: laid over the recipe, as in `read_recipe`. A demo that was interrupted goes on where it stopped.
     Raises UserError when `out` holds something else, KeyboardInterrupt with the way on when interrupted.
     """
-    recipe = _recipe(out, seed, overrides or {})
+    data = {"train": str(out / "data" / "train.jsonl"), "test": str(out / "data" / f"{TEST_SETS[-1]}.jsonl")}
+    recipe = read_recipe(RECIPE, Recipe.merged({"data": data, "train": {"seed": seed}}, overrides or {}))
     wanted = {"seed": seed, "examples": examples, "test_examples": test_examples}
     there = _settings(out)
     if there is None and out.is_dir() and any(out.iterdir()):
@@ -140,11 +141,6 @@ def ask(out: Path, request: str) -> str:
     tuned = _open_merged(out, recipe)
     prompt = Prompter(tuned.tokenizer, "chat").prompt_ids(tuple(tool_calls.messages_for(request.strip())))
     return generate_all(tuned.model, tuned.tokenizer, [prompt], 1, recipe.evaluate.max_new_tokens)[0].strip()
-
-
-def _recipe(out: Path, seed: int, overrides: dict[str, Any]) -> Recipe:
-    data = {"train": str(out / "data" / "train.jsonl"), "test": str(out / "data" / f"{TEST_SETS[-1]}.jsonl")}
-    return read_recipe(RECIPE, Recipe.merged({"data": data, "train": {"seed": seed}}, overrides))
 
 
 def _make(out: Path, seed: int, recipe: Recipe, progress: bool) -> DemoResult:

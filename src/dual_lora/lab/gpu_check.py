@@ -34,7 +34,7 @@ def check(targets: tuple[str, ...] = COMPILED, tell: Callable[[str], None] = lam
     if torch.cuda.is_available():
         cards = [torch.device("cuda", n) for n in range(torch.cuda.device_count())]
         result["cards"] = [on_card(card, tell) for card in cards]
-        tried = [launch for card in result["cards"] for launch in [*card["launches"], *_also(card)]]
+        tried = [launch for card in result["cards"] for launch in [*card["launches"], *_other_checks(card)]]
     elif (missing := no_triton()) is not None:
         result |= {"interpreter": missing, "compiled": {}}
         tried = []
@@ -55,7 +55,7 @@ def _lines(found: Any) -> list[dict[str, Any]]:
     return found if isinstance(found, list) else [{"right": False}]
 
 
-def _also(card: dict[str, Any]) -> list[dict[str, Any]]:
+def _other_checks(card: dict[str, Any]) -> list[dict[str, Any]]:
     """What has to hold on a card besides the launches."""
     if not card["launches"]:
         return []
@@ -101,7 +101,7 @@ def on_card(device: torch.device, tell: Callable[[str], None]) -> dict[str, Any]
     """All about one card. What breaks is said in its place, and the rest goes on."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        kernels = dispatch.triton(device)
+        kernels = dispatch.triton_kernels(device)
     properties = torch.cuda.get_device_properties(device)
     found: dict[str, Any] = {
         "device": str(device),

@@ -31,7 +31,7 @@ ROUNDS = 20  # of each time
 AS_EAGER = "as eager mode"
 
 
-def every(device: torch.device, dtype: torch.dtype, ranks: Sequence[tuple[int, int, Form]]) -> Iterator[Launch]:
+def all_launches(device: torch.device, dtype: torch.dtype, ranks: Sequence[tuple[int, int, Form]]) -> Iterator[Launch]:
     """Every way in which the kernels are launched with these ranks and that dtype: tile, alignment, order of sums."""
     target = triton_launch.target(device)
     for n, strides in ((16, (16, 1)), (0, (0, 1))):  # aligned, and shifted by one entry with rows of odd length
@@ -45,7 +45,7 @@ def every(device: torch.device, dtype: torch.dtype, ranks: Sequence[tuple[int, i
             yield Launch("gradient", device, False, tile, (0, n, n), tuple(ranks), (None, layout))
 
 
-def _tried(function: Callable[[], Any]) -> Any:
+def _try(function: Callable[[], Any]) -> Any:
     try:
         return function()
     except Exception as error:
@@ -55,25 +55,25 @@ def _tried(function: Callable[[], Any]) -> Any:
 def measured(device: torch.device) -> dict[str, Any]:
     """What a card is asked besides the launches. What breaks is said in its place."""
     return {
-        "signs": _tried(lambda: {products: sign_flips(device, products, SIZE) for products in ("ieee", "tf32x3")}),
-        "same bits twice": _tried(lambda: same_bits(device, SIZE)),
-        "CUDA graph": _tried(lambda: graph(device)),
-        "memory and time": _tried(lambda: costs(device, SIZE, TOKENS)),
+        "signs": _try(lambda: {products: sign_flips(device, products, SIZE) for products in ("ieee", "tf32x3")}),
+        "same bits twice": _try(lambda: same_bits(device, SIZE)),
+        "CUDA graph": _try(lambda: graph(device)),
+        "memory and time": _try(lambda: costs(device, SIZE, TOKENS)),
     }
 
 
 def launches(device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
     """Every tile, alignment and order of sums for that dtype: the error against fp64, and what it may be."""
     found = []
-    for launch in every(device, dtype, [(RANK, RANK, Form())]):
+    for launch in all_launches(device, dtype, [(RANK, RANK, Form())]):
         limit = triton_check.TOLERANCE[dtype]
-        error = _tried(partial(triton_check.error, launch))
+        error = _try(partial(triton_check.error, launch))
         right = isinstance(error, float) and error <= limit
-        found.append({**_described(launch), "error": error, "limit": limit, "right": right})
+        found.append({**_launch_facts(launch), "error": error, "limit": limit, "right": right})
     return found
 
 
-def _described(launch: Any) -> dict[str, Any]:
+def _launch_facts(launch: Any) -> dict[str, Any]:
     last = launch.tensors[-1]
     kernel = launch.kernel if launch.kernel == "compose" or launch.tensors[0] is not None else "gradient of G"
     return {
@@ -217,7 +217,7 @@ def compile_for(card: str) -> list[dict[str, Any]]:
         get_current_stream = staticmethod(lambda device: 0)
 
     kernels: list[Any] = []
-    run, row = JITFunction.run, triton_launch.row(card)
+    run, row = JITFunction.run, triton_launch.table_row(card)
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         kernels.append(run(self, *args, grid=grid, warmup=True, **options))
@@ -226,10 +226,10 @@ def compile_for(card: str) -> list[dict[str, Any]]:
     triton_launch.target = lambda device: row  # type: ignore[assignment]
     JITFunction.run = compile_only  # type: ignore[method-assign]
     found = []
-    for launch in every(torch.device("cpu"), torch.bfloat16, [(RANK, RANK, Form())]):
-        described = _described(launch)
+    for launch in all_launches(torch.device("cpu"), torch.bfloat16, [(RANK, RANK, Form())]):
+        described = _launch_facts(launch)
         if described["aligned"] and not launch.deterministic:
-            error = _tried(partial(triton_check.error, launch))
+            error = _try(partial(triton_check.error, launch))
             compiled = isinstance(error, float)  # the number means nothing: nothing was launched
             shared = kernels[-1].metadata.shared if compiled else None
             found.append({**described, "right": compiled, "shared": shared, "error": None if compiled else error})

@@ -2,16 +2,17 @@
 
 Without them every decoding step would compose every weight anew: 2 (r1 + r2) flops an entry for one multiply-add.
 
-The one rule: an entry is used only while the factors, λ, the base weight and the active adapters are those that it was
-made from, told by the tensors' version counters and storages; and it lives only without gradients, in eval mode or
-(linear layers) while a model in training mode writes token after token, as RL trainers let it. Fused optimizers raise
-no version counter: every optimizer step clears the cache. Entries are also dropped on backward into their factors,
-`train()`, loading, merging and adapter changes, and (linear layers) where a training pass follows a generation.
+The rule: an entry is valid only while the factors, λ, the base weight and the active adapters are those that it was
+composed from, which the tensors' version counters and storages show. It is used only without gradients, in eval mode
+or (linear layers) while a model in training mode generates token by token, as in RL trainers. Fused optimizers do not
+raise version counters, so every optimizer step clears the cache. Entries are also dropped on backward into their
+factors, `train()`, loading, merging and adapter changes, and (linear layers) when a training pass follows a generation.
 
-Writes to the same memory past autograd are not seen: `param.data.mul_()`, as averages of weights are put in place,
-through `param.detach().numpy()`, or to a vector whose parts are the parameters (`vector_to_parameters`, evolution
-strategies). `param.data = other`, of other memory, is. A linear layer composes anew for a prompt or an evaluation of
-sequences (`DECODED_TOKENS`); in other layers, or without sequences, call `composed_weights.clear()` after such writes.
+Writes to the same memory past autograd are not noticed: `param.data.mul_()` (as weight averages do), writes through
+`param.detach().numpy()`, or to a vector whose parts are the parameters (`vector_to_parameters`, evolution strategies).
+`param.data = other`, with other memory, is noticed. A linear layer composes its weight again for a prompt or an
+evaluation of sequences (`DECODED_TOKENS`). In other layers, or without sequences, call `composed_weights.clear()` after
+such writes.
 """
 
 import threading
@@ -28,13 +29,16 @@ from .precision import Warned
 
 
 def _state(tensor: Tensor) -> tuple[Any, ...]:
-    """Tells a tensor that was replaced, written to or thawed, as long as its storage's address cannot be another's."""
+    """Return a value that changes when the tensor is replaced, written to or thawed.
+
+    It is unique only while a weak reference keeps the storage's address from being reused.
+    """
     storage = tensor.untyped_storage()._cdata
     return id(tensor), tensor._version, storage, tensor.data_ptr(), tensor.requires_grad
 
 
 def version_of(tensor: Tensor) -> int | None:
-    """How often a tensor was written to; None if it was made in inference mode, where nobody counts."""
+    """Return a tensor's version counter; None if it was made in inference mode, where there is none."""
     try:
         return tensor._version
     except RuntimeError:
@@ -42,7 +46,7 @@ def version_of(tensor: Tensor) -> int | None:
 
 
 def _is_unwatched(tensor: Tensor) -> bool:
-    """Whether writes to a tensor are not seen here: made in inference mode, offloaded, or shared with processes."""
+    """Whether writes to a tensor may go unnoticed: made in inference mode, offloaded, or shared between processes."""
     try:
         return version_of(tensor) is None or tensor.is_meta or (tensor.device.type == "cpu" and tensor.is_shared())
     except RuntimeError:  # of several values at once, as under torch.func
@@ -58,7 +62,7 @@ class _Entry(NamedTuple):
 
 
 class ComposedWeights:
-    """W + ΔW of layers in inference, at most `limit_bytes` of them. `dual_lora.composed_weights` is the only one."""
+    """The cache of composed weights, of at most `limit_bytes`. `dual_lora.composed_weights` is the only instance."""
 
     def __init__(self, limit_bytes: int = 4 << 30):
         self.limit_bytes = limit_bytes
@@ -75,7 +79,7 @@ class ComposedWeights:
     def get(
         self, layer: nn.Module, sources: list[Tensor], extra: tuple[Any, ...], make: Callable[[], Tensor]
     ) -> Tensor:
-        """The layer's composed weight, made now if the kept one has other sources. [O, I]"""
+        """Return the layer's composed weight [O, I]; calls `make` unless the cached one has the same sources."""
         if any(_is_unwatched(t) for t in sources):
             return make()
         kept = self._entries.get(layer)
@@ -103,13 +107,13 @@ class ComposedWeights:
         return weight
 
     def _forget(self, layer: weakref.ref[nn.Module], factor: Tensor) -> None:
-        """After a backward into a factor: what comes next will write to it."""
+        """Drop the entry after a backward into a factor: an optimizer will write to the factor next."""
         alive = layer()
         if alive is not None:
             self.drop(alive)
 
     def drop(self, layer: nn.Module) -> None:
-        """Forget the composed weight of one layer."""
+        """Drop the composed weight of one layer."""
         if not self._entries.data:  # type: ignore[attr-defined] # asked in every pass, and faster than its length
             return
         with self._lock:
@@ -118,7 +122,7 @@ class ComposedWeights:
                 hook.remove()
 
     def clear(self) -> None:
-        """Forget all composed weights, e.g. after writing to parameters through `.data`."""
+        """Drop all composed weights, e.g. after writing to parameters through `.data`."""
         with self._lock:
             for layer in list(self._entries):
                 self.drop(layer)

@@ -1,6 +1,7 @@
-"""A callback for transformers' Trainer: nothing but what a layer cannot know by itself, the length of the run.
+"""A callback for transformers' Trainer that tells layers the length of the run.
 
-It has a file of its own: PEFT may be imported while transformers still is, which cannot give its TrainerCallback then.
+It has a file of its own, because PEFT may be imported while transformers is being imported, and TrainerCallback does
+not exist yet.
 """
 
 import copy
@@ -12,7 +13,7 @@ from .layer import layers_of
 
 
 class DualLoraCallback(TrainerCallback):
-    """Tells adapters whose `warmup_steps` is a share of the run how many steps that is."""
+    """Converts a `warmup_steps` that is a share of the run into a number of steps when training begins."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         for name, config in [*getattr(model, "peft_config", {}).items()]:

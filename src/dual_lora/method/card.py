@@ -1,4 +1,4 @@
-"""The card that PEFT, Trainer and TRL write next to an adapter says which package it needs."""
+"""Add to the card that PEFT, Trainer and TRL write next to an adapter which package the adapter needs."""
 
 import functools
 import os
@@ -26,7 +26,7 @@ model = AutoPeftModelForCausalLM.from_pretrained("…")  # this folder, or its n
 
 
 def install() -> None:
-    """Let PEFT's cards say so, of adapters of this method."""
+    """Wrap PEFT's function that writes cards."""
     kind: Any = PeftModel
     theirs = kind.create_or_update_model_card
 

@@ -1,4 +1,4 @@
-"""DualLoraConfig: what a user sets, checked when it is written down."""
+"""DualLoraConfig: the user's options, checked when they are set."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peft.utils import PeftType
 
 from ..core.reference import Form, Magnitude, Ste
 from . import lora_fields
-from .config_checks import PAPER_WARMUP, check_frozen, check_share, check_warmup, of_format_1
+from .config_checks import PAPER_WARMUP, check_frozen, check_share, check_warmup, upgrade_format_1
 from .lora_fields import LORA_ALPHA, is_positive
 from .ranks import Rank, ranks_of, split_rank
 from .saved import check_file
@@ -24,7 +24,7 @@ Sampling = float | Literal["auto"] | None
 FORMAT_VERSION = 2  # 1: the paper's start was the default, `init_weights=True`
 
 ALPHA = 4.0
-"""α over r by default: what one step at LoRA's rate gains is then what LoRA's gains with `lora_alpha=2*r`."""
+"""α / r by default. One step at LoRA's learning rate then gains as much as LoRA's does with `lora_alpha=2*r`."""
 
 EARLIER_ALPHA = 2.0
 """The same for the paper's start, and for adapters of earlier versions."""
@@ -247,7 +247,7 @@ class DualLoraConfig(PeftConfig):
         return self.direction_activation == "frozen"
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """As usual; ranks and start stay consistent: a new r1 or r2 changes `r`, a start has its warm-up."""
+        """Set a field and keep the others consistent: a new r1 or r2 changes `r`, a new start its warm-up."""
         if vars(self).get("_complete") and name in ("alpha", "alpha_pattern"):
             lora_fields.keep_units(self, name, value)
         if not vars(self).get("_complete") or name not in ("r", "r1", "r2", "init_weights", "init_std", "warmup_steps"):
@@ -298,7 +298,7 @@ class DualLoraConfig(PeftConfig):
         return STD if self.init_weights is True and self.direction_activation == "sign" else OTHER_STD
 
     def default_alpha(self, r1: int, r2: int) -> float:
-        """α of a layer of these ranks where none is set: the same if a start is left out, as weights will be loaded."""
+        """Return the default α for these ranks. It is the same for `init_weights=False`, before weights are loaded."""
         return (EARLIER_ALPHA if self.init_weights in ("paper", "zero") else ALPHA) * (r1 + r2)
 
     lora_alpha = property(
@@ -324,24 +324,24 @@ class DualLoraConfig(PeftConfig):
         ).check()
 
 
-def _by_loras_names(init: Any) -> Any:
-    """The generated `__init__`, which takes LoRA's fields as well. (As fields of the class they would be saved.)"""
+def _accept_lora_fields(init: Any) -> Any:
+    """Wrap the generated `__init__` to take LoRA's fields as well. (Fields of the class would be saved.)"""
     own = set(inspect.signature(init).parameters)
 
     @functools.wraps(init)
     def wrapped(self: Any, *args: Any, **options: Any) -> None:
         if options.get("peft_type") and "format_version" not in options and "init_std" in options:
-            options = of_format_1(options)
-        init(self, *args, **lora_fields.translated(options, own))
+            options = upgrade_format_1(options)
+        init(self, *args, **lora_fields.translate(options, own))
 
-    signature = inspect.signature(init)  # PEFT looks there for what a saved configuration may hold
+    signature = inspect.signature(init)  # from which PEFT takes the fields that a saved configuration may have
     theirs = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in lora_fields.names() - own]
     wrapped.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *theirs])  # type: ignore[attr-defined]
     return wrapped
 
 
-def _described(config: type) -> str:
-    """The class's text and, as PEFT's own classes have it, its fields: from their help, which is written once."""
+def _docstring_with_fields(config: type) -> str:
+    """Return the class's docstring with its fields, as PEFT's own classes have them, from the fields' help texts."""
     lines = [
         f"    {f.name} (`{f.type}`, default {f.default if f.default_factory is MISSING else f.default_factory()!r}): "
         f"{f.metadata['help']}"
@@ -351,5 +351,5 @@ def _described(config: type) -> str:
     return "\n".join([inspect.cleandoc(config.__doc__ or ""), "", "Args:", *lines])
 
 
-DualLoraConfig.__init__ = _by_loras_names(DualLoraConfig.__init__)  # type: ignore[method-assign]
-DualLoraConfig.__doc__ = _described(DualLoraConfig)
+DualLoraConfig.__init__ = _accept_lora_fields(DualLoraConfig.__init__)  # type: ignore[method-assign]
+DualLoraConfig.__doc__ = _docstring_with_fields(DualLoraConfig)

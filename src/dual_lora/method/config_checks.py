@@ -1,4 +1,4 @@
-"""Checks of a configuration that are too long to stand among its fields."""
+"""Checks of DualLoraConfig that are too long for the file of its fields."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ PAPER_WARMUP = 50
 
 
 def check_frozen(config: Any, directions: tuple[str, ...]) -> None:
-    """Raise ValueError for an unknown direction, a seed or a plain rank that cannot be."""
+    """Raise ValueError for an unknown direction, or an impossible seed or plain rank."""
     if config.direction_activation not in directions:
         known = ", ".join(map(repr, directions))
         raise ValueError(f"Unknown direction {config.direction_activation!r}: choose one of {known}.")
@@ -27,13 +27,13 @@ def check_frozen(config: Any, directions: tuple[str, ...]) -> None:
 
 
 def check_share(name: str, share: Any) -> None:
-    """Raise ValueError for what is no share of the tokens."""
+    """Raise ValueError for a value that is no share of the tokens."""
     if share not in (None, "auto") and not (is_positive(share) and float(share) <= 1):
         raise ValueError(f"{name} must be a share above 0 and at most 1, 'auto' or None, got {share!r}.")
 
 
 def check_warmup(config: Any) -> None:
-    """Give the paper's start its warm-up, and raise ValueError for one that cannot be, or for another start's."""
+    """Set the default warm-up of the paper's start. Raises ValueError for an impossible one, or with another start."""
     if not isinstance(config.init_weights, bool) and config.init_weights not in ("aligned", "paper", "zero"):
         raise ValueError(
             f"Unknown init_weights {config.init_weights!r}: choose True (B = 0), 'aligned' (with signs of rank one), "
@@ -61,12 +61,12 @@ def check_warmup(config: Any) -> None:
         )
 
 
-def of_format_1(saved: dict[str, Any]) -> dict[str, Any]:
-    """What a configuration that an earlier version has saved says in the present format."""
-    if saved.get("alpha") is None:  # its pattern had α's numbers all the same
+def upgrade_format_1(saved: dict[str, Any]) -> dict[str, Any]:
+    """Convert a configuration that an earlier version saved (format 1) to the present format."""
+    if saved.get("alpha") is None:  # format 1 had α, not `lora_alpha`, in its pattern even then
         saved = saved | {"alpha_pattern": scaled(saved.get("alpha_pattern"), 1 / LORA_ALPHA) or {}}
     if saved.get("init_weights", True) is True:
         return saved | {"init_weights": "paper"}
-    if saved["init_weights"] is False:  # whose strength and whose gradients are the paper's, without its warm-up
+    if saved["init_weights"] is False:  # it had the paper's strength and gradients, without the warm-up
         return saved | {"init_weights": "paper", "warmup_steps": 0}
-    return saved | {"warmup_steps": None}  # which played no part
+    return saved | {"warmup_steps": None}  # it had no effect

@@ -1,9 +1,9 @@
-"""A Dual LoRA adapter as a LoRA adapter, with what each layer loses.
+"""Convert a Dual LoRA adapter to a LoRA adapter, and report the error of each layer.
 
-ΔW = ReLU(B A) ⊙ Sign(D C) is of high rank, so a LoRA of small rank keeps a part of it: the report says how much.
-The best LoRA of a rank (truncated SVD) loses ‖ΔW - B A‖ / ‖ΔW‖ in the Frobenius norm. `peft.convert_to_lora` takes
-these layers too; here every layer has the same shape of factors and scale 1 (smaller ranks are filled up with zeros),
-because servers of LoRA adapters know neither ranks nor scales of single layers.
+ΔW = ReLU(B A) ⊙ Sign(D C) is of high rank, so a LoRA of small rank keeps only a part of it. The best LoRA of a rank
+(truncated SVD) has the error ‖ΔW - B A‖ / ‖ΔW‖ in the Frobenius norm. `peft.convert_to_lora` takes these layers too.
+Here all layers get one rank and scale 1 (smaller ranks are padded with zeros), because servers of LoRA adapters have
+no ranks or scales of single layers.
 """
 
 import os
@@ -23,12 +23,12 @@ from .layer import Linear, named_layers
 from .saved import PEFT_PREFIX, named_as_saved
 
 # Above this, look at the loss on data before a LoRA stands in for the adapter.
-TOO_MUCH = 0.3
+LARGE_ERROR = 0.3
 WEIGHTS = "adapter_model.safetensors"
 
 
 class LayerLoss(NamedTuple):
-    """What a layer's update loses: `error` is ‖ΔW - B A‖ / ‖ΔW‖, 0 for an exact conversion and 1 for none."""
+    """A layer's error ‖ΔW - B A‖ / ‖ΔW‖: 0 for an exact conversion, 1 if nothing of ΔW is kept."""
 
     layer: str
     rank: int
@@ -36,7 +36,7 @@ class LayerLoss(NamedTuple):
 
 
 class Conversion(NamedTuple):
-    """A LoRA adapter and how close it comes, layer by layer."""
+    """A LoRA adapter, with the error of each layer."""
 
     config: LoraConfig
     state_dict: dict[str, Tensor]
@@ -48,12 +48,12 @@ class Conversion(NamedTuple):
 
     @property
     def median(self) -> float:
-        """The middle layer's error."""
+        """The median layer's error."""
         return median_high(loss.error for loss in self.losses)
 
 
 def table(lines: dict[str, str]) -> str:
-    """A line about each layer."""
+    """Format a table with a line for each layer."""
     width = max(map(len, lines))
     return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
 
@@ -88,7 +88,7 @@ def convert_to_lora(
     for name, layer in layers.items():
         if not all(bool(f.isfinite().all()) for f in layer.factors(adapter_name)):
             raise ValueError(f"The layer {name!r} of adapter {adapter_name!r} holds NaN or infinity: it seems broken.")
-        A, B, error = truncated(layer._matrix(layer.get_delta_weight(adapter_name)), rank)
+        A, B, error = truncated_svd(layer._matrix(layer.get_delta_weight(adapter_name)), rank)
         state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"] = A, B
         losses.append(LayerLoss(name.removeprefix(PEFT_PREFIX), A.shape[0], error))
         advance(1)
@@ -96,9 +96,9 @@ def convert_to_lora(
     for key, factor in state.items():  # A [rank, I] or B [O, rank]
         rows, columns = (0, widest - factor.shape[1]) if "lora_B" in key else (widest - factor.shape[0], 0)
         state[key] = nn.functional.pad(factor, (0, columns, 0, rows))
-    lora = LoraConfig(r=widest, lora_alpha=widest, **what_stays(model, config, layers))
-    conversion = Conversion(lora, named_as_saved(state | what_else_is_saved(model, adapter_name)), losses)
-    if conversion.median > TOO_MUCH:
+    lora = LoraConfig(r=widest, lora_alpha=widest, **shared_options(model, config, layers))
+    conversion = Conversion(lora, named_as_saved(state | other_saved_tensors(model, adapter_name)), losses)
+    if conversion.median > LARGE_ERROR:
         what = f"LoRA of rank {rank}" if isinstance(rank, int) else f"LoRA with {rank:.0%} of the energy"
         warn(
             f"{what} loses {conversion.median:.0%} of the update of the median layer: ΔW is of high rank. "
@@ -121,8 +121,11 @@ def save_as_lora(
     return conversion
 
 
-def truncated(matrix: Tensor, rank: int | float) -> tuple[Tensor, Tensor, float]:
-    """(A [k, I], B [O, k], relative error) of the best B A of rank k, or of the least k for a share of the energy."""
+def truncated_svd(matrix: Tensor, rank: int | float) -> tuple[Tensor, Tensor, float]:
+    """Return A [k, I], B [O, k] and the relative error of the best B A.
+
+    rank: k, or the share of the energy ‖ΔW‖² to keep, for which k is the least rank.
+    """
     with torch.no_grad():
         U, S, V = torch.linalg.svd(matrix, full_matrices=False)
         energy = S.double().square().cumsum(0)
@@ -133,7 +136,7 @@ def truncated(matrix: Tensor, rank: int | float) -> tuple[Tensor, Tensor, float]
         return A, B, float((matrix - B @ A).norm() / norm) if norm else 0.0
 
 
-_ALIKE = (
+_SHARED_FIELDS = (
     "modules_to_save", "trainable_token_indices", "ensure_weight_tying", "layer_replication",
     "task_type", "base_model_name_or_path", "revision",
 )  # fmt: skip
@@ -148,25 +151,25 @@ def refuse_biases(config: Any) -> None:
         )
 
 
-def what_stays(model: nn.Module, config: Any, layers: dict[str, Any]) -> dict[str, Any]:
-    """What the configurations of both methods say alike of a converted adapter."""
-    same = {name: value for name in _ALIKE if (value := getattr(config, name, None)) is not None}
+def shared_options(model: nn.Module, config: Any, layers: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a converted adapter's LoraConfig that both methods share."""
+    same = {name: value for name in _SHARED_FIELDS if (value := getattr(config, name, None)) is not None}
     return same | {"target_modules": _targets(model, layers), "inference_mode": True}
 
 
 def _targets(model: nn.Module, layers: dict[str, Any]) -> list[str] | str:
-    """What matches these layers and no other: the last parts of their names, their names, or an expression of these."""
+    """Return `target_modules` that match exactly these layers: short names if possible, full names, or a pattern."""
     whole, others = (
         {name.removeprefix(PEFT_PREFIX) for name in names} for names in (layers, dict(model.named_modules()))
     )
     for targets in ({name.rpartition(".")[2] for name in whole}, whole):
         if whole == {name for name in others if any(f".{name}".endswith(f".{target}") for target in targets)}:
             return sorted(targets)
-    return "|".join(map(re.escape, sorted(whole)))  # PEFT holds it against whole names
+    return "|".join(map(re.escape, sorted(whole)))  # PEFT matches a pattern with whole names
 
 
-def what_else_is_saved(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-    """What PEFT saves with the adapter besides its factors: a classification head, trained tokens."""
+def other_saved_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """Return the tensors that PEFT saves with an adapter besides its factors: a classification head, trained tokens."""
     if not hasattr(model, "peft_config"):
         return {}
     state = get_peft_model_state_dict(model, adapter_name=adapter_name)
@@ -174,7 +177,7 @@ def what_else_is_saved(model: nn.Module, adapter_name: str) -> dict[str, Tensor]
 
 
 def write_adapter(path: str | os.PathLike[str], config: PeftConfig, state: dict[str, Tensor]) -> None:
-    """An adapter folder as PEFT reads it."""
+    """Write an adapter folder that PEFT can load."""
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))

@@ -1,8 +1,8 @@
-"""diffusers saves and loads an adapter by functions of its own that know LoRA's names alone: they learn ours.
+"""Patch diffusers' functions that save and load an adapter, which know LoRA's names only.
 
-Scripts hold these functions by name, often from before this package was imported. So their code is exchanged, and not
-the name in their module. A file of theirs without metadata has no strength, so α is noted next to the factors. In a
-file without either it is that of `lora_alpha` = rank, as for LoRA.
+Scripts hold these functions by name, often from before this package was imported. So the functions' code is replaced,
+not the name in their module. diffusers' files without metadata have no α, so α is saved next to the factors. In a file
+without both, α is that of `lora_alpha` = rank, as for LoRA.
 """
 
 import re
@@ -18,10 +18,10 @@ from .config import LORA_ALPHA, DualLoraConfig
 _MARK, _ALPHA = ".dual_lora_", ".dual_lora_alpha"
 
 
-def teach(function: Any, ours: str) -> Callable[..., Any]:
-    """Let a function of diffusers ask `ours`, a function of this module, first; returns what it was.
+def patch_in_place(function: Any, ours: str) -> Callable[..., Any]:
+    """Replace the code of a function of diffusers by a call of `ours`. Returns the original function.
 
-    ours: takes what the function was, and its arguments.
+    ours: the name of a function of this module that takes the original function and its arguments.
     """
     original = types.FunctionType(
         function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
@@ -36,14 +36,14 @@ def teach(function: Any, ours: str) -> Callable[..., Any]:
 
 
 def note_alpha(B: Any, layer: Any, adapter: str) -> None:
-    """Note a layer's α on its factor in a state that is about to be saved: diffusers' files have no other place."""
+    """Attach a layer's α to its factor B in a state that is about to be saved, for `convert_state`."""
     if B is not None:
         state = layer.states[adapter]
         B._dual_lora_alpha = layer.scaling[adapter] / scaling(1.0, state.r1, state.r2)
 
 
-def converted(original: Callable[..., Any], state: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-    """A state as `save_lora_weights` writes it: of this method as it is, with α where it is known."""
+def convert_state(original: Callable[..., Any], state: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """Convert a state for `save_lora_weights`: keys of this method stay as they are, and known α are added."""
     if not any(_MARK in name for name in state):
         return original(state, *args, **kwargs)
     alphas = {
@@ -54,8 +54,8 @@ def converted(original: Callable[..., Any], state: dict[str, Any], *args: Any, *
     return {**state, **alphas}
 
 
-def configuration(original: Callable[..., Any], state: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-    """The configuration of the adapter in a state: from its metadata, or from the shapes of its factors."""
+def make_configuration(original: Callable[..., Any], state: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """Make the configuration of the adapter in a state, from its metadata or from the shapes of its factors."""
     if not any(_MARK in name for name in state):
         return original(state, *args, **kwargs)
     metadata = kwargs.get("metadata") or (args[1] if len(args) > 1 else None)
@@ -86,14 +86,14 @@ def configuration(original: Callable[..., Any], state: dict[str, Any], *args: An
 
 
 def connect_conversion() -> None:
-    """Teach `convert_state_dict_to_diffusers`; to be called once its module has been imported."""
+    """Patch `convert_state_dict_to_diffusers`; to be called once its module has been imported."""
     from diffusers.utils import state_dict_utils
 
-    teach(state_dict_utils.convert_state_dict_to_diffusers, "converted")
+    patch_in_place(state_dict_utils.convert_state_dict_to_diffusers, "convert_state")
 
 
 def connect_loading() -> None:
-    """Teach what makes a configuration in `load_lora_weights`; to be called once its module has been imported."""
+    """Patch the function with which `load_lora_weights` makes a configuration, once its module has been imported."""
     from diffusers.utils import peft_utils
 
-    teach(peft_utils._create_lora_config, "configuration")
+    patch_in_place(peft_utils._create_lora_config, "make_configuration")

@@ -24,7 +24,7 @@ from .precision import FACTOR_DTYPES, Warned, in_fp32, mark_as_stored
 from .seeds import Seeds
 from .start import give_signs_of_rank_one
 from .strength import AdapterState, Scaling, Strength
-from .warmup import Warmup, warming
+from .warmup import Warmup, warming_layers
 
 Adapters = dict[str, Adapter]  # by name, in the order in which they are added
 
@@ -32,19 +32,18 @@ Adapters = dict[str, Adapter]  # by name, in the order in which they are added
 class FactorsLayer(Warmup, Strength, Seeds, nn.Module, BaseTunerLayer):
     """Factors and life cycle of adapters. Subclasses say how the weight is a matrix [O, I]."""
 
-    samples_tokens = False  # whether gradients can be estimated from some of the tokens
-    takes_dropout = True  # whether the adapter may see another input than the base
+    samples_tokens = False  # whether gradients can be estimated from a share of the tokens
+    takes_dropout = True  # whether the adapter may have dropout, and so another input than the base
     fan_in_fan_out = False  # whether the weight is stored as [I, O]
     cast_input_dtype_enabled = True  # which PEFT's `disable_input_dtype_casting` switches; inputs fit the weight anyhow
 
     adapter_layer_names: tuple[str, ...] = ("dual_lora_A", "dual_lora_B", "dual_lora_C", "dual_lora_D")
     other_param_names: tuple[str, ...] = (
         *("states", "scaling", "tied", "dual_lora_dropout", "dual_lora_left", "dual_lora_scale"),
-        *("dual_lora_seed", "dual_lora_keys", "_made_of"),
+        *("dual_lora_seed", "dual_lora_keys", "_key_sources"),
     )
 
-    # A module first of all: were `nn.Module` named by the subclasses instead, its `train` and `_apply` would come
-    # before the ones below.
+    # nn.Module is a base class here, not of the subclasses: else its `train` and `_apply` would precede those below.
     def __init__(self, base_layer: nn.Module, warned: Warned | None = None) -> None:
         super().__init__()
         self.base_layer = base_layer
@@ -57,37 +56,37 @@ class FactorsLayer(Warmup, Strength, Seeds, nn.Module, BaseTunerLayer):
         self.dual_lora_left = BufferDict(persistent=True)
         self.dual_lora_seed = BufferDict(persistent=True)
         self.dual_lora_keys: dict[str, tuple[Tensor, Tensor]] = {}
-        self._made_of: dict[str, tuple[Tensor, int]] = {}
+        self._key_sources: dict[str, tuple[Tensor, int]] = {}
         self.dual_lora_scale: dict[str, Tensor] = {}
         self._scaling = Scaling({}, self.dual_lora_scale)
         self._disable_adapters = False
-        self.tied: dict[str, FactorsLayer] = {}  # the embedding whose weight, and whose adapter, this is
-        self.warned = Warned() if warned is None else warned  # the model's own, of all its layers
+        self.tied: dict[str, FactorsLayer] = {}  # by adapter, the embedding whose weight and factors this layer shares
+        self.warned = Warned() if warned is None else warned  # shared by all layers of a model
         self.out_features, self.in_features = self._matrix_shape()
-        self.register_state_dict_post_hook(sharded.leave_out_counts)
-        self.register_load_state_dict_pre_hook(sharded.put_counts_in)
+        self.register_state_dict_post_hook(sharded.remove_counts)
+        self.register_load_state_dict_pre_hook(sharded.restore_counts)
         self.register_load_state_dict_post_hook(_after_load)
 
     # The weight as a matrix. Override these three for other layouts.
 
     def _matrix_shape(self) -> tuple[int, int]:
-        """(O, I) of the weight as a matrix."""
+        """Return (O, I) of the weight as a matrix."""
         O, I = self._stored_shape()[-2:]
         return (I, O) if self.fan_in_fan_out else (O, I)
 
     def _matrix(self, weight: Tensor) -> Tensor:
-        """The stored weight as a view [O, I], or a matrix [O, I] in the layout of the stored weight."""
+        """View the stored weight as [O, I]; or (`_from_matrix`) a matrix [O, I] in the layout of the stored weight."""
         return weight.mT if self.fan_in_fan_out else weight
 
     _from_matrix = _matrix
 
     def get_base_layer(self) -> nn.Module:
-        """The innermost base, as PEFT's method finds it; there is one layer inside in nearly all cases."""
+        """Return the innermost base layer, as PEFT's method does, with a fast path for a single wrapper."""
         base: Any = self._modules["base_layer"]
         return super().get_base_layer() if "base_layer" in base._modules else base
 
     def _parameter(self) -> nn.Parameter:
-        """The adapted parameter of the base layer."""
+        """Return the adapted parameter of the base layer."""
         return self.get_base_layer().weight  # type: ignore[return-value]
 
     def _stored_shape(self) -> tuple[int, ...]:
@@ -95,17 +94,17 @@ class FactorsLayer(Warmup, Strength, Seeds, nn.Module, BaseTunerLayer):
         return tuple(getattr(parameter, "ds_shape", None) or parameter.shape)  # ZeRO-3 keeps an empty tensor here
 
     def _factor_shapes(self, r1: int, r2: int) -> list[tuple[int, ...]]:
-        """Shapes of A, B, C and D."""
+        """Return the shapes of A, B, C and D."""
         O, I = self.out_features, self.in_features
         return [(r1, I), (O, r1), (r2, I), (O, r2)]
 
     def extra_repr(self) -> str:
-        """The matrix's shape, which not every base layer prints."""
+        """Print the matrix's shape, which not every base layer does."""
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
     # Factors.
 
-    @torch.inference_mode(False)  # who makes or loads a model in inference mode may move or train it afterwards
+    @torch.inference_mode(False)  # a model that is made or loaded in inference mode may be moved or trained later
     def update_layer(
         self,
         adapter_name: str,
@@ -117,16 +116,19 @@ class FactorsLayer(Warmup, Strength, Seeds, nn.Module, BaseTunerLayer):
         key: str = "",
         **kwargs: Any,
     ) -> None:
-        """Add an adapter, or make one of that name anew. `share`: of the tokens, as the operator takes it.
+        """Add an adapter, or replace the one of that name.
 
-        key: the layer's name, of which a frozen direction is made.
+        share: the share of the tokens that gradients are estimated from, as the operator takes it.
+        key: the layer's name, which the seed of a frozen direction depends on.
+
+        Raises ValueError for a complex weight, a weight cut by a foreign plan, and a `plain_rank` that is not below r1.
         """
         base: Any = self.get_base_layer()
         sharded.refuse_bare_parts(base)
         if isinstance(getattr(base, "weight", None), Tensor) and base.weight.is_complex():
             raise ValueError(f"Dual LoRA updates real weights; that of {base} is {base.weight.dtype}: leave it out.")
         self.tied.pop(adapter_name, None)
-        self._forget_seed(adapter_name)
+        self._delete_seed(adapter_name)
         if config.plain_rank >= r1:
             raise ValueError(
                 f"plain_rank={config.plain_rank} leaves nothing of this layer's rank {r1} for its masked part: it must "
@@ -154,8 +156,8 @@ class FactorsLayer(Warmup, Strength, Seeds, nn.Module, BaseTunerLayer):
         self.begin_warmup(adapter_name, config.warmup_steps or 0)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def _dicts_of(self, adapter: str) -> list[nn.ParameterDict]:
-        """Those that an adapter has a factor in: the first two, where its signs are frozen."""
+    def _factor_dicts(self, adapter: str) -> list[nn.ParameterDict]:
+        """Return the parameter dicts that have a factor of this adapter: only A's and B's if its signs are frozen."""
         return [factors for name in self.adapter_layer_names if adapter in (factors := getattr(self, name))]
 
     def tie(self, adapter_name: str, other: FactorsLayer) -> None:
@@ -164,68 +166,68 @@ class FactorsLayer(Warmup, Strength, Seeds, nn.Module, BaseTunerLayer):
         self.states[adapter_name], self.scaling[adapter_name] = other.states[adapter_name], other.scaling[adapter_name]
         if adapter_name in self.dual_lora_left:
             del self.dual_lora_left[adapter_name]
-        self._forget_seed(adapter_name)
-        self._tie_again(adapter_name)
+        self._delete_seed(adapter_name)
+        self._use_factors_of_tied(adapter_name)
 
-    def _tie_again(self, adapter_name: str) -> None:
+    def _use_factors_of_tied(self, adapter_name: str) -> None:
         other = self.tied[adapter_name]
-        for own, theirs in zip(self._dicts_of(adapter_name), other._dicts_of(adapter_name), strict=True):
-            # Not registered, as PEFT's loading with low memory would make another parameter of it.
+        for own, theirs in zip(self._factor_dicts(adapter_name), other._factor_dicts(adapter_name), strict=True):
+            # Written past `__setitem__`, because PEFT's low-memory loading would replace a registered parameter.
             own._parameters[adapter_name] = theirs[adapter_name]
 
     def reset_dual_lora_parameters(self, adapter_name: str, config: DualLoraConfig) -> None:
-        """Draw the factors: A as LoRA draws its own, B = 0, C and D from N(0, σ²).
+        """Initialise the factors: A as LoRA's A, B = 0, C and D from N(0, σ²).
 
-        With init_weights="aligned" the same with signs of rank one; with "paper" all from N(0, σ²), with "zero" all but
-        B, with False at a visible strength.
+        init_weights="aligned": the same with signs of rank one. "paper": all factors from N(0, σ²). "zero": all but B.
+        False: all from N(0, 0.3²), an update large enough for tests.
         """
-        std = config.std if config.init_weights else 0.3  # for tests: it shows in a model of any width
-        for letter, factors in zip("ABCD", self._dicts_of(adapter_name), strict=False):
+        std = config.std if config.init_weights else 0.3
+        for letter, factors in zip("ABCD", self._factor_dicts(adapter_name), strict=False):
             factor = factors[adapter_name]
             if factor.device.type == "meta":
                 continue
             if letter == "A" and config.starts_like_lora:
                 self._draw_A(factor)
-            elif letter == "B" and config.init_weights and config.form.live_zero:  # by which a zero B trains
+            elif letter == "B" and config.init_weights and config.form.live_zero:  # B = 0 trains by live_zero alone
                 nn.init.zeros_(factor)
             else:
                 nn.init.normal_(factor, std=std)
                 if letter in "CD" and config.init_weights == "aligned" and config.direction_activation == "sign":
                     give_signs_of_rank_one(factor, rank_dimension=-2 if letter == "C" else -1)
-        mark_as_stored(self._stored(adapter_name))
+        mark_as_stored(self._stored_factors(adapter_name))
 
     def _draw_A(self, A: Tensor) -> None:
-        """As LoRA draws the A of a linear layer: uniformly, by the number of inputs."""
+        """Initialise A as LoRA does for a linear layer: uniformly, within 1/√I."""
         nn.init.uniform_(A, -(self.in_features**-0.5), self.in_features**-0.5)
 
-    def _stored(self, adapter: str) -> Factors:
+    def _stored_factors(self, adapter: str) -> Factors:
         held: Any = self._modules
         A, B, C, D = (held["dual_lora_A"], held["dual_lora_B"], held["dual_lora_C"], held["dual_lora_D"])
         if adapter in A._parameters:
             A, B, C, D = A._parameters, B._parameters, C._parameters, D._parameters
-        # Else FSDP1 has put views in their place, which are no parameters.
-        if self.states[adapter].form.direction == "frozen":  # not the ranks, which a hot-swap changes
+        # Otherwise FSDP1 has put views in their place, which are no parameters but attributes.
+        if self.states[adapter].form.direction == "frozen":  # r2 may change by a hot-swap
             return Factors(A[adapter], B[adapter], *self._keys(adapter, A[adapter].device))
         return Factors(A[adapter], B[adapter], C[adapter], D[adapter])
 
     def trainable_factors(self, adapter: str) -> list[Tensor]:
-        """The trainable factors in the order B, A, D, C."""
-        A, B, C, D = self._stored(adapter)
+        """Return the factors that require a gradient, in the order B, A, D, C."""
+        A, B, C, D = self._stored_factors(adapter)
         return [f for f in (B, A, D, C) if f.requires_grad]
 
     def factors(self, adapter: str) -> Factors:
-        """The four factors of an adapter, restored to fp32 if foreign code has cast them down."""
-        four = self._stored(adapter)
+        """Return the four factors of an adapter, restored to fp32 if foreign code has cast them."""
+        four = self._stored_factors(adapter)
         A, B, C, D = four
         frozen = self.states[adapter].form.direction == "frozen"
         right = A.dtype == B.dtype == torch.float32 and (frozen or C.dtype == D.dtype == torch.float32)
         if right and not (A.is_meta or B.is_meta or C.is_meta or D.is_meta):
             return four
-        A, B, *trained = (offloaded.present(factors, adapter) for factors in self._dicts_of(adapter))
+        A, B, *trained = (offloaded.load(factors, adapter) for factors in self._factor_dicts(adapter))
         return in_fp32(Factors(A, B, *(trained or self._keys(adapter, A.device))), self.warned)
 
     def adapter(self, name: str) -> Adapter:
-        """Factors, scale λα/√(r1 r2) and form of an adapter, as the operator takes them."""
+        """Return factors, scale λα/√(r1 r2) and form of an adapter, as the operator takes them."""
         factors, state = self.factors(name), self.states[name]
         scale = self._scale(name, factors.A)
         if state.warmup:
@@ -245,19 +247,19 @@ class FactorsLayer(Warmup, Strength, Seeds, nn.Module, BaseTunerLayer):
     # Life cycle: what drops the cached weight, what restores derived state.
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Choose the active adapters; they train unless `inference_mode`."""
+        """Set the active adapters; they train unless `inference_mode`."""
         chosen = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        if chosen != list(self.active_adapters):  # switching the same ones off and on again keeps what was composed
+        if chosen != list(self.active_adapters):  # setting the same ones again keeps the cached weight
             composed_weights.drop(self)
         super().set_adapter(adapter_names, inference_mode=inference_mode)
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Switch the adapters on or off. What FSDP2 has sharded stays trainable while it is off.
+        """Switch the adapters on or off. Factors that FSDP2 has sharded stay trainable while they are off.
 
-        A factor that is frozen as a shard and thawed as the whole that the forward pass has left in its place would
-        stay frozen as a shard, which is what the optimizer holds: a reference pass would end the training.
+        After a forward pass FSDP2 has put the whole factor in the shard's place. Freezing the shard and then thawing
+        the whole would leave the shard frozen, which is what the optimizer holds: a reference pass would end training.
         """
-        stored = (factor for name in self.states for factor in self._stored(name))
+        stored = (factor for name in self.states for factor in self._stored_factors(name))
         if not enabled and any(map(sharded.is_sharded, stored)):
             self._disable_adapters = True
         else:
@@ -275,19 +277,19 @@ class FactorsLayer(Warmup, Strength, Seeds, nn.Module, BaseTunerLayer):
         return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
-        composed_weights.drop(self)  # first, as a tensor subclass that is looked at cannot be moved
-        factors = {a: [f.data for f in self._stored(a)] for a in self.states}
+        composed_weights.drop(self)  # first, because a tensor subclass that the cache refers to cannot be moved
+        factors = {a: [f.data for f in self._stored_factors(a)] for a in self.states}
         numbers = [(held, a, n.clone()) for held in (self.dual_lora_left, self.dual_lora_seed) for a, n in held.items()]
         result = super()._apply(fn, recurse)
-        for held, adapter, number in numbers:  # `to_empty` has emptied it, and it does not wait on the meta device
+        for held, adapter, number in numbers:  # `to_empty` has overwritten it; it must not stay on the meta device
             made = held[adapter]
             if made.is_meta or made.is_inference():
                 held[adapter] = number.to("cpu" if made.is_meta else made.device)
             else:
-                made.copy_(number)  # in place: `share_memory` has put it where other processes read
+                made.copy_(number)  # in place: after `share_memory` other processes read it there
         for adapter, olds in factors.items():
-            for factor, old in zip(self._stored(adapter), olds, strict=True):
-                # `.to(bfloat16)` and the like move the factors and leave their bits alone.
+            for factor, old in zip(self._stored_factors(adapter), olds, strict=True):
+                # `.to(bfloat16)` and the like move the factors but do not cast them.
                 if factor.dtype not in FACTOR_DTYPES and old.dtype in FACTOR_DTYPES:
                     factor.data = old.to(factor.device)
             self.factors(adapter)
@@ -297,17 +299,17 @@ class FactorsLayer(Warmup, Strength, Seeds, nn.Module, BaseTunerLayer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for adapter in self.states:
-            mark_as_stored(self._stored(adapter))  # a copied parameter has lost what was written on it
-        warming.add(self)  # a deep copy or an unpickled layer has to be counted as well
+            mark_as_stored(self._stored_factors(adapter))  # a copied parameter has lost this attribute
+        warming_layers.add(self)  # the steps of a deep copy or an unpickled layer are counted too
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Move to the base layer's device and stay fp32: rounding fresh factors to the base's dtype flips signs."""
+        """Move an adapter to the base layer's device. It stays fp32: rounding to the base's dtype flips signs."""
         base = self.get_base_layer()
-        held = next(chain(base.parameters(), base.buffers()), None)  # of whatever name: HQQ's and attention's differ
+        held = next(chain(base.parameters(), base.buffers()), None)  # HQQ's and attention's are not called `weight`
         device = held.device if device is None and held is not None else device
         if device is None or device.type == "meta" or adapter_name not in self.states:  # PEFT asks every layer
             return
-        for factors in self._dicts_of(adapter_name):
+        for factors in self._factor_dicts(adapter_name):
             factor = factors[adapter_name]
             moved = factor if factor.device.type == "meta" else factor.detach().to(device)
             if moved.device != factor.device:
@@ -316,14 +318,14 @@ class FactorsLayer(Warmup, Strength, Seeds, nn.Module, BaseTunerLayer):
             if adapter_name in numbers:
                 numbers[adapter_name] = numbers[adapter_name].to(device)
         self._scale(adapter_name)
-        mark_as_stored(self._stored(adapter_name))
+        mark_as_stored(self._stored_factors(adapter_name))
 
 
 def _after_load(layer: FactorsLayer, incompatible_keys: Any) -> None:
-    """After load_state_dict: what is derived from the factors follows."""
+    """After load_state_dict: update what is derived from the factors."""
     composed_weights.drop(layer)
     for adapter in layer.states:
-        mark_as_stored(layer._stored(adapter))
+        mark_as_stored(layer._stored_factors(adapter))
         if adapter in layer.tied:  # `assign=True` has made two parameters of one
-            layer._tie_again(adapter)
+            layer._use_factors_of_tied(adapter)
         layer._scale(adapter)

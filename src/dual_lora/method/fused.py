@@ -1,4 +1,4 @@
-"""PEFT's own HiRA and LoHa layers by this package's product: the same numbers, in less time and memory.
+"""PEFT's own HiRA and LoHa layers, computed by this package's product: the same results in less time and memory.
 
     HiRA   y = x (W + Σ W ⊙ B A)ᵀ + bias                  LoHa   y = x (W + Σ α/r · (w1_a w1_b) ⊙ (w2_a w2_b))ᵀ + bias
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .._warning import warn
-from ..core.compose_op import Composed, dual_lora_weight, recomposing
+from ..core.compose_op import Composed, dual_lora_weight, recompose_in_backward
 from ..core.dispatch import autocast_dtype
 from ..core.op import dual_lora_linear
 from ..core.reference import Adapter, Factors, Form
@@ -39,7 +39,7 @@ LOHA = Form(magnitude="identity", direction="identity")
 
 
 class _FusedLayer:
-    """The forward of a layer of PEFT's, by the composed weight where nothing asks for PEFT's own."""
+    """A PEFT layer whose forward uses the composed weight unless it has to be PEFT's own (`_fallback_reason`)."""
 
     forwards: tuple[Any, ...]
     frozen_base = False  # whether the base's weight must not train
@@ -53,7 +53,7 @@ class _FusedLayer:
         """Whether the layer has an adapter."""
         raise NotImplementedError
 
-    def _drops(self, name: str) -> bool:
+    def _has_dropout(self, name: str) -> bool:
         """Whether an adapter has dropout of any kind."""
         raise NotImplementedError
 
@@ -65,8 +65,8 @@ class _FusedLayer:
         """f(x; W + ΣΔW)."""
         raise NotImplementedError
 
-    def _why_not(self, names: list[str]) -> str | None:
-        """Why a forward of these adapters is left to PEFT, whatever the input is; None if it is not."""
+    def _fallback_reason(self, names: list[str]) -> str | None:
+        """Return why the forward of these adapters has to be PEFT's own for every input; None if it does not."""
         base = self.base_layer
         if not is_plain(base, self.forwards):
             return f"its base {type(base).__name__} is quantised, has hooks, or a forward of its own"
@@ -77,28 +77,28 @@ class _FusedLayer:
             return "its base trains, and the update is a multiple of it"
         if getattr(base, "padding_mode", "zeros") != "zeros":
             return f"padding_mode={base.padding_mode!r}, which PEFT's update has not"
-        if any(map(self._drops, names)):
+        if any(map(self._has_dropout, names)):
             return "dropout, under which the update sees another input, or is another, than without"
         return None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As PEFT's."""
         names = [] if self.disable_adapters or self.merged else [n for n in self.active_adapters if self._has(n)]
-        if not names or args or kwargs or not self._takes(x) or self._why_not(names):
+        if not names or args or kwargs or not self._accepts(x) or self._fallback_reason(names):
             return super().forward(x, *args, **kwargs)  # type: ignore[misc, no-any-return]
         return self._product(x, [self._adapter(name) for name in names])
 
-    def _takes(self, x: Tensor) -> bool:
-        """Whether the base takes x as it is, or in autocast's precision."""
+    def _accepts(self, x: Tensor) -> bool:
+        """Whether the fused product takes x: floating-point, in the weight's dtype or under autocast."""
         weight = self.base_layer._parameters.get("weight")
-        if weight is None or weight.is_meta or not weight.numel():  # it is brought by hooks
+        if weight is None or weight.is_meta or not weight.numel():  # hooks load it
             return False
         floats = x.is_floating_point() and not x.is_nested
         return floats and (x.dtype == weight.dtype or autocast_dtype(x.device, x.dtype) is not None)
 
 
 def _scale(x: Tensor, value: float) -> Tensor:
-    # In fp32 as PEFT has it, to whose numbers fp64's agree.
+    # fp32, as in PEFT: fp64 layers then give PEFT's results too.
     return torch.full((), value, dtype=torch.float32, device=x.device)
 
 
@@ -111,7 +111,7 @@ class FusedHiraLinear(_FusedLayer, hira.Linear):
     def _has(self, name: str) -> bool:
         return name in self.hira_A
 
-    def _drops(self, name: str) -> bool:
+    def _has_dropout(self, name: str) -> bool:
         return isinstance(self.hira_dropout[name], nn.Dropout)
 
     def _adapter(self, name: str) -> Adapter:
@@ -130,7 +130,7 @@ class _FusedLoHa(_FusedLayer):
     def _has(self, name: str) -> bool:
         return name in self._available_adapters  # type: ignore[attr-defined]
 
-    def _drops(self, name: str) -> bool:
+    def _has_dropout(self, name: str) -> bool:
         return bool(self.rank_dropout[name] or self.module_dropout[name])  # type: ignore[attr-defined]
 
     def _adapter(self, name: str) -> Adapter:
@@ -152,17 +152,17 @@ class FusedLoHaLinear(_FusedLoHa, loha.Linear):
 class _FusedLoHaConv(_FusedLoHa):
     forwards = nn.Conv1d.forward, nn.Conv2d.forward
 
-    def _why_not(self, names: list[str]) -> str | None:
+    def _fallback_reason(self, names: list[str]) -> str | None:
         if any(name in self.hada_t1 for name in names):
             return "an effective convolution (use_effective_conv2d), whose factors are no matrices"
-        return super()._why_not(names)
+        return super()._fallback_reason(names)
 
     def _product(self, x: Tensor, adapters: list[Adapter]) -> Tensor:
         base = self.base_layer
         dtype = autocast_dtype(x.device, x.dtype) or x.dtype
         weight = base.weight.flatten(1)
         composed = Composed(dual_lora_weight(weight, adapters, dtype=dtype), weight, adapters)
-        with recomposing(composed):
+        with recompose_in_backward(composed):
             return base._conv_forward(x, composed.result.view(base.weight.shape), base.bias).to(x.dtype)
 
 
@@ -183,14 +183,14 @@ FUSED: dict[type[nn.Module], type[Any]] = {
 
 
 class Fused(NamedTuple):
-    """What `fuse` did: the layers that compute by this package's product, and why it left the others as they were."""
+    """The result of `fuse`: the layers that use this package's product, and for each other layer the reason."""
 
     layers: list[str]
     left: dict[str, str]
 
 
 def fuse(model: nn.Module, token_sampling: Sampling = None) -> Fused:
-    """Let PEFT's HiRA and LoHa layers of a model compute by one product with the composed weight.
+    """Make PEFT's HiRA and LoHa layers of a model compute one product with the composed weight.
 
     token_sampling: as `DualLoraConfig` has it, for linear layers: the share of the tokens from which the adapters'
         gradients are estimated, "auto", or None for all of them.
@@ -217,7 +217,7 @@ def fuse(model: nn.Module, token_sampling: Sampling = None) -> Fused:
             left[name] = f"PEFT's {before.__module__.split('.')[-2]}.{before.__name__} has no other form here"
             continue
         layer.__class__ = ours
-        reason = layer._why_not([n for n in layer._all_available_adapter_names() if layer._has(n)])
+        reason = layer._fallback_reason([n for n in layer._all_available_adapter_names() if layer._has(n)])
         if reason:
             layer.__class__ = _plain_class(ours)
             left[name] = reason
@@ -231,7 +231,7 @@ def fuse(model: nn.Module, token_sampling: Sampling = None) -> Fused:
 
 
 def unfuse(model: nn.Module) -> list[str]:
-    """Give the layers that `fuse` has changed back to PEFT, as they were; returns their names."""
+    """Restore PEFT's forward in the layers that `fuse` has changed. Returns their names."""
     found = {name: module for name, module in model.named_modules() if isinstance(module, _FusedLayer)}
     for layer in found.values():
         layer.__class__ = _plain_class(type(layer))  # type: ignore[assignment]

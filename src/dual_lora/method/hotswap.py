@@ -1,7 +1,7 @@
-"""PEFT's hot-swap of adapters, for Dual LoRA: other factors in the same tensors, so that nothing recompiles.
+"""PEFT's hot-swap of adapters, for Dual LoRA: new factors in the same tensors, so that nothing recompiles.
 
-A smaller rank is padded with zeros, which leaves P = B A and Q = D C as they are. λα/√(r1 r2) is a tensor already.
-`install` teaches `peft.utils.hotswap` this method; adapters of other methods go to PEFT's own functions.
+A smaller rank is padded with zeros, which does not change P = B A and Q = D C. λα/√(r1 r2) is a tensor already.
+`install` wraps the functions of `peft.utils.hotswap`; adapters of other methods go to PEFT's own functions.
 """
 
 import copy
@@ -24,7 +24,7 @@ from .patterns import layer_options
 from .precision import mark_as_stored
 from .strength import AdapterState
 
-# What has to agree between the adapters; ranks, α and the estimator (which only training sees) need not.
+# The options in which both adapters have to agree; ranks, α and the estimator (used in training only) may differ.
 KEYS_TO_CHECK = ["magnitude_activation", "direction_activation", "plain_rank", "dropout"]
 RANK_DIMENSION = {"A": -2, "B": -1, "C": -2, "D": -1}
 
@@ -34,7 +34,7 @@ def hotswap_from_state_dict(
 ) -> None:
     """Replace an adapter's factors by those of `state_dict` (as saved, with or without the adapter's name).
 
-    Layers that the new adapter leaves out get ΔW = 0. The model's configuration then says what is stored, for saving.
+    Layers that the new adapter leaves out get ΔW = 0. The model's configuration is updated, so that it can be saved.
     Raises RuntimeError, with nothing changed, for tensors of layers that the old adapter does not have and for shapes
     that differ in more than the rank; ValueError while the adapter is merged.
     """
@@ -64,7 +64,7 @@ def hotswap_from_state_dict(
                 f"Hot swapping the adapter did not succeed: the seed of frozen signs, {name}.dual_lora_seed, is "
                 "missing. Save the adapter with `save_pretrained`."
             )
-    key_of = _keys(model)
+    key_of = _key_function(model)
     scales: dict[DualLoraLayer, Tensor] = {}
     with torch.no_grad():
         for key, value in others.items():
@@ -74,11 +74,11 @@ def hotswap_from_state_dict(
             scales[layer] = layer._scale(adapter_name)
             if adapter_name in layer.tied:
                 continue  # its factors are the embedding's
-            for letter, factors in zip(RANK_DIMENSION, layer._dicts_of(adapter_name), strict=False):
+            for letter, factors in zip(RANK_DIMENSION, layer._factor_dicts(adapter_name), strict=False):
                 _write(factors[adapter_name], new.get(f"{name}.dual_lora_{letter}"))
             if adapter_name in layer.dual_lora_seed and (seed := new.get(f"{name}.dual_lora_seed")) is not None:
                 layer.set_seed(adapter_name, seed)
-            mark_as_stored(layer._stored(adapter_name))
+            mark_as_stored(layer._stored_factors(adapter_name))
             r1, r2, alpha = layer_options(config, key_of(name, layer))
             before, left = layer.states[adapter_name], new.get(f"{name}.dual_lora_left")
             state = AdapterState(r1, r2, alpha, before.form, before.warmup, before.share)
@@ -99,8 +99,8 @@ def hotswap_from_state_dict(
         _write_options(changed, model, adapter_name)
 
 
-def _keys(model: nn.Module) -> Callable[[str, DualLoraLayer], str]:
-    """How patterns know a layer, by its name: as it was called when it was made, an attention's projection like it."""
+def _key_function(model: nn.Module) -> Callable[[str, DualLoraLayer], str]:
+    """Return a function from a layer and its name to the key that patterns match: its name in the base model."""
     tuners = (f"{name}.model.".lstrip(".") for name, m in model.named_modules() if isinstance(m, BaseTuner))
     root = next(tuners, "")
 
@@ -112,8 +112,8 @@ def _keys(model: nn.Module) -> Callable[[str, DualLoraLayer], str]:
 
 
 def _write_options(config: Any, model: nn.Module, adapter: str) -> None:
-    """The ranks and the α of every layer, as they are stored, as patterns where they are not the usual ones."""
-    key_of, named = _keys(model), named_layers(model, adapter)
+    """Write the stored ranks and α of every layer to the configuration: the most common, and patterns for others."""
+    key_of, named = _key_function(model), named_layers(model, adapter)
     layers = {key_of(name, layer): _stored_options(layer, adapter) for name, layer in named.items()}
     if not layers:
         return
@@ -124,15 +124,15 @@ def _write_options(config: Any, model: nn.Module, adapter: str) -> None:
 
 
 def _stored_options(layer: DualLoraLayer, adapter: str) -> tuple[int, int, float]:
-    """Ranks of the factors as they are stored, padded or not, and the α that makes the same scale with these."""
-    factors, state = layer._stored(adapter), layer.states[adapter]
+    """Return the stored ranks, with padding, and the α that gives the same scale with them."""
+    factors, state = layer._stored_factors(adapter), layer.states[adapter]
     r1, r2 = factors.A.shape[-2], factors.C.shape[-2] if state.r2 else 0
     return r1, r2, state.strength / scaling(1.0, r1, r2)
 
 
 def _check_shapes(layers: dict[str, DualLoraLayer], new: dict[str, Tensor], adapter: str) -> None:
     for name, layer in layers.items():
-        for (letter, dimension), factors in zip(RANK_DIMENSION.items(), layer._dicts_of(adapter), strict=False):
+        for (letter, dimension), factors in zip(RANK_DIMENSION.items(), layer._factor_dicts(adapter), strict=False):
             key = f"{name}.dual_lora_{letter}"
             old = list(factors[adapter].shape)
             got = list(new[key].shape) if key in new else old
@@ -145,19 +145,19 @@ def _check_shapes(layers: dict[str, DualLoraLayer], new: dict[str, Tensor], adap
 
 
 def _write(old: Tensor, new: Tensor | None) -> None:
-    """Copy into the tensor that is there; only a larger rank needs one of its own."""
-    old.zero_()  # seen by a graph that waits for its backward, as a write to `.data` is not
+    """Copy `new` into the tensor `old`, padded with zeros; a larger rank replaces its memory. None: zeros."""
+    old.zero_()  # raises the version counter, which a write to `.data` does not: a waiting backward raises an error
     if new is None:
         return
     new = new.to(old.device, old.dtype)
     if any(n > o for n, o in zip(new.shape, old.shape, strict=True)):
-        old.data = new.clone()  # `state_dict` stays its owner's
+        old.data = new.clone()  # do not share memory with `state_dict`
     else:
         old[tuple(slice(0, n) for n in new.shape)].copy_(new)
 
 
 def pad_ranks(model: nn.Module, target_rank: int | None, config: Any = None) -> None:
-    """Pad the factors of every adapter with zeros to a total rank, halved (r1 one more, if odd); None: leave them.
+    """Pad the factors of every adapter with zeros to a total rank, half for each group (r1 rounded up). None: do not.
 
     Raises ValueError, with nothing changed, for an adapter that is larger already.
     """
@@ -199,14 +199,14 @@ def pad_ranks(model: nn.Module, target_rank: int | None, config: Any = None) -> 
 
 
 def _rescale(layer: DualLoraLayer, adapter: str, before: Tensor) -> None:
-    """Write the adapter's strength where the old one was, for captured CUDA graphs."""
+    """Write the adapter's strength into the old tensor, which captured CUDA graphs read."""
     now = layer._scale(adapter)
     if now is not before and not before.is_inference() and (before.device, before.dtype) == (now.device, now.dtype):
         layer.dual_lora_scale[adapter] = before.copy_(now)
 
 
 def install() -> None:
-    """Make PEFT's own functions work for adapters of this method."""
+    """Wrap PEFT's hot-swap functions so that they take adapters of this method."""
     from peft.utils import PeftType, hotswap
 
     hotswap.CONFIG_KEYS_TO_CHECK[PeftType.DUAL_LORA] = KEYS_TO_CHECK  # type: ignore[attr-defined]

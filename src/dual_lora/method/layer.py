@@ -1,7 +1,7 @@
 """Dual LoRA on one layer: y = x (W + λ · α/√(r1 r2) · ReLU(B A) ⊙ Sign(D C))ᵀ + bias.
 
-Xu et al., arXiv 2512.03402. The mathematics is in `core`; here is the choice between the fused product and base +
-adapter (dropout, hooks). `factors` keeps the adapters and their warm-up, `merge` writes them into the base.
+Xu et al., arXiv 2512.03402. The mathematics is in `core`. This file chooses between the fused product and the sum of
+base and adapter (dropout, hooks). `factors` holds the adapters and their warm-up, `merge` writes them into the base.
 """
 
 from collections.abc import Callable, Iterable
@@ -23,20 +23,20 @@ from ..core.tokens import AUTO, EXACT
 from .cache import composed_weights
 from .config import DualLoraConfig
 from .factors import Adapters
-from .merge import MergeLayer, is_code
+from .merge import MergeLayer, is_foreign_tensor
 from .parallel import sharded
 from .replaced import replaced
 from .scaler import loss_scale
 
-# Up to so many rows of x, composing the weight costs more than using it, and inference keeps the composed weight.
+# Up to so many rows of x, composing the weight costs more than its product, and inference keeps the composed weight.
 CACHED_ROWS = 256
-# More tokens of a sequence at once are a prompt or an evaluation: the weight is composed anew, as it may come after a
-# write that nobody saw. Fewer are decoding, of single tokens or of some that a draft model proposes.
+# Up to so many tokens of a sequence at once are decoding (one token, or some that a draft model proposes). More are a
+# prompt or an evaluation: then the weight is composed again, because a write to it may have gone unnoticed.
 DECODED_TOKENS = 16
 
 
 class DualLoraLayer(MergeLayer):
-    """What every adapted layer has: factors, warm-up, merge, and what a forward asks of them."""
+    """The base class of all adapted layers: factors, warm-up, merge, and the checks of a forward pass."""
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: DualLoraConfig, **options: Any) -> None:
         super().__init__(base_layer, options.pop("warned", None))
@@ -62,13 +62,13 @@ class DualLoraLayer(MergeLayer):
             )
 
     def _adapters_to_add(self) -> list[str]:
-        """The adapters that a forward adds to the base as it is. Takes them out of it, where they are switched off."""
+        """Return the active adapters that are not merged. If adapters are disabled, unmerges them and returns none."""
         if self._disable_adapters or self.merged_adapters:
             if self._disable_adapters and self.merged_adapters:
                 self.unmerge()
             return []
-        active = self._active_adapter  # which `active_adapters` reads by two more properties
-        names = self._present([active] if isinstance(active, str) else active)
+        active = self._active_adapter  # `active_adapters` would be two more calls
+        names = self._known_names([active] if isinstance(active, str) else active)
         if names and torch._C._get_tracing_state() and torch.onnx.is_in_onnx_export():
             raise NotImplementedError(
                 "torch.onnx.export(…, dynamo=False) knows no operator of Dual LoRA's. Export with dynamo=True, or "
@@ -76,10 +76,10 @@ class DualLoraLayer(MergeLayer):
             )
         return names
 
-    def _may_keep(self, x: Tensor | None = None) -> bool:
-        """Whether a composed weight may be kept: in inference, and not in a graph, of which it would be a constant.
+    def _may_cache(self, x: Tensor | None = None) -> bool:
+        """Whether a composed weight may be cached: in inference, but not in a graph, where it would be a constant.
 
-        x: one token of each sequence shows that a model generates, as trainers let it in training mode as well.
+        x: an input of one token per sequence counts as inference in training mode too, because trainers generate there.
         """
         if torch.is_grad_enabled() or is_traced() or torch._C._len_torch_dispatch_stack():  # make_fx, fake tensors
             return False
@@ -87,69 +87,78 @@ class DualLoraLayer(MergeLayer):
             return False
         return not self.training or (x is not None and x.dim() == 3 and x.shape[1] == 1)
 
-    def _kept_weight(self, weight: Tensor, chosen: Adapters, dtype: torch.dtype, make: Callable[[], Tensor]) -> Tensor:
-        """A composed weight of the base's `weight` and these adapters, made if there is none that is still right."""
-        own = [t for n in chosen for t in (*self._stored(n), self.dual_lora_scale[n])]
+    def _cached_weight(
+        self, weight: Tensor, chosen: Adapters, dtype: torch.dtype, make: Callable[[], Tensor]
+    ) -> Tensor:
+        """Return the cached composed weight; call `make` if there is none for this `weight` and these adapters."""
+        own = [t for n in chosen for t in (*self._stored_factors(n), self.dual_lora_scale[n])]
         counts = [self.left(n) for n in chosen if self.states[n].warmup]
         return composed_weights.get(self, [weight, *own, *counts], (tuple(chosen), dtype), make)
 
     def _composed(
         self, weight: Tensor | None, chosen: Adapters, operand: Tensor, keeps: bool = True, dtype: Any = None
     ) -> Composed:
-        """The composed weight of a layer that calls a function of its own with it; kept in inference, if `keeps`.
+        """Compose the weight for a layer that passes it to a function of its own.
 
-        operand: what the function computes with, in whose precision (or autocast's) it is composed, if not in `dtype`.
+        operand: the function's input, whose dtype (or autocast's) the composed weight gets, unless `dtype` is given.
+        keeps: whether inference may cache the composed weight.
         """
         dtype = dtype or autocast_dtype(operand.device, operand.dtype) or operand.dtype
         matrix, adapters = None if weight is None else self._matrix(weight), [*chosen.values()]
         make = partial(dual_lora_weight, matrix, adapters, loss_scale(operand.device), dtype=dtype)
-        if keeps and weight is not None and self._may_keep():
-            return Composed(self._kept_weight(weight, chosen, dtype, make), matrix, adapters)
+        if keeps and weight is not None and self._may_cache():
+            return Composed(self._cached_weight(weight, chosen, dtype, make), matrix, adapters)
         return Composed(make(), matrix, adapters)
 
-    def _share(self, names: Iterable[str]) -> float:
-        """The share of the tokens that the adapters' gradients are estimated from: one G serves all of them."""
+    def _token_share(self, names: Iterable[str]) -> float:
+        """Return the share of the tokens that gradients are estimated from: the largest, as adapters share one G."""
         shares = [self.states[name].share for name in names]
         return AUTO if AUTO in shares and EXACT not in shares else max(shares)
 
 
 def named_layers(model: nn.Module, adapter: str | None = None) -> dict[str, DualLoraLayer]:
-    """The adapted layers of a model by their names; of an adapter, those that have it."""
+    """Return the adapted layers of a model by name; with `adapter`, only those that have it."""
     found = ((name, module) for name, module in model.named_modules() if isinstance(module, DualLoraLayer))
     return {name: layer for name, layer in found if adapter is None or adapter in layer.scaling}
 
 
 def layers_of(model: nn.Module, adapter: str | None = None) -> list[DualLoraLayer]:
-    """The same without their names."""
+    """Return the adapted layers of a model, as `named_layers` without the names."""
     return list(named_layers(model, adapter).values())
 
 
-def is_plain(base: Any, forwards: tuple[Any, ...], reads_codes: bool = False) -> bool:
-    """Whether calling a layer is one of these forwards and nothing else. reads_codes: also with a library's codes."""
+def is_plain(base: Any, forwards: tuple[Any, ...], reads_foreign_tensors: bool = False) -> bool:
+    """Whether calling a layer is one of these forwards and nothing else.
+
+    reads_foreign_tensors: whether the weight may be a library's own kind of tensor.
+    """
     return (
         type(base).forward in forwards
-        and (reads_codes or not is_code(base._parameters.get("weight")))
+        and (reads_foreign_tensors or not is_foreign_tensor(base._parameters.get("weight")))
         and "forward" not in base.__dict__  # accelerate's hooks sit there
         and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
     )
 
 
 class MapLayer(DualLoraLayer):
-    """A layer whose output is linear in its weight, f(x; W + ΣΔW) = f(x; W) + Σ f(x; ΔW): how forward chooses.
+    """A layer whose output is linear in its weight: f(x; W + ΣΔW) = f(x; W) + Σ f(x; ΔW).
 
-    Subclasses give `forwards` and `_map`, which is f without a call of the base layer.
+    Subclasses define `forwards` and `_map`, which computes f without calling the base layer.
     """
 
-    takes_parts = False  # whether the weight may be sharded by tensor parallelism
-    reads_codes = False  # whether the weight may be a library's codes, which else have a product of their own
-    forwards: tuple[Any, ...] = ()  # of base layers that compute f and nothing else, as they were at import
+    supports_sharded_weight = False  # whether the weight may be sharded by tensor parallelism
+    reads_foreign_tensors = False  # whether the fused product reads weights of a library's own tensor class
+    forwards: tuple[Any, ...] = ()  # the forward methods of base layers that compute f and nothing else
 
     def _is_plain(self) -> bool:
-        """Whether calling the base layer is its function and nothing else, so that the fused one may replace it."""
-        return is_plain(self.base_layer, self.forwards, self.reads_codes)
+        """Whether calling the base layer only computes f(x; W), so that the fused product may replace the call."""
+        return is_plain(self.base_layer, self.forwards, self.reads_foreign_tensors)
 
-    def _is_own(self) -> bool:
-        """Whether the base is of a subclass with a forward of its own (a norm, a scale, a padding, other indices)."""
+    def _has_own_forward(self) -> bool:
+        """Whether the base is a subclass with its own forward (a norm, a scale, a padding, other indices).
+
+        Such a forward is called with W + ΣΔW in the weight's place, which needs a plain floating-point weight.
+        """
         if type(self.base_layer).forward in self.forwards:
             return False
         weight: Any = self.base_layer._parameters.get("weight")
@@ -158,30 +167,30 @@ class MapLayer(DualLoraLayer):
         return weight.is_floating_point() and weight.dtype.itemsize > 1
 
     def _map(self, x: Tensor, names: list[str], with_base: bool) -> Tensor:
-        """f(x; W + ΣΔW), or f(x; ΣΔW)."""
+        """Compute f(x; W + ΣΔW), or without the base f(x; ΣΔW)."""
         raise NotImplementedError
 
     def _adapter_branch(self, x: Tensor, name: str) -> Tensor:
         """f(dropout(x); ΔW)."""
         return self._map(self.dual_lora_dropout[name](x), [name], with_base=False)
 
-    def _own_call(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Any:
+    def _call_with_composed_weight(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Any:
         """The base's own forward with W + ΣΔW in its weight's place."""
         base: Any = self.base_layer
         weight = base.weight
         composed = self._composed(weight, self._adapters(names), weight, dtype=weight.dtype)
-        products = SampledProducts(self._share(names))
+        products = SampledProducts(self._token_share(names))
         products.add(composed.result)
         # Not composed again in backward: such a forward may write into its weight (a mask), which dx has to see.
-        with replaced(base, {"weight": self._from_matrix(composed.result)}), products.entered():
+        with replaced(base, {"weight": self._from_matrix(composed.result)}), products.context():
             return base(x, *args, **kwargs)
 
     def _branch(self, x: Tensor, name: str, *args: Any, **kwargs: Any) -> Tensor:
         """What an adapter adds to f(x; W)."""
-        if not self._is_own():
+        if not self._has_own_forward():
             return self._adapter_branch(x, name)
         x = self.dual_lora_dropout[name](x)
-        return self._own_call(x, [name], *args, **kwargs) - self.base_layer(x, *args, **kwargs)
+        return self._call_with_composed_weight(x, [name], *args, **kwargs) - self.base_layer(x, *args, **kwargs)
 
     def _base_call(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """f(x; W), to which adapters' outputs are added."""
@@ -194,8 +203,8 @@ class MapLayer(DualLoraLayer):
         active = self._adapters_to_add()
         if self._disable_adapters or (adapter_names is None and not active):
             return self.base_layer(x, *args, **kwargs)
-        if not self.takes_parts:
-            sharded.refuse(self.get_base_layer(), getattr(self.get_base_layer(), "weight", None))
+        if not self.supports_sharded_weight:
+            sharded.refuse_sharded(self.get_base_layer(), getattr(self.get_base_layer(), "weight", None))
         if adapter_names is not None:
             return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
 
@@ -204,11 +213,15 @@ class MapLayer(DualLoraLayer):
         dropouts = held["dual_lora_dropout"]._modules
         fused = [n for n in active if not (isinstance(dropouts[n], nn.Dropout) and dropouts[n].training)]
         plain = not (args or kwargs) and self._is_plain()
-        own = not plain and self._is_own()
+        own = not plain and self._has_own_forward()
         if not (plain or own):
             fused = []
         if fused:
-            y = self._own_call(x, fused, *args, **kwargs) if own else self._map(x, fused, with_base=True)
+            y = (
+                self._call_with_composed_weight(x, fused, *args, **kwargs)
+                if own
+                else self._map(x, fused, with_base=True)
+            )
         else:
             y = self._base_call(x, *args, **kwargs)
         for name in active:
@@ -219,7 +232,7 @@ class MapLayer(DualLoraLayer):
     def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
         """Every sample with its own adapter ("__base__": none)."""
         y = self._base_call(x, *args, **kwargs)
-        for name in self._present(sorted(set(adapter_names))):
+        for name in self._known_names(sorted(set(adapter_names))):
             index = [k for k, item in enumerate(adapter_names) if item == name]
             y[index] = y[index] + self._branch(x[index], name, *args, **kwargs).to(y.dtype)
         return y
@@ -228,11 +241,11 @@ class MapLayer(DualLoraLayer):
 class Linear(MapLayer):
     """Dual LoRA on nn.Linear (weight [O, I]) and transformers' Conv1D (weight [I, O])."""
 
-    takes_parts = samples_tokens = True
+    supports_sharded_weight = samples_tokens = True
     forwards: tuple[Any, ...] = (nn.Linear.forward, Conv1D.forward)
 
     def __init__(self, base_layer: nn.Module, *args: Any, fan_in_fan_out: bool = False, **kwargs: Any) -> None:
-        self.fan_in_fan_out, self.merges_parts = fan_in_fan_out, not fan_in_fan_out
+        self.fan_in_fan_out, self.merges_sharded_weight = fan_in_fan_out, not fan_in_fan_out
         super().__init__(base_layer, *args, **kwargs)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -247,7 +260,7 @@ class Linear(MapLayer):
 
     def _is_plain(self) -> bool:
         base = self.base_layer
-        return is_plain(base, self.forwards, self.reads_codes) or sharded.takes_product(base)
+        return is_plain(base, self.forwards, self.reads_foreign_tensors) or sharded.takes_product(base)
 
     def _map(self, x: Tensor, names: list[str], with_base: bool) -> Tensor:
         """One product with the composed weight: x (W + ΣΔW)ᵀ + bias, or x ΣΔWᵀ."""
@@ -266,16 +279,18 @@ class Linear(MapLayer):
         self, x: Tensor, weight: Tensor | Handle | None, bias: Tensor | None, chosen: Adapters, source: Any = None
     ) -> Tensor:
         """x (W + ΣΔW)ᵀ + bias; in inference by a composed weight that is kept while `source`, which W is of, stays."""
-        keeps = source is not None and self._may_keep(x) and x.numel() <= CACHED_ROWS * self.in_features
-        if not torch.compiler.is_compiling():  # a graph would be of the lengths for which the answer was the same
-            begins = (x.ndim == 3 and x.shape[1] > DECODED_TOKENS) or (self.training and not keeps)
-            if begins:
-                composed_weights.drop(self)
+        keeps = source is not None and self._may_cache(x) and x.numel() <= CACHED_ROWS * self.in_features
+        # A prompt, an evaluation or a training step begins. (Not in a graph, which would depend on the lengths.)
+        begins = not torch.compiler.is_compiling() and (
+            (x.ndim == 3 and x.shape[1] > DECODED_TOKENS) or (self.training and not keeps)
+        )
+        if begins:
+            composed_weights.drop(self)
         adapters = [*chosen.values()]
         if source is None or not keeps:
-            return dual_lora_linear(x, weight, bias, adapters, loss_scale(x.device), self._share(chosen))
+            return dual_lora_linear(x, weight, bias, adapters, loss_scale(x.device), self._token_share(chosen))
         dtype = autocast_dtype(x.device, x.dtype) or x.dtype
-        composed = self._kept_weight(source, chosen, dtype, partial(dispatch.compose, weight, adapters, dtype))
+        composed = self._cached_weight(source, chosen, dtype, partial(dispatch.compose, weight, adapters, dtype))
         return nn.functional.linear(x.to(dtype), composed, None if bias is None else bias.to(dtype))
 
 

@@ -1,4 +1,4 @@
-"""After transformers' own loader, which calls no hook of PEFT's: what it leaves open."""
+"""The steps after transformers' own loading of an adapter, which does not call PEFT's hooks."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,11 +10,11 @@ from .precision import mark_as_stored
 from .saved import layer_of, warn_if_unfinished
 
 
-def settle(model: nn.Module, adapter_name: str, has_counts: bool, misfits: Iterable[str] = ()) -> None:
-    """An adapter that was loaded without a count is finished, and one that acts below its full strength says so.
+def finish_loading(model: nn.Module, adapter_name: str, has_counts: bool, misfits: Iterable[str] = ()) -> None:
+    """End the warm-up of an adapter that was loaded without a count, and warn of one that acts below full strength.
 
-    misfits: names of factors that were not loaded, as they have another shape (`ignore_mismatched_sizes`). Their layers
-    go back to the start, at which they change nothing: with their other factors they would be a random update.
+    misfits: names of factors that were not loaded because of their shape (`ignore_mismatched_sizes`). Their layers are
+    initialised again with ΔW = 0: together with the loaded factors they would be a random update.
     """
     layers: Any = named_layers(model, adapter_name)
     config: Any = model.peft_config[adapter_name]  # type: ignore[index,operator]
@@ -22,7 +22,7 @@ def settle(model: nn.Module, adapter_name: str, has_counts: bool, misfits: Itera
         layers[name].reset_dual_lora_parameters(adapter_name, config)
         layers[name].dual_lora_B[adapter_name].data.zero_()
     for layer in layers.values():
-        mark_as_stored(layer._stored(adapter_name))  # other parameters than those that were marked
+        mark_as_stored(layer._stored_factors(adapter_name))  # loading has replaced the marked parameters
         if not has_counts:
             layer.set_left(adapter_name, 0)
     warn_if_unfinished({name: layer.left(adapter_name) for name, layer in layers.items()}, config)

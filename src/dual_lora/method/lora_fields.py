@@ -1,7 +1,7 @@
 """LoRA's fields, as `DualLoraConfig` takes them.
 
-What means plain LoRA is taken, so that a call of `LoraConfig(…)` stands with the class's name changed. A value that
-means another method raises ValueError: leaving it out in silence would train something else than what was asked for.
+Values that mean plain LoRA are accepted, so that a call of `LoraConfig(…)` works with the class's name changed. A value
+that means another method raises ValueError: ignoring it would train something else than the user asked for.
 """
 
 from dataclasses import MISSING, fields
@@ -17,7 +17,7 @@ LORA_ALPHA = 2.0
 _DEFAULTS = {f.name: f.default_factory() if f.default_factory is not MISSING else f.default for f in fields(LoraConfig)}
 PLAIN_STARTS = (True, "gaussian")  # B = 0, A at random: as this method begins
 
-# What the values that are not LoRA's own ask for.
+# The method or option that a field's other values ask for.
 MEANINGS = {
     "use_dora": "DoRA",
     "use_rslora": "rsLoRA's scale, lora_alpha/√r (set `lora_alpha` to r times the scale that you want)",
@@ -49,14 +49,14 @@ def is_positive(value: Any) -> bool:
 
 
 def scaled(alphas: Any, unit: float) -> Any:
-    """A number of α, or a pattern of them, in another unit. What is neither is refused later, as it stands."""
+    """Multiply a number, or each number of a pattern, by `unit`. Other values stay as they are, to be checked later."""
     if isinstance(alphas, dict):
         return {name: scaled(alpha, unit) for name, alpha in alphas.items()}
     return unit * alphas if type(alphas) in (int, float) else alphas
 
 
 def keep_units(config: Any, name: str, value: Any) -> None:
-    """Before `alpha` or `alpha_pattern` of a configuration is written: the pattern's numbers mean what they meant."""
+    """Before `alpha` is set, convert the pattern to the unit in which it will be read; for `alpha_pattern`, warn."""
     if name == "alpha" and (value is None) != (config.alpha is None):
         unit = 1 / LORA_ALPHA if value is None else LORA_ALPHA
         vars(config)["alpha_pattern"] = scaled(config.alpha_pattern, unit)
@@ -69,11 +69,11 @@ def keep_units(config: Any, name: str, value: Any) -> None:
         )
 
 
-def translated(options: dict[str, Any], own: set[str]) -> dict[str, Any]:
-    """The options of `DualLoraConfig` for what may be options of `LoraConfig`.
+def translate(options: dict[str, Any], own: set[str]) -> dict[str, Any]:
+    """Translate options that may be LoraConfig's to those of `DualLoraConfig`.
 
-    own: the names that `DualLoraConfig` has itself. Next to no `alpha` its pattern has LoRA's numbers as it is.
-    Raises ValueError for what means another method, and for two names of one thing with two values.
+    own: the fields of `DualLoraConfig`. Its `alpha_pattern` without `alpha` has LoRA's numbers already.
+    Raises ValueError for a value that means another method, and for two names of one option with different values.
     """
     result = {name: value for name, value in options.items() if name in own or name not in _DEFAULTS}
     if (lora_alpha := options.get("lora_alpha")) is not None:
@@ -86,7 +86,9 @@ def translated(options: dict[str, Any], own: set[str]) -> dict[str, Any]:
         _set(result, "dropout", options["lora_dropout"], "lora_dropout", options["lora_dropout"])
     if (start := options.get("init_lora_weights")) is not None:
         if not isinstance(start, bool) and start not in PLAIN_STARTS:
-            raise ValueError(_other("init_lora_weights", start, f"the start or variant {start!r} of LoRA"))
+            raise ValueError(
+                _other_method_message("init_lora_weights", start, f"the start or variant {start!r} of LoRA")
+            )
         _set(result, "init_weights", bool(start), "init_lora_weights", start)
     if result.get("bias") == "lora_only":
         result["bias"] = "dual_lora_only"
@@ -95,12 +97,12 @@ def translated(options: dict[str, Any], own: set[str]) -> dict[str, Any]:
         if isinstance(value, dict) and not any(value.values()):  # as a saved file has an object of switches
             continue
         if value != usual and (value or usual) and name not in ("qalora_group_size", "megatron_core"):
-            raise ValueError(_other(name, value, MEANINGS.get(name, "another method")))
+            raise ValueError(_other_method_message(name, value, MEANINGS.get(name, "another method")))
     return result
 
 
 def keeps_base(config: Any) -> bool:
-    """Whether the base of this LoRA is what it was before: PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA and KaSA change it."""
+    """Whether a LoRA leaves its base unchanged; PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA and KaSA change it."""
     start = getattr(config, "init_lora_weights", True)
     beside = isinstance(start, bool) or str(start).lower() in ("gaussian", "eva", "orthogonal", "mica")
     return beside and getattr(config, "kasa_config", None) is None
@@ -115,7 +117,7 @@ def _set(result: dict[str, Any], ours: str, value: Any, theirs: str, given: Any)
     result[ours] = value
 
 
-def _other(name: str, value: Any, meaning: str) -> str:
+def _other_method_message(name: str, value: Any, meaning: str) -> str:
     return (
         f"{name}={value!r} asks for {meaning}, which is another method than Dual LoRA. Leave it out to train Dual "
         "LoRA, or keep LoraConfig."

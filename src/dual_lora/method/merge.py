@@ -15,13 +15,13 @@ from .factors import FactorsLayer
 from .parallel import sharded
 from .precision import Warned
 
-_OF_TORCH = nn.Parameter, Tensor
+_TORCH_TYPES = nn.Parameter, Tensor
 
 
 class MergeLayer(FactorsLayer):
     """Adapters that merge into the base weight and come out of it again."""
 
-    merges_parts = False  # whether a merge may write to a part of a weight that is sharded
+    merges_sharded_weight = False  # whether a merge may write to a part of a weight that is sharded
 
     def __init__(self, base_layer: nn.Module, warned: Warned | None = None) -> None:
         super().__init__(base_layer, warned)
@@ -37,7 +37,7 @@ class MergeLayer(FactorsLayer):
         return result
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """ΔW of an adapter at its present λ, fp32, in the layout of the stored weight."""
+        """Return ΔW of an adapter at its present λ, fp32, in the layout of the stored weight."""
         with torch.no_grad():
             return self._from_matrix(self._compose(None, [self.adapter(adapter)], torch.float32))
 
@@ -73,11 +73,10 @@ class MergeLayer(FactorsLayer):
         parameters = self._merge_parameters()
         for parameter in parameters.values():
             self._refuse_computed(parameter)
-        originals = self._original
-        if originals is not None:
-            self._refuse_changed(parameters)
-        if originals is None:
+        if (originals := self._original) is None:
             originals = {n: p.to_local().clone() if sharded.is_sharded(p) else p.data for n, p in parameters.items()}
+        else:
+            self._refuse_changed(parameters)
         merged = originals
         if names:
             merged = self._merged(originals, names)
@@ -95,9 +94,9 @@ class MergeLayer(FactorsLayer):
         self.merged_adapters = names
 
     def _merges_with_embedding(self, names: Iterable[str]) -> bool:
-        """Whether the embedding that has the factors of these adapters has the weight as well, and merges into it.
+        """Whether these adapters are an embedding's, and this layer shares the embedding's weight, which merges them.
 
-        A checkpoint may hold two weights although its configuration ties them: transformers leaves those apart.
+        A checkpoint may hold two weights although its configuration ties them; transformers then keeps both.
         """
         mine: Any = self.get_base_layer()
         embeddings: list[Any] = [name in self.tied and self.tied[name].get_base_layer() for name in names]
@@ -105,10 +104,10 @@ class MergeLayer(FactorsLayer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._versions = {}  # a copy's parameters count anew
+        self._versions = {}  # a copy's parameters have version counters of their own
 
     def _refuse_changed(self, parameters: dict[str, Any]) -> None:
-        """Raise RuntimeError for a weight that was written to while something is merged: its change would be lost."""
+        """Raise RuntimeError for a weight that was changed while merged: unmerging would lose the change."""
         for name, before in self._versions.items():
             now = version_of(parameters[name])
             if before is not None and now is not None and now != before:
@@ -119,14 +118,14 @@ class MergeLayer(FactorsLayer):
                 )
 
     def _refuse_computed(self, weight: Tensor) -> None:
-        """Raise ValueError for a weight that is made anew at every call, into which a merge would vanish."""
+        """Raise ValueError for a weight that a merge cannot be written to: computed at every call, foreign, or fp8."""
         if not isinstance(weight, nn.Parameter):
             raise ValueError(
                 f"Cannot merge Dual LoRA into this {type(self.get_base_layer()).__name__}: its weight is no parameter "
                 "but computed from others (weight_norm, spectral_norm or another parametrisation). Remove that first: "
                 "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight'), or remove_weight_norm(layer)."
             )
-        if is_code(weight):
+        if is_foreign_tensor(weight):
             raise ValueError(
                 f"Cannot merge Dual LoRA into a {type(weight).__name__}, which was put in the weight's place after the "
                 "adapter was added. Merge first and quantise the result, or load the adapter on a quantised base."
@@ -139,22 +138,22 @@ class MergeLayer(FactorsLayer):
 
     def _refuse_broken(self, merged: Sequence[Tensor], names: list[str]) -> None:
         """Raise ValueError for NaN or infinity in merged weights or in the factors of these adapters."""
-        # Sign makes a number of everything, so that a NaN in C or D does not show in the weight.
-        factors = [f for name in names for f in self._stored(name)]
+        # Sign(NaN) is a number, so a NaN in C or D does not show in the weight.
+        factors = [f for name in names for f in self._stored_factors(name)]
         finite = all(bool(torch.isfinite(sharded.local(t)).all()) for t in (*merged, *factors))
-        if not sharded.everywhere(finite, (*self._merge_parameters().values(), *factors)):
+        if not sharded.all_processes(finite, (*self._merge_parameters().values(), *factors)):
             added = ", ".join(name for name in names if name not in self.merged_adapters)
             raise ValueError(f"NaNs detected in the merged weights. The adapter {added} seems to be broken")
 
     def _merge_parameters(self) -> dict[str, Any]:
-        """What a merge writes to, by name."""
+        """Return the parameters that a merge writes to, by name."""
         return {"weight": self._parameter()}
 
     def _merged(self, originals: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
-        """What a merge puts there: the rounding of W + ΣΔW, summed in the order in which the adapters were added."""
+        """Compute the merged weights by name: W + ΣΔW, summed in the order in which the adapters were added."""
         parameter: Any = self._parameter()
         original = originals["weight"]
-        if sharded.is_sharded(parameter) and not self.merges_parts:
+        if sharded.is_sharded(parameter) and not self.merges_sharded_weight:
             raise ValueError(
                 f"Cannot merge Dual LoRA into a sharded {type(self.get_base_layer()).__name__}. Save the adapter, load "
                 "it on the base model in one process, and merge there."
@@ -167,20 +166,20 @@ class MergeLayer(FactorsLayer):
             return {"weight": self._from_matrix(merged).contiguous()}
 
     def _compose(self, weight: Tensor | None, adapters: list[Adapter], dtype: torch.dtype) -> Tensor:
-        """W + ΣΔW as matrices, by whom the forward is computed as well."""
+        """Compose W + ΣΔW as a matrix, by the implementation that forward uses too."""
         return dispatch.compose(weight, adapters, dtype)
 
 
-def is_code(weight: Any) -> bool:
+def is_foreign_tensor(weight: Any) -> bool:
     """Whether a weight is a library's own kind of tensor, such as torchao's, and not one of torch's."""
-    if weight is None or type(weight) in _OF_TORCH or torch.compiler.is_dynamo_compiling():
+    if weight is None or type(weight) in _TORCH_TYPES or torch.compiler.is_dynamo_compiling():
         return False
     return type(weight).__module__.partition(".")[0] != "torch"
 
 
 def _refuse_while_merged(layer: MergeLayer, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Before load_state_dict(): RuntimeError for a base weight that the next unmerge would overwrite, and for factors
-    that the merged weight would not show."""
+    """Before load_state_dict(): raise RuntimeError for a base weight that the next unmerge would overwrite, and for
+    factors that are merged already."""
     merged = tuple(f"{prefix}dual_lora_B.{name}" for name in layer.merged_adapters)
     if any(key in state for key in merged):
         raise RuntimeError(

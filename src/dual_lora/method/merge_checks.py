@@ -1,4 +1,4 @@
-"""What a merge of a whole model looks at first, and what it says at its end."""
+"""Checks before a merge of a whole model, and warnings after it."""
 
 from typing import Any
 
@@ -7,16 +7,16 @@ from torch import nn
 from .._warning import warn
 from .layer import DualLoraLayer, layers_of
 from .layers.quantized import QuantizedLinear
-from .warmup import until_full
+from .warmup import describe_remaining_steps
 
 
-def quantised(model: nn.Module) -> list[QuantizedLinear]:
-    """The quantised layers of a model."""
+def quantised_layers(model: nn.Module) -> list[QuantizedLinear]:
+    """Return the quantised adapted layers of a model."""
     return [module for module in model.modules() if isinstance(module, QuantizedLinear)]
 
 
 def warn_of_second_names(model: nn.Module) -> None:
-    """Say where a module that is adapted is called by another name as well: PEFT replaces it under the first alone."""
+    """Warn of an adapted module that has a second name: PEFT replaces it under the first name only."""
     bases = {layer.get_base_layer(): layer for layer in layers_of(model)}
     for name, module in model.named_modules(remove_duplicate=False):
         if module in bases and name.rpartition(".")[2] != "base_layer":
@@ -27,9 +27,9 @@ def warn_of_second_names(model: nn.Module) -> None:
 
 
 def warn_unfinished(name: str, config: Any, layers: dict[str, DualLoraLayer]) -> None:
-    """Say that an adapter trained here is merged for good below full strength, and where.
+    """Warn of an adapter that is merged for good during its warm-up, below full strength.
 
-    One that is loaded for inference has said so when it was loaded.
+    For an adapter that was loaded for inference the warning came when it was loaded.
     """
     waiting = {n: left for n, layer in layers.items() if (left := layer.steps_left(name))}
     if waiting and not config.inference_mode:
@@ -37,7 +37,7 @@ def warn_unfinished(name: str, config: Any, layers: dict[str, DualLoraLayer]) ->
         where = first if len(waiting) == 1 else f"{first} and {len(waiting) - 1} more layers"
         warn(
             f"The Dual LoRA adapter {name!r} is merged during its warm-up ({where}: "
-            f"{until_full(most, config.warmup_steps)}). The merged model is what the adapter is now "
+            f"{describe_remaining_steps(most, config.warmup_steps)}). The merged model is what the adapter is now "
             "(λ below 1; 0 in layers that the data have not reached). Train it to the end of the warm-up, or choose "
             "fewer `warmup_steps`, about a tenth of the run's.",
             stacklevel=4,
@@ -45,7 +45,7 @@ def warn_unfinished(name: str, config: Any, layers: dict[str, DualLoraLayer]) ->
 
 
 def warn_of_rounding(layers: list[QuantizedLinear]) -> None:
-    """Say what quantising merged weights again has lost."""
+    """Warn of the error of quantising merged weights again."""
     errors = sorted(layer.merge_error for layer in layers if layer.merge_error is not None)
     if errors:
         warn(
@@ -57,15 +57,15 @@ def warn_of_rounding(layers: list[QuantizedLinear]) -> None:
         )
 
 
-def _asked(layer: DualLoraLayer, adapter_names: list[str] | None) -> list[str]:
-    """The adapters of a layer that a merge is asked for: None is the active ones."""
-    return layer._present(layer.active_adapters if adapter_names is None else adapter_names)
+def _adapters_to_merge(layer: DualLoraLayer, adapter_names: list[str] | None) -> list[str]:
+    """Return the adapters of a layer that a merge would take: those of these names; None: the active ones."""
+    return layer._known_names(layer.active_adapters if adapter_names is None else adapter_names)
 
 
-def refuse_before_any(tuner: Any, adapter_names: list[str] | None, safe_merge: bool) -> None:
-    """Raise ValueError for a layer that would refuse its merge, while no other has been taken out of the model."""
+def refuse_unmergeable(tuner: Any, adapter_names: list[str] | None, safe_merge: bool) -> None:
+    """Raise ValueError for a layer that cannot be merged, before any layer of the model is changed."""
     for layer in layers_of(tuner):
-        asked = _asked(layer, adapter_names)
+        asked = _adapters_to_merge(layer, adapter_names)
         if asked and safe_merge:
             layer._refuse_broken([], asked)
         if asked and not isinstance(layer, QuantizedLinear):
@@ -86,7 +86,7 @@ def refuse_shared_weights(tuner: Any, adapter_names: list[str] | None) -> None:
             layers |= {(module.get_base_layer(), id(p)): module for p in module._merge_parameters().values()}
 
     def updates(layer: DualLoraLayer) -> set[str]:
-        return {*_asked(layer, adapter_names), *layer.merged_adapters}
+        return {*_adapters_to_merge(layer, adapter_names), *layer.merged_adapters}
 
     for (base, weight), layer in layers.items():
         own = updates(layer) - layer.tied.keys()

@@ -29,7 +29,7 @@ from .layers.experts import ParamWrapper
 from .layers.quantized import dispatch_quantized
 from .layers.quantized_rows import keep_unpacked
 from .parallel.fast_paths import READ_LAYERS, ReadLayer, is_read, set_fast_paths
-from .patterns import layer_options, sampling_of
+from .patterns import layer_options, token_share
 from .precision import Warned
 from .watch_training import Watch
 
@@ -43,7 +43,7 @@ LAYERS: dict[type[nn.Module], type[DualLoraLayer]] = {
 
 
 def _names_of_modules(module: nn.Module) -> Iterator[str]:
-    """Parts of the names of all modules inside, without what adapters hold by their own names."""
+    """Yield the names of all child modules, without the dicts inside adapted layers, whose keys are adapters."""
     own = isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
     for name, child in module.named_children():
         if not (own and isinstance(child, nn.ModuleDict | nn.ParameterDict)):
@@ -68,7 +68,7 @@ class DualLoraModel(BaseTuner):
     _prepare_model = LoraModel._prepare_model  # type: ignore[assignment]
 
     def _get_module_names_tied_with_embedding(self) -> list[str]:
-        """As PEFT's, by the names from before the first adapter: a further one would tie nothing."""
+        """As PEFT's, but with the names from before the first adapter; else a further adapter would tie nothing."""
         return [name.removesuffix(".base_layer") for name in super()._get_module_names_tied_with_embedding()]
 
     def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
@@ -130,7 +130,7 @@ class DualLoraModel(BaseTuner):
         if isinstance(parent, MultiheadAttention):
             return  # its output projection, which it adapts itself
         r1, r2, alpha = layer_options(config, current_key)
-        share = sampling_of(config, current_key)
+        share = token_share(config, current_key)
         key = current_key if parameter_name is None else f"{current_key}.{parameter_name}"
         layer: Any = target
         wrapped = isinstance(target, ParamWrapper) and target.parameter_name != parameter_name
@@ -197,8 +197,8 @@ class DualLoraModel(BaseTuner):
             merge_checks.refuse_shared_weights(self, adapter_names)
             for name in adapter_names or self.active_adapters:
                 merge_checks.warn_unfinished(name, self.peft_config[name], named_layers(self.model, name))
-            merge_checks.refuse_before_any(self, adapter_names, bool(options.get("safe_merge")))
-        layers = merge_checks.quantised(self.model)  # of the others none is held while they go
+            merge_checks.refuse_unmergeable(self, adapter_names, bool(options.get("safe_merge")))
+        layers = merge_checks.quantised_layers(self.model)  # of the others none is held while they go
         model: Any = super()._unload_and_optionally_merge(merge, adapter_names=adapter_names, **options)
         if merge:
             merge_checks.warn_of_rounding(layers)
@@ -253,7 +253,7 @@ class DualLoraModel(BaseTuner):
                 if added:
                     layer.unmerge(added)
             raise
-        merge_checks.warn_of_rounding(merge_checks.quantised(self.model))
+        merge_checks.warn_of_rounding(merge_checks.quantised_layers(self.model))
 
     def add_weighted_adapter(
         self,
@@ -274,12 +274,12 @@ class DualLoraModel(BaseTuner):
                 f"There is already an adapter {adapter_name!r}, which would be replaced: choose another name, or call "
                 f"`delete_adapter({adapter_name!r})` first."
             )
-        source, weight = weighted.one_of(self.model, self.peft_config, adapters, weights, combination_type)
+        source, weight = weighted.checked_source(self.model, self.peft_config, adapters, weights, combination_type)
         self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[source])
         self.peft_config[adapter_name].inference_mode = False
         try:
             self.inject_adapter(self.model, adapter_name)
-            weighted.copy_at(self.model, source, weight, adapter_name)
+            weighted.copy_scaled(self.model, source, weight, adapter_name)
         except Exception:  # such as a name that a module has
             for layer in layers_of(self.model, adapter_name):
                 layer.delete_adapter(adapter_name)
@@ -310,13 +310,13 @@ class DualLoraModel(BaseTuner):
         state = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state)
         state = cls._named_as_in(model, adapter_name, state)
         saved.check_fits(model, config, adapter_name, state)
-        return saved.without_strangers(model, adapter_name, state)
+        return saved.without_mismatched_layers(model, adapter_name, state)
 
     @classmethod
     def _named_as_in(cls, model: nn.Module, adapter_name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The state by the model's own names, also where somebody has put another `state_dict` in its method's place.
+        """Return the state with the model's own names, in case its `state_dict` method was replaced.
 
-        PEFT reads the names off that method, and would load nothing in silence.
+        PEFT takes the names from that method, and would load nothing, without an error.
         """
         held = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
         own = {cls._remove_adapter_name_from_key(n, adapter_name): n for n, _ in held if ".dual_lora_" in n}
@@ -324,7 +324,7 @@ class DualLoraModel(BaseTuner):
 
 
 def _unmerge(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Put the weights of before any merge into a model's state, from which PEFT saves embeddings with an adapter."""
+    """Put the original weights of merged layers into a model's state, from which PEFT saves embeddings."""
     merged = {
         id(parameter): layer._original[part]
         for layer in layers_of(model)

@@ -1,9 +1,9 @@
-"""Factors stay fp32, whatever foreign code does to them.
+"""Keep factors in fp32 when foreign code casts them.
 
 Factors rounded to bf16 flip the sign of 0.07 % of the entries and change ΔW by 4.6 % (a plain B A product: 0.23 %). A
-cast by `.to()` is undone by the layer with all bits kept. This file answers the casts that leave no such chance:
-`param.data = param.data.to(bfloat16)` (TRL's QLoRA path), and FSDP2's mixed precision, which hands the forward pass
-a rounded copy while it keeps the true values elsewhere.
+cast by `.to()` is undone by the layer without loss. This file handles the casts that cannot be undone:
+`param.data = param.data.to(bfloat16)` (TRL's QLoRA path), and FSDP2's mixed precision, which gives the forward pass a
+rounded copy.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ FACTOR_DTYPES = (torch.float32, torch.float64)
 
 
 class Warned(set[str]):
-    """What one model's layers have warned of, each of which would otherwise say it again. A copy has warned nothing."""
+    """The warnings that a model's layers have given, so that each comes once. A copy of the model starts empty."""
 
     def __reduce__(self) -> tuple[type[Warned], tuple[()]]:
         return Warned, ()
 
     def once(self, message: str) -> None:
-        """Warn, unless that was said before."""
+        """Warn, unless this message was given before."""
         if message not in self:
             self.add(message)
             warn(message, stacklevel=3)
 
 
 def mark_as_stored(factors: Iterable[torch.Tensor]) -> None:
-    """Remember that these parameters are the stored values themselves, not somebody's working copy."""
+    """Mark parameters as the stored values; a working copy (FSDP2's) has no mark."""
     for factor in factors:
         factor._dual_lora_stored = True  # type: ignore[attr-defined]
 
 
 def in_fp32(factors: Factors, warned: Warned) -> Factors:
-    """The factors in fp32 (or fp64), with one warning where that was not so."""
+    """Return the factors in fp32 (or fp64), with one warning if they were cast."""
     low = [f for f in factors if f.is_floating_point() and f.dtype not in FACTOR_DTYPES]
     if not low:
         return factors
     if all(hasattr(f, "_dual_lora_stored") for f in low):
-        if not factors.B.is_meta and factors.B.any():  # else it has not trained, and a rounded start is as good
+        if not factors.B.is_meta and factors.B.any():  # before training, rounding does no harm
             warned.once(
                 f"Dual LoRA's factors were cast to {low[0].dtype} by foreign code and are fp32 again, without the bits "
                 "that were lost: bf16 factors flip 0.07 % of the signs and change ΔW by 4.6 %. Leave the factors in "

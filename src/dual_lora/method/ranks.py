@@ -1,4 +1,4 @@
-"""The two ranks of an adapter, from what a user gives of them."""
+"""The two ranks of an adapter, derived from the user's options."""
 
 from .._warning import warn
 
@@ -6,7 +6,7 @@ Rank = int | list[int] | tuple[int, int]
 
 
 def ranks_of(rank: Rank, where: str = "rank", one_group: bool = False) -> tuple[int, int]:
-    """(r1, r2) from a total or a pair, as `rank_pattern` takes them. one_group: without C and D, (r, 0)."""
+    """Return (r1, r2) from a total or a pair, as `rank_pattern` has them. one_group: (r, 0), without C and D."""
     if isinstance(rank, list | tuple):
         if len(rank) != 2:
             raise ValueError(f"{where} must be a total rank or a pair [r1, r2], got {rank!r}.")
@@ -17,7 +17,7 @@ def ranks_of(rank: Rank, where: str = "rank", one_group: bool = False) -> tuple[
 def split_rank(
     r: int | None, r1: int | None, r2: int | None, where: str = "r", one_group: bool = False
 ) -> tuple[int, int]:
-    """(r1, r2) from any sufficient choice of the three, or ValueError with the way out."""
+    """Return (r1, r2) from any sufficient choice of the three. Raises ValueError for a contradiction."""
     for name, value in (("r", r), ("r1", r1), ("r2", r2)):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
             raise ValueError(f"{where}: `{name}` must be a whole number, got {value!r}.")

@@ -1,7 +1,7 @@
 """The one place that knows how PEFT's registries work.
 
-PEFT accepts only names in its `PeftType` enum, so the member has to be added first. If PEFT gains a method of this name
-itself, ours stays out of its way and says so.
+PEFT accepts only names in its `PeftType` enum, so the member has to be added first. If PEFT itself has a method of this
+name, that one is used, with a warning.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ NAME = "dual_lora"
 
 
 def register() -> None:
-    """Make DUAL_LORA known to PEFT; harmless when called twice."""
+    """Register DUAL_LORA with PEFT. Calling it twice does no harm."""
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
     from peft.utils import PeftType, register_peft_method
 

@@ -1,4 +1,4 @@
-"""Call a module with another tensor instead of one of its parameters."""
+"""Replace parameters of a module by other tensors while it is called."""
 
 import threading
 import weakref
@@ -10,17 +10,17 @@ import torch
 from torch import nn
 
 _locks: weakref.WeakKeyDictionary[nn.Module, AbstractContextManager[Any]] = weakref.WeakKeyDictionary()
-_of_locks = threading.Lock()
+_registry_lock = threading.Lock()
 
 
 @contextmanager
 def replaced(module: nn.Module, values: Mapping[str, Any]) -> Iterator[None]:
     """Let `module.<name>` be the given value (a composed tensor, or what indexes like one) inside the block.
 
-    The parameters themselves, their order and whoever else holds them are not touched. Threads take turns: one that
-    came while another is inside would find its value, and put that back as if it were the parameter.
+    The parameters themselves, their order and other references to them do not change. Threads take turns: a thread that
+    enters while another is inside would find the other's value, and later restore that instead of the parameter.
     """
-    with _alone(module):
+    with _lock_of(module):
         slots = [_slot(module, name, value) for name, value in values.items()]
         before = [home.get(key, _ABSENT) for home, key, _ in slots]
         for home, key, value in slots:
@@ -38,16 +38,16 @@ def replaced(module: nn.Module, values: Mapping[str, Any]) -> Iterator[None]:
 _ABSENT = object()
 
 
-def _alone(module: nn.Module) -> AbstractContextManager[Any]:
-    """The module's lock; nested blocks of one thread (several parameters of a module) pass it."""
+def _lock_of(module: nn.Module) -> AbstractContextManager[Any]:
+    """Return the module's lock, which is re-entrant: one thread may nest blocks (several parameters of a module)."""
     if torch.compiler.is_compiling():  # a graph has no locks
         return nullcontext()
-    with _of_locks:
+    with _registry_lock:
         return _locks.setdefault(module, threading.RLock())
 
 
 def _slot(module: nn.Module, name: str, value: Any) -> tuple[dict[str, Any], str, Any]:
-    """The dictionary in which Python finds `module.<name>`, the key there and what to put under it."""
+    """Return the dictionary in which Python finds `module.<name>`, the key in it, and the value to put there."""
     parametrizations = getattr(module, "parametrizations", {})
     if name in parametrizations:  # a property that calls this module
         return parametrizations[name].__dict__, "forward", lambda: value

@@ -1,6 +1,6 @@
-"""A saved adapter: the four factors of every layer, and what is left of the paper's warm-up where it has one.
+"""A saved adapter: the four factors of every layer, and the count of the paper's warm-up if it has one.
 
-PEFT reads the tensors; here it is checked that they are all there and fit, because what is missing would silently be
+PEFT reads the tensors. This file checks that they are complete and fit, because a missing factor would silently stay
 random.
 """
 
@@ -16,17 +16,17 @@ from torch import distributed as dist
 
 from .._warning import warn
 from ..verify.numbers import check_numbers, header
-from .warmup import until_full
+from .warmup import describe_remaining_steps
 
 _NUMBERS = re.compile(r"\.dual_lora_(left|seed)")  # which are no factors
 PEFT_PREFIX = "base_model.model."
 
 
 def check_file(folder: str | os.PathLike[str], subfolder: str | None = None) -> list[str]:
-    """The names of the tensors in the folder's adapter file, of which a folder may have none.
+    """Return the names of the tensors in a folder's adapter file, [] without a file.
 
-    Raises ValueError if it was cut short, is of another method or holds no floating-point numbers, which loading would
-    make of others in silence.
+    Raises ValueError for a file that was cut short, is of another method, or holds tensors that are not floating-point,
+    which loading would convert without a warning.
     """
     path = os.path.join(folder, subfolder or "", "adapter_model.safetensors")
     if not os.path.isfile(path):
@@ -39,29 +39,32 @@ def check_file(folder: str | os.PathLike[str], subfolder: str | None = None) -> 
             "damaged when it was written or copied: copy it again, or take an earlier checkpoint."
         ) from error
     if not any(".dual_lora_" in name for name in kinds):
-        raise ValueError(_foreign(path, list(kinds)))
+        raise ValueError(_no_factors_message(path, list(kinds)))
     check_numbers(kinds, path)
     return list(kinds)
 
 
 def with_prefix(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The state with the names of a PeftModel, where the model is one: that of a plain model with an adapter in it, as
-    transformers loads one, has the names of that model, of which PEFT would load nothing in silence."""
+    """Return the state with the names of a PeftModel, if the model is one.
+
+    A state from a plain model with an adapter, as transformers loads one, has names without the prefix: PEFT would load
+    nothing of it, without an error.
+    """
     if not any(name.startswith(PEFT_PREFIX) for name, _ in model.named_parameters()):
         return state
     return named_as_saved(state)
 
 
 def named_as_saved(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state with the prefix that PEFT's files have; a model into which transformers has loaded has none."""
+    """Return the state with the prefix that names in PEFT's files have."""
     return {PEFT_PREFIX + key.removeprefix(PEFT_PREFIX): value for key, value in state.items()}
 
 
 def with_counts(state: dict[str, Tensor], layers: Mapping[str, Any], config: Any, adapter: str) -> dict[str, Tensor]:
-    """The state with a count of the paper's warm-up for every layer that has one, in the shape that it has there.
+    """Return the state with a warm-up count, in the right shape, for every layer that has one.
 
-    Without one an adapter is finished; in the middle of a warm-up the layer's own count stays (averages are put in
-    place so, and taken out again). An adapter that is loaded to be used and has ended its warm-up forgets it.
+    A missing count means an ended warm-up; in the middle of a warm-up the layer's own count stays, because weight
+    averages are loaded and taken out again. An adapter that is loaded for inference after its warm-up drops the count.
     """
     names = {name.removeprefix(PEFT_PREFIX): layer for name, layer in layers.items()}
     counts = {layer_of(key): value for key, value in state.items() if key.endswith(".dual_lora_left")}
@@ -76,17 +79,17 @@ def with_counts(state: dict[str, Tensor], layers: Mapping[str, Any], config: Any
             continue
         own = layer.dual_lora_left[adapter]
         left = counts.get(layer_of(stem), own if 0 < layer.steps_left(adapter) < layer.states[adapter].warmup else 0)
-        state[f"{stem}.dual_lora_left"] = layer.fitting(adapter, left)
+        state[f"{stem}.dual_lora_left"] = layer.fitted_count(adapter, left)
     return state
 
 
 def warn_if_not_gathered(state: dict[str, Tensor], adapter_name: str) -> None:
-    """Say that what is about to be saved are shards and not the factors: the file would not load again."""
+    """Warn of factors that are shards and not gathered: the saved file would not load again."""
     factors = {n: t for n, t in state.items() if ".dual_lora_" in n and not _NUMBERS.search(n)}
     shards = [n for n, t in factors.items() if t.ndim < 2 or 0 in t.shape]
     if shards:
         warn(
-            f"Adapter {adapter_name!r}: {_some(shards, 'factors')} are empty or flat, which means that DeepSpeed "
+            f"Adapter {adapter_name!r}: {_shortened(shards, 'factors')} are empty or flat, which means that DeepSpeed "
             "ZeRO-3 / FSDP shards were not gathered before save_pretrained(): the saved adapter is incomplete. Save "
             "through Trainer or accelerate (`get_state_dict`), or inside "
             "deepspeed.zero.GatheredParameters([…]) / FullyShardedDataParallel.summon_full_params(model).",
@@ -95,7 +98,7 @@ def warn_if_not_gathered(state: dict[str, Tensor], adapter_name: str) -> None:
 
 
 def refuse_empty(state: dict[str, Tensor], adapter_name: str) -> None:
-    """Raise ValueError for a state without one factor, but in processes that have nothing to save."""
+    """Raise ValueError in the first process if the state that is to be saved has no factor."""
     first = not dist.is_available() or not dist.is_initialized() or not dist.get_rank()
     if first and not any(".dual_lora_" in name for name in state):
         raise ValueError(
@@ -106,7 +109,7 @@ def refuse_empty(state: dict[str, Tensor], adapter_name: str) -> None:
 
 
 def warn_of_scales(layers: list[Any], adapter_name: str) -> None:
-    """Say that an adapter acts at another strength than the one it will have when it is loaded."""
+    """Warn of a strength that was set with `set_scale`, which is not saved."""
     scales = {layer.scaling[adapter_name] / layer.states[adapter_name].strength for layer in layers}
     other = next((scale for scale in scales if not math.isclose(scale, 1)), None)
     if other is not None:
@@ -119,23 +122,23 @@ def warn_of_scales(layers: list[Any], adapter_name: str) -> None:
 
 
 def warn_if_unfinished(counts: Mapping[str, Tensor], config: Any) -> None:
-    """Say which layers of an adapter loaded for inference act below full strength."""
+    """Warn of layers of an adapter loaded for inference that act below full strength."""
     layers = sorted(layer_of(name) for name, left in counts.items() if left.any())
     if layers and config.inference_mode:
         most = max(int(left.max()) for left in counts.values())
         warn(
-            f"This Dual LoRA adapter was saved during its warm-up: {_some(layers)} with "
-            f"{until_full(most, config.warmup_steps)}. It is used as it was saved (λ below 1). "
+            f"This Dual LoRA adapter was saved during its warm-up: {_shortened(layers)} with "
+            f"{describe_remaining_steps(most, config.warmup_steps)}. It is used as it was saved (λ below 1). "
             "Train it to the end of the warm-up, or choose fewer `warmup_steps`.",
             stacklevel=3,
         )
 
 
 def check_fits(model: nn.Module, config: Any, adapter_name: str, state: dict[str, Tensor]) -> None:
-    """Raise ValueError unless the layers that `state` (keys as in the model) has factors of are those that have some.
+    """Raise ValueError unless `state` (keys as in the model) has factors for exactly the model's adapted layers.
 
-    A single factor that is missing gets a warning, as in PEFT; other shapes PEFT refuses itself, unless told to ignore
-    them. Sharded and flattened models, whose parameters go by other names, are left to PEFT altogether.
+    A single missing factor gives a warning, as in PEFT. For other shapes PEFT itself raises an error, unless it is told
+    to ignore them. Sharded and flattened models, whose parameters have other names, are not checked.
     """
     # Tied layers share their factors: those of the first suffice, and a file may have both.
     own, known = (
@@ -152,14 +155,14 @@ def check_fits(model: nn.Module, config: Any, adapter_name: str, state: dict[str
         absent = [name for name in own if name.removeprefix(PEFT_PREFIX) not in bare]
         if absent:
             warn(
-                f"The saved Dual LoRA adapter lacks {_some(absent, 'factors')}: these keep their present values.",
+                f"The saved Dual LoRA adapter lacks {_shortened(absent, 'factors')}: these keep their present values.",
                 stacklevel=3,
             )
         return
     if not given:
-        raise ValueError(_foreign("This file", list(state)))
-    lacks = f"it lacks the factors of {_some(missing)}, which this model adapts" if missing else ""
-    has = f"it has factors of {_some(extra)}, which this model does not adapt" if extra else ""
+        raise ValueError(_no_factors_message("This file", list(state)))
+    lacks = f"it lacks the factors of {_shortened(missing)}, which this model adapts" if missing else ""
+    has = f"it has factors of {_shortened(extra)}, which this model does not adapt" if extra else ""
     raise ValueError(
         f"The saved Dual LoRA adapter does not fit this model: {'; '.join(filter(None, (lacks, has)))}. Load it on the "
         f"base that it was trained on (its configuration names {config.base_model_name_or_path!r}), with its own "
@@ -167,11 +170,11 @@ def check_fits(model: nn.Module, config: Any, adapter_name: str, state: dict[str
     )
 
 
-def without_strangers(model: nn.Module, adapter_name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state without the other factors of layers of which one has another shape than the model's.
+def without_mismatched_layers(model: nn.Module, adapter_name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Remove the matching factors of layers in which another factor has a mismatched shape.
 
-    PEFT raises its error for that one, or, told to ignore it (`ignore_mismatched_sizes`), leaves it as it was drawn.
-    The layer then keeps its whole start, at which it changes nothing: it is no mixture of trained and random factors.
+    PEFT raises an error for the mismatched one, or with `ignore_mismatched_sizes` leaves it as it was initialised. The
+    layer then keeps its initial factors, with ΔW = 0, instead of a mixture of trained and random ones.
     """
     held = dict(model.named_parameters())
     own = {name: parameter.shape for name, parameter in held.items()}
@@ -184,16 +187,16 @@ def without_strangers(model: nn.Module, adapter_name: str, state: dict[str, Tens
 
 
 def layer_of(name: str) -> str:
-    """The layer's name in that of one of its tensors."""
+    """Return the name of the layer that a tensor's name belongs to."""
     return name.removeprefix(PEFT_PREFIX).partition(".dual_lora_")[0]
 
 
-def _foreign(what: str, names: list[str]) -> str:
+def _no_factors_message(what: str, names: list[str]) -> str:
     return (
         f"{what} holds no factors of a Dual LoRA adapter; its tensors: {', '.join(names[:2]) or 'none at all'}. Is it "
         "an adapter of another type, or another file under this name?"
     )
 
 
-def _some(names: list[str], what: str = "layers") -> str:
+def _shortened(names: list[str], what: str = "layers") -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more {what}"

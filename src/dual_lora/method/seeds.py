@@ -1,8 +1,8 @@
-"""The seeds of frozen signs: one whole number a layer, from which the matrix S₀ follows (`core.frozen`).
+"""The seeds of frozen signs: one integer a layer, which determines the matrix S₀ (`core.frozen`).
 
-It is made of the configuration's `direction_seed` and the layer's name, so that processes agree on it and layers
-differ, and it is saved with the adapter: under another name, in another model class or after a hot-swap S₀ is the same.
-A file without it (foreign code saves parameters alone) is read by the names that its layers have then.
+The seed is derived from the configuration's `direction_seed` and the layer's name, so that processes agree and layers
+differ. It is saved with the adapter, so that S₀ stays the same under another name, in another model class or after a
+hot-swap. For a file without seeds (foreign code saves parameters alone) they are derived from the layers' names.
 """
 
 from typing import Any
@@ -16,53 +16,53 @@ from .parallel import offloaded
 
 
 class Seeds:
-    """The part of a layer that keeps them. Keys are what C and D stand for: int32, [1, I] and [O, 1]."""
+    """The part of a layer that holds seeds and keys. Keys take the place of C and D: int32, [1, I] and [O, 1]."""
 
     dual_lora_seed: BufferDict  # int64, 0-dim or, of experts, [E]
     dual_lora_keys: dict[str, tuple[Tensor, Tensor]]
-    _made_of: dict[str, tuple[Tensor, int]]  # the seed and its version, which the keys are of
+    _key_sources: dict[str, tuple[Tensor, int]]  # the seed, and its version, that the keys were derived from
     tied: dict[str, Any]
     out_features: int
     in_features: int
 
     def _set_seed(self, adapter: str, number: int, name: str, experts: tuple[int, ...]) -> None:
-        """Give an adapter the seed of the layer of that name."""
+        """Derive an adapter's seed (with experts, one for each) from a number and the layer's name."""
         names = [f"{name}.{e}" for e in range(experts[0])] if experts else [name]
         seeds = torch.tensor([seed_of(number, n) for n in names], dtype=torch.int64, device="cpu")
         self.dual_lora_seed[adapter] = seeds if experts else seeds[0].clone()
 
     def set_seed(self, adapter: str, seed: Tensor) -> None:
-        """Put another seed in place; what is made of it in the same memory, where a compiled graph reads it."""
+        """Overwrite the seed, and the keys derived from it, in the memory where a compiled graph reads them."""
         held = self.dual_lora_seed[adapter]
         held.copy_(seed)
         made = self.dual_lora_keys.get(adapter)
         if made is not None and not held.is_meta:
             for old, new in zip(made, keys(held.to(made[0].device), self.out_features, self.in_features), strict=True):
                 old.copy_(new)
-            self._made_of[adapter] = held, version(held)
+            self._key_sources[adapter] = held, version(held)
 
-    def _forget_seed(self, adapter: str) -> None:
-        for held in (self.dual_lora_seed, self.dual_lora_keys, self._made_of):
+    def _delete_seed(self, adapter: str) -> None:
+        for held in (self.dual_lora_seed, self.dual_lora_keys, self._key_sources):
             if adapter in held:
                 del held[adapter]  # type: ignore[attr-defined]
 
     def _keys(self, adapter: str, device: torch.device) -> tuple[Tensor, Tensor]:
-        """C and D of a frozen direction on a device, made again where the seed has changed."""
+        """Return C and D of a frozen direction on a device, derived again if the seed has changed."""
         owner = self.tied.get(adapter, self)
         made = owner.dual_lora_keys.get(adapter)
         if torch.compiler.is_dynamo_compiling() and made is not None:
             return made[0].to(device), made[1].to(device)
-        seed = offloaded.present(owner.dual_lora_seed, adapter)
+        seed = offloaded.load(owner.dual_lora_seed, adapter)
         device = torch.device("cpu") if device.type == "meta" else device
-        known = owner._made_of.get(adapter, (None, 0))
+        known = owner._key_sources.get(adapter, (None, 0))
         if made is None or known[0] is not seed or known[1] != version(seed) or made[0].device != device:
             with torch.inference_mode(False), torch.no_grad():
                 seed_there = seed.clone() if seed.is_inference() else seed
                 made = keys(seed_there.to(device), owner.out_features, owner.in_features)
-            owner.dual_lora_keys[adapter], owner._made_of[adapter] = made, (seed, version(seed))
+            owner.dual_lora_keys[adapter], owner._key_sources[adapter] = made, (seed, version(seed))
         return made
 
 
 def version(seed: Tensor) -> int:
-    """How often a seed was written to; of one that was made in inference mode, nobody knows."""
+    """Return a seed's version counter; 0 for one that was made in inference mode, which has none."""
     return 0 if seed.is_inference() else seed._version

@@ -11,7 +11,7 @@ from torch import Tensor
 
 @torch.no_grad()
 def give_signs_of_rank_one(factor: Tensor, rank_dimension: int) -> None:
-    """Give each column of C [r2, I], or each row of D [O, r2], one random sign; the sizes stay.
+    """Give each column of C [r2, I], or each row of D [O, r2], one random sign, and keep the absolute values.
 
     rank_dimension: -2 of C, -1 of D.
     """

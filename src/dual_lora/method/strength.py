@@ -1,4 +1,4 @@
-"""How strong the adapters of a layer act: α/√(r1 r2), or what a user has set in its place, times λ (`warmup`)."""
+"""The strength of a layer's adapters: α/√(r1 r2), or the number that a user sets instead, times λ (`warmup`)."""
 
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ from ..core.tokens import EXACT
 
 @dataclass
 class AdapterState:
-    """What a layer knows of one adapter besides its factors.
+    """A layer's settings of one adapter.
 
-    r2: 0 where the direction is frozen, for which there are no factors.
+    r2: 0 for a frozen direction, which has no factors C and D.
     warmup: optimizer steps of the paper's warm-up; below 1, a share of a run whose length is not known yet; 0 for none.
-    share: of the tokens, from which gradients are estimated.
+    share: the share of the tokens that gradients are estimated from.
     """
 
     r1: int
@@ -34,7 +34,7 @@ class AdapterState:
 
 
 class _Ranks(Mapping[str, int]):
-    """r1 + r2 by adapter, as the states have them when it is asked."""
+    """A view of r1 + r2 by adapter."""
 
     def __init__(self, states: Mapping[str, AdapterState]):
         self._states = states
@@ -50,9 +50,9 @@ class _Ranks(Mapping[str, int]):
 
 
 class Scaling(dict[str, float]):
-    """Strengths by adapter. Who writes one, by whatever method of a dict, also exchanges the tensor made of it.
+    """Strengths by adapter. Every way of writing one also replaces the tensor that holds it.
 
-    It is made anew, and not written to: a graph that waits for its backward has saved the one that was.
+    The tensor is replaced and not overwritten, because a graph that waits for its backward has saved the old one.
     """
 
     def __init__(self, values: dict[str, float], tensors: dict[str, Tensor]):
@@ -63,7 +63,7 @@ class Scaling(dict[str, float]):
     def __setitem__(self, name: str, value: float) -> None:
         super().__setitem__(name, value)
         if name in self.tensors:
-            self.tensors[name] = _number(value, self.tensors[name].dtype, self.tensors[name].device)
+            self.tensors[name] = _scale_tensor(value, self.tensors[name].dtype, self.tensors[name].device)
 
     def __ior__(self, values: Any) -> "Scaling":  # type: ignore[misc,override]
         self.update(values)
@@ -75,8 +75,8 @@ class Scaling(dict[str, float]):
     update, setdefault = MutableMapping.update, MutableMapping.setdefault  # type: ignore[assignment]
 
 
-@torch.inference_mode(False)  # who sets it in inference mode may train afterwards
-def _number(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+@torch.inference_mode(False)  # training may follow
+def _scale_tensor(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.full((), value, dtype=dtype, device=device)
 
 
@@ -89,7 +89,7 @@ class Strength:
     dual_lora_scale: dict[str, Tensor]  # `scaling` as operators take it: 0-dim, where the factors are
     active_adapters: list[str]
 
-    def _present(self, names: list[str]) -> list[str]:
+    def _known_names(self, names: list[str]) -> list[str]:
         return [*dict.fromkeys(filter(self.states.__contains__, names))]
 
     @property
@@ -99,7 +99,7 @@ class Strength:
 
     @property
     def scaling(self) -> Scaling:
-        """The strength of each adapter, by LoRA's name; a number that is written there acts."""
+        """The strength of each adapter, under LoRA's name for it. Numbers written here take effect."""
         return self._scaling
 
     @scaling.setter
@@ -107,12 +107,12 @@ class Strength:
         self._scaling = Scaling(values, self.dual_lora_scale)
 
     def _scale(self, adapter: str, A: Tensor | None = None) -> Tensor:
-        """`scaling` as a 0-dim tensor where the factor A is (by default the stored one), in its precision."""
+        """Return `scaling` as a 0-dim tensor with the device and precision of A (default: the stored factor)."""
         A = self.dual_lora_A[adapter] if A is None else A
         scale = self.dual_lora_scale[adapter] if adapter in self.dual_lora_scale else None  # noqa: SIM401 - no call
         dtype = torch.float64 if A.dtype == torch.float64 else torch.float32
         if scale is None or scale.device != A.device or scale.dtype != dtype:
-            scale = self.dual_lora_scale[adapter] = _number(self._scaling[adapter], dtype, A.device)
+            scale = self.dual_lora_scale[adapter] = _scale_tensor(self._scaling[adapter], dtype, A.device)
         return scale
 
     def set_scale(self, adapter: str, scale: float) -> None:
@@ -125,10 +125,10 @@ class Strength:
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the strength of the active adapters by `scale`."""
-        for adapter in self._present(self.active_adapters):
+        for adapter in self._known_names(self.active_adapters):
             self._scaling[adapter] *= scale
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the strength of the active adapters by `scale`, or set it back to the configured one."""
-        for adapter in self._present(self.active_adapters):
+        for adapter in self._known_names(self.active_adapters):
             self._scaling[adapter] = self.states[adapter].strength if scale is None else self._scaling[adapter] / scale

@@ -1,13 +1,12 @@
 """The paper's warm-up: λ rises from 0 to 1 over optimizer steps, which count themselves.
 
-An adapter's step counter is the optimizer that holds its first trainable factor in the order B, A, D, C. After one of
-its steps a layer whose factor has got a gradient is counted; a layer that the data never reach stays at λ = 0. Of steps
-inside a step (a wrapper's, a subclass's, ZeroRedundancyOptimizer's) one counts, as do those of two optimizers on one
-gradient. A step at a learning rate of 0 (of the factors' groups) moves nothing and counts nothing, nor does one that a
-gradient scaler skips.
-Updates without a torch.optim.Optimizer are counted by `count_step`.
+An adapter's steps are those of the optimizer that holds its first trainable factor in the order B, A, D, C. A step is
+counted for each layer whose factor has a gradient; a layer that the data never reach stays at λ = 0. Nested steps (of a
+wrapper, a subclass, ZeroRedundancyOptimizer) count once, and so do the steps of two optimizers on one gradient. Steps
+at a learning rate of 0 (of the factors' groups), and steps that a gradient scaler skips, change nothing and are not
+counted. Updates without a torch.optim.Optimizer are counted by `count_step`.
 
-Adapters without a warm-up cost a step nothing.
+Adapters without a warm-up add no time to a step.
 """
 
 import weakref
@@ -24,12 +23,13 @@ from .cache import composed_weights
 from .parallel import offloaded
 from .strength import AdapterState
 
-NOT_BEGUN = torch.iinfo(torch.int32).max  # more steps than any run has, of which `set_length` leaves the warm-up's
-warming: weakref.WeakSet[Any] = weakref.WeakSet()  # the layers that have a count
-countings = 0  # by optimizers, of any adapter
-_begun: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()  # `countings` before the last step
-# Of a layer's adapter: `countings` when it was counted last, by which optimizer, for which gradient in which version.
-_counted: weakref.WeakKeyDictionary[Any, dict[str, tuple[int, Any, Any, int]]] = weakref.WeakKeyDictionary()
+NOT_BEGUN = torch.iinfo(torch.int32).max  # more steps than any run has; `set_length` reduces it to the warm-up's
+warming_layers: weakref.WeakSet[Any] = weakref.WeakSet()  # the layers that have a count
+counted_steps = 0  # by optimizers, of any adapter
+# Of each optimizer: `counted_steps` before its last step.
+_count_before_step: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
+# Of a layer's adapter: `counted_steps` at its last count, the optimizer, the gradient and the gradient's version.
+_last_counts: weakref.WeakKeyDictionary[Any, dict[str, tuple[int, Any, Any, int]]] = weakref.WeakKeyDictionary()
 
 
 class Warmup:
@@ -41,53 +41,56 @@ class Warmup:
     tied: dict[str, Any]  # whose adapter it is, count and all, where it is not the layer's own
 
     def left(self, adapter: str) -> Tensor:
-        """Optimizer steps that are left, int32, 0-dim or [E]."""
+        """Return the optimizer steps that are left, int32, 0-dim or [E]."""
         owner = self.tied.get(adapter, self)
-        return offloaded.present(owner.dual_lora_left, adapter) if self.states[adapter].warmup else torch.tensor(0)
+        return offloaded.load(owner.dual_lora_left, adapter) if self.states[adapter].warmup else torch.tensor(0)
 
     def warmup_factor(self, adapter: str) -> Tensor:
-        """λ, from 0 at the start to 1 at the end, fp32, 0-dim or [E]."""
+        """Return λ, from 0 at the start to 1 at the end, fp32, 0-dim or [E]."""
         steps = max(1, int(self.states[adapter].warmup))
         return 1 - self.left(adapter).clamp(0, steps) / steps
 
     def steps_left(self, adapter: str) -> int:
-        """Optimizer steps before all of the adapter acts at full strength."""
+        """Return the optimizer steps before all of the adapter acts at full strength."""
         return int(self.left(adapter).max())
 
     def begin_warmup(self, adapter: str, steps: float) -> None:
-        """Begin a warm-up of so many steps, or a share of a run; with 0 forget the count, at full strength."""
+        """Begin a warm-up of so many steps, or of a share of a run. With 0, remove the count: full strength."""
         self.states[adapter].warmup = steps
         if adapter in self.dual_lora_left:
             del self.dual_lora_left[adapter]
         if steps:
             A = self.dual_lora_A[adapter]
-            device = "cpu" if A.is_meta else A.device  # it is no weight that waits to be loaded
+            device = "cpu" if A.is_meta else A.device  # unlike a factor, the count is not loaded later
             left = NOT_BEGUN if steps < 1 else int(steps)
             self.dual_lora_left[adapter] = torch.full(A.shape[:-2], left, dtype=torch.int32, device=device)
-            warming.add(self)
+            warming_layers.add(self)
 
-    @torch.inference_mode(False)  # who loads in inference mode may train afterwards
+    @torch.inference_mode(False)  # training may follow
     def set_left(self, adapter: str, left: Tensor | int) -> None:
-        """Put a count in place. For an adapter without a warm-up it says nothing."""
+        """Set the count. Does nothing for an adapter without a warm-up."""
         if adapter in self.dual_lora_left:
-            self.dual_lora_left[adapter] = self.fitting(adapter, left)
+            self.dual_lora_left[adapter] = self.fitted_count(adapter, left)
 
-    def fitting(self, adapter: str, left: Tensor | int) -> Tensor:
-        """A count as it can stand here: one for each expert, and no more than the warm-up's steps."""
+    def fitted_count(self, adapter: str, left: Tensor | int) -> Tensor:
+        """Convert a count to this layer's shape (one for each expert), and limit it to the warm-up's steps."""
         stored, steps = self.dual_lora_left[adapter], self.states[adapter].warmup
         given = torch.as_tensor(left, dtype=torch.int32, device=stored.device)
-        # Of a share, -1 was once saved before the run began.
+        # Earlier versions saved -1 for a warm-up that is a share of a run that had not begun.
         given = given.clamp(0, int(steps)) if steps >= 1 else torch.where(given < 0, NOT_BEGUN, given)
         return given.expand(stored.shape).clone()
 
     def set_length(self, adapter: str, steps: int) -> None:
-        """Give a warm-up that is a share of a run its length."""
+        """Set the number of steps of a warm-up that is a share of a run."""
         if adapter in self.dual_lora_left:
             self.states[adapter].warmup = steps
             self.set_left(adapter, self.dual_lora_left[adapter])
 
     def count_step(self, adapter: str) -> None:
-        """Count one optimizer step; in place, for CUDA graphs that were captured before."""
+        """Count one optimizer step, in place, for CUDA graphs that were captured before.
+
+        Raises ValueError for a warm-up that is a share of a run whose length is unknown.
+        """
         steps, left = self.states[adapter].warmup, self.left(adapter)
         if steps < 1:
             raise ValueError(
@@ -95,15 +98,15 @@ class Warmup:
                 "`callbacks=[dual_lora.DualLoraCallback()]` to the Trainer, or give a number of steps."
             )
         left = left.clone() if left.is_inference() else left
-        self.dual_lora_left[adapter] = left.sub_(self._taking_part(adapter)).clamp_(min=0)
+        self.dual_lora_left[adapter] = left.sub_(self._got_gradient(adapter)).clamp_(min=0)
 
-    def _taking_part(self, adapter: str) -> Tensor | int:
-        """1 for what has got a gradient since the last step, 0 for the rest (experts that no token was sent to)."""
+    def _got_gradient(self, adapter: str) -> Tensor | int:
+        """Return 1 where a gradient came since the last step; 0 for experts that no token was sent to."""
         return 1
 
 
-def until_full(left: int, warmup: float) -> str:
-    """What is left of a warm-up, as a part of a sentence."""
+def describe_remaining_steps(left: int, warmup: float) -> str:
+    """Say in words how much of a warm-up is left."""
     if warmup < 1:
         return f"a warm-up over {warmup:.0%} of a run that has not begun"
     return f"up to {left} of {warmup} optimizer steps before full strength"
@@ -117,66 +120,66 @@ def count_step(model: nn.Module) -> None:
     CUDA graph.
     """
     if not count_training(model):  # as in a copy that follows a model which trains
-        for layer, adapter in _counts(model):
+        for layer, adapter in _warming_adapters(model):
             layer.count_step(adapter)
 
 
 def count_training(model: nn.Module) -> bool:
-    """The same of those that train alone; whether any of them is in its warm-up."""
+    """Count one update of the adapters that train. Returns whether any of them has a warm-up."""
     composed_weights.clear()
-    training = [(layer, adapter) for layer, adapter in _counts(model) if layer.trainable_factors(adapter)]
+    training = [(layer, adapter) for layer, adapter in _warming_adapters(model) if layer.trainable_factors(adapter)]
     for layer, adapter in training:
         layer.count_step(adapter)
     return bool(training)
 
 
-def _counts(model: nn.Module) -> list[tuple[Any, str]]:
-    return [(layer, name) for layer in warming.intersection(model.modules()) for name in layer.dual_lora_left]
+def _warming_adapters(model: nn.Module) -> list[tuple[Any, str]]:
+    return [(layer, name) for layer in warming_layers.intersection(model.modules()) for name in layer.dual_lora_left]
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    if warming:
-        _begun[optimizer] = countings
+    if warming_layers:
+        _count_before_step[optimizer] = counted_steps
     for one in watch_training.watches:
         one.before_step(optimizer)
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     composed_weights.clear()  # fused optimizers, and bitsandbytes', raise no version counter
-    if not (warming or watch_training.watches):
+    if not (warming_layers or watch_training.watches):
         return
-    # By this attribute a gradient scaler tells a fused optimizer to leave everything as it is.
+    # A gradient scaler sets this attribute to make a fused optimizer skip the step.
     skipped = getattr(optimizer, "found_inf", None)
     groups = optimizer.param_groups
     moving = {id(p) for group in groups if group.get("lr") != 0 for p in group["params"]}
     if not moving or (skipped is not None and bool(skipped)):
         return
     held = {id(p) for group in groups for p in group["params"]}
-    for layer in list(warming):
+    for layer in list(warming_layers):
         for adapter in [*layer.dual_lora_left]:
-            A, B, C, D = layer._stored(adapter)
-            # Those that train, or have before another adapter was chosen.
+            A, B, C, D = layer._stored_factors(adapter)
+            # The factors that train, or trained before another adapter became active.
             those = [f for f in (B, A, D, C) if f.requires_grad or f.grad is not None]
             moved = those and id(those[0]) in held and not moving.isdisjoint(map(id, those))
             if moved and those[0].grad is not None:
-                _count(layer, adapter, optimizer, those[0].grad)
+                _count_once(layer, adapter, optimizer, those[0].grad)
         if not layer.dual_lora_left:
-            warming.discard(layer)
+            warming_layers.discard(layer)
     for one in list(watch_training.watches):
         one.after_step(optimizer, held)
 
 
-def _count(layer: Warmup, adapter: str, optimizer: Optimizer, grad: Tensor) -> None:
-    """Count a step, unless it is the step around one that was counted, or another optimizer's on the same gradient."""
-    global countings
-    seen = _counted.setdefault(layer, {})
+def _count_once(layer: Warmup, adapter: str, optimizer: Optimizer, grad: Tensor) -> None:
+    """Count a step, unless a step inside it was counted, or another optimizer's step on the same gradient."""
+    global counted_steps
+    seen = _last_counts.setdefault(layer, {})
     when, by, of, version = seen.get(adapter, (0, None, None, 0))
-    inside = when > _begun.get(optimizer, 0)
+    inside = when > _count_before_step.get(optimizer, 0)
     same = by is not None and by() not in (None, optimizer) and of() is grad and grad._version == version
     if not inside and not same:
         layer.count_step(adapter)
-        countings += 1
-        seen[adapter] = countings, weakref.ref(optimizer), weakref.ref(grad), grad._version
+        counted_steps += 1
+        seen[adapter] = counted_steps, weakref.ref(optimizer), weakref.ref(grad), grad._version
 
 
 register_optimizer_step_pre_hook(torch._dynamo.disable(_before_step))

@@ -1,4 +1,4 @@
-"""Notices an adapter that does not train: the worst failure of such methods makes no noise."""
+"""Warn of an adapter that does not train, which otherwise raises no error."""
 
 import weakref
 from typing import Any
@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from .._warning import warn
 from .parallel.sharded import local
 
-# Steps after which something is said. Under the paper's warm-up the first step has gradients of zero by definition.
+# Steps before a warning. Under the paper's warm-up the first step has gradients of zero by definition.
 OWN_STEPS = 4
 FOREIGN_STEPS = 10
 
@@ -17,13 +17,13 @@ watches: set["Watch"] = set()
 
 
 class Watch:
-    """Looks at an adapter of a model twice: in the fourth step of an optimizer that holds some of its factors, and in
-    the tenth of others.
+    """Checks the gradients of one adapter: in the fourth step of an optimizer that holds some of its factors, or in the
+    tenth step of optimizers that hold none.
     """
 
     def __init__(self, adapter: str, layers: list[Any]):
         self.adapter, self.layers = adapter, [weakref.ref(layer) for layer in layers]
-        self.own = self.foreign = 0
+        self.own_steps = self.foreign_steps = 0
         watches.add(self)
 
     def before_step(self, optimizer: Optimizer) -> None:
@@ -46,40 +46,40 @@ class Watch:
         return [f for layer in alive if self.adapter in layer.states for f in layer.trainable_factors(self.adapter)]
 
     def after_step(self, optimizer: Optimizer, held: set[int]) -> None:
-        """Look at the factors after an optimizer's step; `held` are the ids of its parameters."""
+        """Check the factors after an optimizer's step. held: the ids of the optimizer's parameters."""
         factors = self._factors()
         if not factors:
             if not any(layer() for layer in self.layers):
                 watches.discard(self)
             return  # it may be chosen to train later
         if not any(id(f) in held for f in factors):
-            self.foreign += not self.own and any(f.grad is not None for f in factors)
-            if self.foreign == FOREIGN_STEPS:
-                self._say(
-                    f"get gradients, and no optimizer has updated them in {self.foreign} optimizer steps. "
+            self.foreign_steps += not self.own_steps and any(f.grad is not None for f in factors)
+            if self.foreign_steps == FOREIGN_STEPS:
+                self._warn(
+                    f"get gradients, and no optimizer has updated them in {self.foreign_steps} optimizer steps. "
                     "Build the optimizer from the model's trainable parameters after the adapter was added (and after "
                     "moving or sharding the model)."
                 )
             return
-        self.own += id(factors[0]) in held  # of optimizers in one, each holds a part
-        if self.own < OWN_STEPS:
+        self.own_steps += id(factors[0]) in held  # of several optimizers that each hold a part, one counts
+        if self.own_steps < OWN_STEPS:
             return
         grads = [f.grad for f in factors if f.grad is not None]
-        # Each process looks at its own parts: asked of the others at different times, they would wait for ever.
+        # Each process checks its own parts only: collectives that not all processes reach would deadlock.
         parts = [local(g) for g in grads]
         if not grads:
-            self._say(
-                f"got no gradient in optimizer step {self.own}: they do not train. Is the loss connected to the "
+            self._warn(
+                f"got no gradient in optimizer step {self.own_steps}: they do not train. Is the loss connected to the "
                 "adapted layers (no torch.no_grad(), no detach(); gradient checkpointing with use_reentrant=False or "
                 "model.enable_input_require_grads()), and the adapter active?"
             )
         elif all(g.numel() for g in parts) and not any(bool(g.any()) for g in parts):
-            self._say(
-                f"have gradients of exactly zero in optimizer step {self.own}: they do not move. Is the output of the "
-                "adapted layers used, and the loss finite and not constant?"
+            self._warn(
+                f"have gradients of exactly zero in optimizer step {self.own_steps}: they do not move. Is the output "
+                "of the adapted layers used, and the loss finite and not constant?"
             )
         watches.discard(self)
 
-    def _say(self, what: str) -> None:
+    def _warn(self, what: str) -> None:
         warn(f"The factors of the Dual LoRA adapter {self.adapter!r} {what}", stacklevel=4)
         watches.discard(self)

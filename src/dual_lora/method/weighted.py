@@ -1,4 +1,4 @@
-"""One adapter copied to another of the same ranks, at another strength: ΔW' = w ΔW."""
+"""Copy an adapter to another one of the same ranks, at another strength: ΔW' = w ΔW."""
 
 from typing import Any
 
@@ -10,10 +10,10 @@ from .layer import DualLoraLayer, layers_of, named_layers
 from .precision import mark_as_stored
 
 
-def one_of(
+def checked_source(
     model: nn.Module, known: dict[str, Any], adapters: list[str], weights: list[float], kind: str
 ) -> tuple[str, float]:
-    """The adapter to copy and its weight.
+    """Return the adapter to copy and its weight.
 
     known: the model's adapters. Raises ValueError for unknown adapters, a sum of several, and an adapter that cannot
     take a negative weight.
@@ -40,10 +40,11 @@ def one_of(
     return adapters[0], weights[0]
 
 
-def copy_at(model: nn.Module, source: str, weight: float, adapter_name: str) -> None:
-    """Copy an adapter with all that it trains to one that is there already; w is in B' = |w| B, and D' = -D if w < 0.
+def copy_scaled(model: nn.Module, source: str, weight: float, adapter_name: str) -> None:
+    """Copy an adapter, with all that it trains, to an existing one: B' = |w| B, and D' = -D if w < 0.
 
-    In B and not in α, which would have to be saved for every layer. `set_scale` may have been at work.
+    w goes into B and not into α, which would have to be saved for every layer. A strength that was set with `set_scale`
+    is included.
     """
     for layer in layers_of(model, source):
         copy_factors(layer, source, adapter_name)
@@ -55,7 +56,7 @@ def copy_at(model: nn.Module, source: str, weight: float, adapter_name: str) -> 
         layer.factors(adapter_name).B.data.mul_(strength if frozen else abs(strength))
         if strength < 0 and not frozen:
             layer.factors(adapter_name).D.data.neg_()
-        mark_as_stored(layer._stored(adapter_name))
+        mark_as_stored(layer._stored_factors(adapter_name))
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper) and source in module.modules_to_save:
             own = module.modules_to_save[adapter_name].train(module.modules_to_save[source].training)
@@ -65,18 +66,18 @@ def copy_at(model: nn.Module, source: str, weight: float, adapter_name: str) -> 
 
 
 def copy_factors(layer: DualLoraLayer, source: str, adapter_name: str) -> None:
-    """Factors and warm-up of one adapter to another one of the same ranks."""
+    """Copy factors and warm-up of one adapter to another one of the same ranks."""
     if adapter_name not in layer.tied:
         if adapter_name in layer.dual_lora_seed:
             layer.set_seed(adapter_name, layer.dual_lora_seed[source])
         for new, old in zip(layer.factors(adapter_name), layer.factors(source), strict=True):
             new.data.copy_(old.data)
-        mark_as_stored(layer._stored(adapter_name))
+        mark_as_stored(layer._stored_factors(adapter_name))
     layer.set_left(adapter_name, layer.left(source))
 
 
 def _refuse_undirected(layer: DualLoraLayer, adapter: str, name: str) -> None:
-    """Raise ValueError for rows or columns of D C that are zero: Sign gives them +, and -D C as well."""
+    """Raise ValueError for an adapter whose ΔW no factors negate, e.g. with rows of D C that are zero."""
     factors, form = layer.adapter(adapter).factors, layer.states[adapter].form
     if form.direction == "frozen" and form.magnitude == "relu":
         raise ValueError(

@@ -34,7 +34,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def _keeping(kept: list[http.client.HTTPConnection]) -> list[urllib.request.BaseHandler]:
+def _recording_connections(kept: list[http.client.HTTPConnection]) -> list[urllib.request.BaseHandler]:
     """Handlers that put each connection that they open into a list."""
 
     def open_as(kind: type[http.client.HTTPConnection]) -> Callable[..., http.client.HTTPConnection]:
@@ -56,14 +56,14 @@ def _keeping(kept: list[http.client.HTTPConnection]) -> list[urllib.request.Base
 
 
 def ask(request: urllib.request.Request, seconds: float, largest: int) -> Reply:
-    """What the server answers, of which `largest` bytes are read and one more. Proxies are those of the environment.
+    """Send a request and read up to `largest` bytes of the answer and one more. Proxies are the environment's.
 
     Raises TimeoutError where all of it takes longer than `seconds`, OSError and http.client.HTTPException where the
     server cannot be reached or speaks no HTTP.
     """
     ends, kept = time.monotonic() + seconds, list[http.client.HTTPConnection]()
     try:
-        return _within(seconds, lambda: _answer(request, seconds, largest, ends, kept))
+        return _with_time_limit(seconds, lambda: _answer(request, seconds, largest, ends, kept))
     except TimeoutError:
         for connection in kept:  # its reader would wait on for a server that never ends its "100 Continue"
             with contextlib.suppress(OSError, AttributeError):
@@ -78,7 +78,7 @@ def _answer(
     ends: float,
     kept: list[http.client.HTTPConnection],
 ) -> Reply:
-    opener = urllib.request.build_opener(_NoRedirect, *_keeping(kept))
+    opener = urllib.request.build_opener(_NoRedirect, *_recording_connections(kept))
     try:
         reply = opener.open(request, timeout=seconds)
     except urllib.error.HTTPError as error:
@@ -110,8 +110,8 @@ def _read(reply: Any, most: int, ends: float) -> bytes:
     return b"".join(pieces)
 
 
-def _within(seconds: float, work: Callable[[], Reply]) -> Reply:
-    """What `work` returns; TimeoutError if it takes longer. A socket's own limit is for each byte anew."""
+def _with_time_limit(seconds: float, work: Callable[[], Reply]) -> Reply:
+    """Return what `work` returns. Raises TimeoutError if it takes longer; a socket's own limit is for each read."""
     came: Future[Reply] = Future()
 
     def run() -> None:

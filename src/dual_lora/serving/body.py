@@ -67,7 +67,7 @@ def json_object(text: str | bytes) -> dict[str, Any]:
 
 
 def _values_in(text: str) -> int:
-    """How many values a JSON text may have: signs before one that stand in no string."""
+    """Return an upper bound of a JSON text's values: the separators outside strings."""
     bare = text.replace("\\\\", "").replace('\\"', "")
     if (count := bare.count('"')) <= MOST_VALUES:
         outside = "".join(bare.split('"')[::2])

@@ -62,7 +62,7 @@ class ByName:
             await _refuse(send, 503, str(error))
             return
         try:
-            await self.app(scope, receive, _patiently(send))
+            await self.app(scope, receive, _with_read_timeout(send))
         finally:
             self.turns.leave()
 
@@ -113,8 +113,8 @@ class ByName:
         return scope["method"] == "POST" and has_body and not path.startswith(self.own)
 
 
-def _patiently(send: Send) -> Send:
-    """The same, until a request has waited for its reader for PATIENCE seconds in all."""
+def _with_read_timeout(send: Send) -> Send:
+    """Wrap `send` so that a request ends after waiting for its reader for PATIENCE seconds in all."""
     left = PATIENCE
 
     async def sent(message: Message) -> None:
@@ -146,7 +146,7 @@ async def _read(receive: Receive) -> tuple[bytes, Receive]:
 
 
 async def _refuse(send: Send, status: int, why: str) -> None:
-    """An error as OpenAI's clients read it."""
+    """Send an error in the form that OpenAI's clients read."""
     body = json.dumps({"error": {"message": why, "type": "ServerError", "code": status}}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": headers})

@@ -48,9 +48,9 @@ class ComposedWeights:
         with _training_defaults():
             peft_model = _adapted(self._model, self.folder, method, files, self.device)
         self._layers = _layers(peft_model)
-        self._trained = _trained_as_they_are(peft_model, self._shapes.keys() - self._layers.keys())
+        self._trained = _whole_parameters(peft_model, self._shapes.keys() - self._layers.keys())
         self._refuse_shared(shared)
-        self._try_one_of_each_kind()
+        self._check_each_kind()
 
     @property
     def names(self) -> set[str]:
@@ -75,7 +75,7 @@ class ComposedWeights:
             self._check_tensor(name, shape, floating)
 
     def stream(self, weights: Stream) -> Iterator[tuple[str, Tensor]]:
-        """The same names, with composed weights for adapted modules. weights: name and whole tensor, as on disk.
+        """Yield the same names with composed weights for adapted modules. weights: name and whole tensor, as on disk.
 
         Raises AdapterError at its end if an adapted weight was not among them: no layer is left out in silence.
         """
@@ -125,7 +125,7 @@ class ComposedWeights:
             if bias is not None:
                 plain.bias = bias
 
-    def _try_one_of_each_kind(self) -> None:
+    def _check_each_kind(self) -> None:
         """Compose into one weight of ones for each kind of layer, so that what has no merge is refused at once."""
         kinds: dict[Any, str] = {}
         for own in sorted(self._layers, key=lambda own: -math.prod(self._shapes[own])):  # the smallest stays
@@ -222,7 +222,7 @@ def _without_weights(model: nn.Module) -> nn.Module:
     for module in model.modules():
         for key, parameter in module._parameters.items():
             if parameter is not None:
-                module._parameters[key] = shared.setdefault(id(parameter), _absent(parameter))
+                module._parameters[key] = shared.setdefault(id(parameter), _absent_like(parameter))
     return model
 
 
@@ -233,7 +233,7 @@ class _Absent(nn.Parameter):
     """
 
 
-def _absent(parameter: Tensor) -> nn.Parameter:
+def _absent_like(parameter: Tensor) -> nn.Parameter:
     one = torch.full((), torch.nan, dtype=parameter.dtype).expand(parameter.shape)
     return _Absent(one, requires_grad=False)
 
@@ -258,7 +258,7 @@ def _adapted(model: nn.Module, folder: Path, config: Any, files: Shapes, device:
 
 
 def _layers(adapted: Any) -> dict[str, Any]:
-    """For each adapted weight, by its name in the base model, the PEFT layer that composes it."""
+    """Return the PEFT layer that composes each adapted weight, by the weight's name in the base model."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers: dict[str, Any] = {}
@@ -275,7 +275,7 @@ def _layers(adapted: Any) -> dict[str, Any]:
     return layers
 
 
-def _trained_as_they_are(adapted: Any, names: set[str]) -> dict[str, Tensor]:
+def _whole_parameters(adapted: Any, names: set[str]) -> dict[str, Tensor]:
     """Parameters that the adapter brings whole, by name: those of `modules_to_save`, and trained biases."""
     from peft.utils.other import ModulesToSaveWrapper
 

@@ -42,7 +42,7 @@ class ServedAdapters:
     """
 
     def __init__(self) -> None:
-        self.turns = Turns(self._become)
+        self.turns = Turns(self._prepare)
         self.engine: Any = None
         self.main: Adapter | None = None
         self.named: dict[str, Adapter] = {}
@@ -73,13 +73,13 @@ class ServedAdapters:
             await self.give_names(settings.named, settings.limit_bytes)
 
     def left(self) -> str:
-        """What the server has, in a sentence."""
+        """Say which adapter the server has."""
         if not self.whole:
             return "The server has parts of two models and answers nothing until a swap works."
-        return f"The server has {_end_of(self.main.folder) if self.main else 'the base model'}."
+        return f"The server has {_last_two_parts(self.main.folder) if self.main else 'the base model'}."
 
     async def swap(self, folder: str | None, kept: Any = None) -> None:
-        """Let the server's own names have another adapter; None: the base model alone. Waits for running requests.
+        """Swap the adapter of the server's own names; None: the base model alone. Waits for running requests.
 
         kept: held as long as the adapter is in use. Raises AdapterError with the server as it was.
         """
@@ -89,7 +89,7 @@ class ServedAdapters:
         try:
             try:
                 self._check_files(wanted)
-                await self._load_instead(wanted)
+                await self._replace_adapter(wanted)
             except Exception:
                 if self.whole and self.loaded is None:  # nor could the main adapter be loaded again
                     self.main = None
@@ -120,7 +120,7 @@ class ServedAdapters:
         self.turns.prepare_again()
         self._show(self._shown)
 
-    async def _become(self, name: Any) -> None:
+    async def _prepare(self, name: Any) -> None:
         """Prepare for the requests that give this name; None: one of the server's own. An object(): for a swap."""
         if not isinstance(name, str | None):
             return
@@ -132,7 +132,7 @@ class ServedAdapters:
         if wanted != self.loaded:
             self._check_files(wanted)
             try:
-                await self._load_instead(wanted)
+                await self._replace_adapter(wanted)
             except Exception as error:
                 raise RuntimeError(f"{wanted.folder if wanted else 'The base'} cannot be loaded: {error}") from error
         self._show(name)
@@ -145,14 +145,14 @@ class ServedAdapters:
             named = sorted((card(n, a.folder) for n, a in self.named.items()), key=lambda c: c.name != self._shown)
             self._cards[:] = [*named, *self._own] if self._shown else [*self._own, *named]
 
-    async def _load_instead(self, wanted: Adapter | None) -> None:
-        """Pause, load, resume. Where that fails, the server has what `_load_what_is_left` found."""
+    async def _replace_adapter(self, wanted: Adapter | None) -> None:
+        """Pause, load, resume. Where that fails, the server has what `_load_fallback` found."""
         await self.engine.pause_generation(mode="wait", clear_cache=True)
         self.whole, self.swapping = False, True
         try:
             await self._load(wanted)
         except Exception:
-            await self._load_what_is_left()
+            await self._load_fallback()
             raise
         finally:
             self.swapping = False
@@ -160,7 +160,7 @@ class ServedAdapters:
                 await self.engine.reset_prefix_cache()
                 await self.engine.resume_generation()
 
-    async def _load_what_is_left(self) -> None:
+    async def _load_fallback(self) -> None:
         """After a failed swap the adapter as before, or else the base model. If both fail, the server stays paused."""
         for known in dict.fromkeys((self.loaded, self.main, None)):
             try:
@@ -210,14 +210,14 @@ class ServedAdapters:
             )
 
     async def _checked(self, folder: str, kept: Any = None) -> Adapter:
-        """Everything that can be wrong with a folder, found before anything is changed."""
+        """Check a folder completely, before anything is changed."""
         version = version_of(folder)
         await asyncio.to_thread(_check, self.engine.vllm_config.model_config, folder)
         return Adapter(folder, version, kept)
 
 
-def _end_of(folder: str) -> str:
-    """What identifies a folder; in the answers that it sends vLLM writes <path> instead of a whole path."""
+def _last_two_parts(folder: str) -> str:
+    """Shorten a folder to its last two parts: vLLM replaces whole paths in answers by <path>."""
     return "/".join(Path(folder).parts[-2:])
 
 

@@ -36,26 +36,26 @@ class Turns:
             return
         mine = asyncio.get_running_loop().create_future()
         self._queue.setdefault(key, []).append(mine)
-        self._go_on()
+        self._next_turn()
         try:
             await mine
         except asyncio.CancelledError:
             if mine.done() and not mine.cancelled() and mine.exception() is None:  # admitted in the same moment
                 self.running -= 1
-            self._go_on()
+            self._next_turn()
             raise
 
     def leave(self) -> None:
         """The request has ended."""
         self.running -= 1
-        self._go_on()
+        self._next_turn()
 
     def prepare_again(self) -> None:
         """Who waits, or comes next, is prepared for anew: the keys have another meaning now."""
         self._now = _NOBODY
         self._outdated = True
 
-    def _go_on(self) -> None:
+    def _next_turn(self) -> None:
         while self._queue and self._preparing is None:
             key, waiting = next(iter(self._queue.items()))
             if key == self._now or all(one.done() for one in waiting):  # done: cancelled
@@ -76,7 +76,7 @@ class Turns:
         if not self._outdated:  # or else once more: who waits may have come after the change
             self._now = key if failed is None else _NOBODY
             self._admit(self._queue.pop(key), failed)
-        self._go_on()
+        self._next_turn()
 
     def _admit(self, waiting: Iterable[asyncio.Future[None]], failed: Exception | None = None) -> None:
         for one in waiting:

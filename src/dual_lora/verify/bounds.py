@@ -94,7 +94,7 @@ def check_kinds(config: Any) -> None:
                 if isinstance(each, bool):
                     raise ValueError(f"{field.name} holds {each}, expected a number.")
     for name, value in values.items():
-        for _, number in _inside(value, name, False):
+        for _, number in _numbers_inside(value, name, False):
             if not -math.inf < number < math.inf:
                 raise ValueError(f"{name} holds {number}, expected a finite number.")
 
@@ -114,18 +114,18 @@ def _numbers(values: Mapping[str, Any], fractions: set[str]) -> Iterator[tuple[s
     for field, value in values.items():
         if field in LIMITS or not (field in fractions or FREE.search(field)):
             named = not field.endswith("_pattern")  # there a name is a pattern of the stranger's
-            yield from ((field, name, number) for name, number in _inside(value, field, named))
+            yield from ((field, name, number) for name, number in _numbers_inside(value, field, named))
 
 
-def _inside(value: Any, name: str, named: bool) -> Iterator[tuple[str, float]]:
+def _numbers_inside(value: Any, name: str, named: bool) -> Iterator[tuple[str, float]]:
     """named: whether the names in it are those of settings, which have bounds of their own."""
     if isinstance(value, Mapping):
         for key, each in value.items():
             if not (named and FREE.search(str(key))):
-                yield from _inside(each, key if named and key in LIMITS else name, named)
+                yield from _numbers_inside(each, key if named and key in LIMITS else name, named)
     elif isinstance(value, list | tuple | set):
         for each in value:
-            yield from _inside(each, name, named)
+            yield from _numbers_inside(each, name, named)
     elif _is_number(value):
         yield name, value
 
@@ -158,7 +158,7 @@ def _check_layers(values: Mapping[str, Any]) -> None:
 def _check_tokens(values: Mapping[str, Any], largest: int) -> None:
     """Each token that trains has a row of weights of its own, one that stands twice as well."""
     for field in ("trainable_token_indices", "token_indices"):
-        count = sum(1 for _ in _inside(values.get(field), field, False))
+        count = sum(1 for _ in _numbers_inside(values.get(field), field, False))
         if count > largest:
             raise ValueError(f"{field} names {count:,} tokens, expected at most {largest:,}.")
 

@@ -110,7 +110,7 @@ class VerifyAdapter(TrainerCallback):
 
     def _check_saved(self, model: Any) -> None:
         try:
-            apart = saved_apart(model, self._batch or {}, self._trained)
+            apart = saved_differences(model, self._batch or {}, self._trained)
         except Exception as error:  # whatever a method of PEFT does not support; the run itself is well
             self.notes.append(f"the saved adapter was not loaded anew ({type(error).__name__}: {error})")
             return
@@ -127,7 +127,7 @@ class VerifyAdapter(TrainerCallback):
         warn(text, stacklevel=3)
 
 
-def saved_apart(model: Any, batch: dict[str, Any], trained: dict[str, Tensor]) -> float | None:
+def saved_differences(model: Any, batch: dict[str, Any], trained: dict[str, Tensor]) -> float | None:
     """How far the logits are from those of the adapter after it is saved and loaded, beyond what two runs differ by.
 
     None where it cannot be told within the model. Its tensors are the same bits afterwards.
@@ -192,13 +192,13 @@ def _first_rows(dataloader: Any) -> dict[str, Any] | None:
     collate = getattr(dataloader, "collate_fn", None)
     if collate is None or not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
         return None
-    with _random_kept():
+    with _random_state_kept():
         batch = collate([dataset[i] for i in range(min(ROWS, len(dataset)))])
     return dict(batch) if hasattr(batch, "keys") else None
 
 
 @contextlib.contextmanager
-def _random_kept() -> Iterator[None]:
+def _random_state_kept() -> Iterator[None]:
     numpy: Any = sys.modules.get("numpy")  # where nobody has imported it, nobody draws from it
     python, array = random.getstate(), numpy.random.get_state() if numpy else None
     try:

@@ -1,13 +1,13 @@
-"""Whether this card computes right by the kernels: each way of launching them is first tried on a small problem.
+"""Check that the kernels compute correctly on this card: each kind of launch is first tried on a small problem.
 
-A compiler makes another program of a kernel for every tile, dtype, rank, form and alignment, and one of them may be
-wrong where the others are right. So before a kernel is launched in a way that it was not launched in before, the same
-program runs on a weight of one whole and one cut tile in each direction, and has to agree with fp64. P, Q and G are
-small integers there: no sign depends on a rounding, and no sum on TF32 or on the order of atomic additions.
+A compiler makes a separate program of a kernel for every tile, dtype, rank, form and alignment, and one of them may be
+wrong where the others are correct. So before a kernel is launched in a new way, the same program runs on a weight of
+one whole and one cut tile in each direction, and has to agree with fp64. P, Q and G are small integers there: no sign
+depends on a rounding, and no sum on TF32 or on the order of atomic additions.
 
-Verdicts are kept, in this process: a trial takes a millisecond once Triton has compiled, which the launch itself needs
-(and Triton keeps what it compiled on disk), while a verdict on disk would outlive the driver that it was found with. An
-error is no verdict. Out of memory, or a CUDA graph that is being captured, says nothing about a kernel.
+Verdicts are kept in this process, not on disk: a trial takes a millisecond once Triton has compiled the program (which
+the launch needs anyway, and Triton caches it on disk), and a verdict on disk might be older than the driver. Running
+out of memory, or a CUDA graph that is being captured, says nothing about a kernel and gives no verdict.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from . import launch as triton_launch
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 """Largest error against fp64, relative to the largest entry: some roundings of the dtype."""
 
-TRIES = 3  # errors of one launch, of which a compiler's come again and a driver's may not, before it is given up
+TRIES = 3  # errors before a launch is given up: a compiler's error comes every time, a driver's may not
 
 _verdicts: dict[Launch, bool] = {}
 _errors: Counter[Launch] = Counter()
 
 
 class Layout(NamedTuple):
-    """What the compiler knows of a matrix, or of a batch of them."""
+    """The properties of a matrix, or of a batch of them, for which Triton compiles separate programs."""
 
     dtype: torch.dtype
     aligned: bool  # its first entry, to 16 bytes
@@ -44,7 +44,7 @@ class Layout(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """All that makes another program of a kernel."""
+    """Everything for which Triton compiles a separate program of a kernel."""
 
     kernel: str  # "compose", or "gradient"
     device: torch.device
@@ -58,38 +58,38 @@ class Launch(NamedTuple):
 
 
 def kind(n: int) -> int:
-    """What the compiler knows of a number: that it is 1, that 16 divides it (16), or nothing (0)."""
+    """Return Triton's specialisation of an integer: 1 for 1, 16 for multiples of 16, else 0."""
     return 1 if n == 1 else 0 if n % 16 else 16
 
 
 def layout(t: Tensor | None) -> Layout | None:
-    """What the compiler knows of a tensor."""
+    """Return the layout of a tensor, None for None."""
     return None if t is None else Layout(t.dtype, t.data_ptr() % 16 == 0, tuple(map(kind, t.stride())))
 
 
-def composing(weight: Tensor | RowSource | None, adapters: Sequence[Adapter], dtype: torch.dtype) -> Launch:
-    """The launch that composes W + ΣΔW. A quantised weight is dequantised row by row, most likely to that dtype."""
+def compose_launch(weight: Tensor | RowSource | None, adapters: Sequence[Adapter], dtype: torch.dtype) -> Launch:
+    """Describe the launch that composes W + ΣΔW. A quantised weight is assumed to be dequantised to that dtype."""
     B, A = adapters[0].factors.B, adapters[0].factors.A
     sizes = 0, kind(B.shape[-2]), kind(A.shape[-1]), *map(kind, B.shape[:-2])
-    fresh = _fresh(dtype, A.shape[-1])
+    fresh = _contiguous_layout(dtype, A.shape[-1])
     tile = triton_compose.TILES[triton_launch.target(B.device)]
     tensors = layout(weight) if weight is None or isinstance(weight, Tensor) else fresh, fresh
     return Launch("compose", B.device, False, tile, sizes, _ranks(adapters), tensors)
 
 
-def _fresh(dtype: torch.dtype, I: int) -> Layout:
-    """Of a matrix with I columns that is made for the launch."""
+def _contiguous_layout(dtype: torch.dtype, I: int) -> Layout:
+    """Return the layout of a newly allocated matrix with I columns."""
     return Layout(dtype, True, (kind(I), 1))
 
 
-def differentiating(
+def gradient_launch(
     dy: Tensor | None,
     x: Tensor,
     adapters: Sequence[Adapter],
     scaled: bool,
     weight: Tensor | RowSource | None = None,
 ) -> Launch:
-    """The launch that makes the factors' gradients from dy and x, or from G instead of x."""
+    """Describe the launch that computes the factors' gradients from dy and x, or from G in x's place (dy None)."""
     B, A = adapters[0].factors.B, adapters[0].factors.A
     O, I, experts = B.shape[-2], A.shape[-1], B.shape[:-2]
     sizes = 0 if dy is None else kind(x.shape[0]), kind(O), kind(I), *map(kind, experts)
@@ -98,7 +98,7 @@ def differentiating(
     ranks, tensors = _ranks(adapters), (layout(dy), layout(x))
     base = None
     if triton_launch.multiplies_weight(adapters):
-        base = layout(weight) if weight is None or isinstance(weight, Tensor) else _fresh(x.dtype, I)
+        base = layout(weight) if weight is None or isinstance(weight, Tensor) else _contiguous_layout(x.dtype, I)
     return Launch("gradient", x.device, deterministic, tile, sizes, ranks, tensors, scaled, base)
 
 
@@ -106,33 +106,33 @@ def _ranks(adapters: Sequence[Adapter]) -> tuple[tuple[int, int, Form], ...]:
     return tuple((a.factors.A.shape[-2], a.factors.C.shape[-2], a.form) for a in adapters)
 
 
-def is_right(launch: Launch) -> bool:
-    """Whether the kernel computes right when it is launched so. Warns, once, where it does not."""
+def is_correct(launch: Launch) -> bool:
+    """Whether the kernel computes correctly with this launch. Warns once if it does not."""
     verdict = _verdicts.get(launch)
-    return _find(launch) if verdict is None else verdict
+    return _try_launch(launch) if verdict is None else verdict
 
 
-def _find(launch: Launch) -> bool:
+def _try_launch(launch: Launch) -> bool:
     if launch.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return False  # nothing can be read back now; the capture's warm-up finds the verdict
+        return False  # nothing can be read back during a capture; the capture's warm-up has found the verdict
     try:
         worst = error(launch)
     except torch.OutOfMemoryError:
         return False
-    except Exception as broken:  # whatever a compiler or driver may say: training goes on without the kernel
+    except Exception as broken:  # a compiler or driver may raise any error: training goes on without the kernel
         _errors[launch] += 1
         if _errors[launch] < TRIES:
             return False
         reason = f"{type(broken).__name__}: {broken}"
     else:
-        if worst <= TOLERANCE[_input(launch)]:
+        if worst <= TOLERANCE[_input_dtype(launch)]:
             _verdicts[launch] = True
             return True
         reason = f"it differs from fp64 by {worst:.2g} of the largest entry"
     _verdicts[launch] = False
     device = torch.cuda.get_device_name(launch.device) if launch.device.type == "cuda" else "the interpreter"
     warn(
-        f"Dual LoRA's {launch.kernel} kernel is not used with {_input(launch)} and tiles of {launch.tile.rows} × "
+        f"Dual LoRA's {launch.kernel} kernel is not used with {_input_dtype(launch)} and tiles of {launch.tile.rows} × "
         f"{launch.tile.cols} on {device}: {reason}. PyTorch's own operations compute the same, slower. "
         "`dual-lora gpu-check` tries every way of launching it; please report what it says.",
         stacklevel=2,
@@ -140,15 +140,15 @@ def _find(launch: Launch) -> bool:
     return False
 
 
-def _input(launch: Launch) -> torch.dtype:
-    """The dtype of the launch's last tensor (the composed weight, x or G), which the kernel is made for."""
+def _input_dtype(launch: Launch) -> torch.dtype:
+    """Return the dtype of the launch's last tensor: the composed weight, x or G."""
     last = launch.tensors[-1]
     assert last is not None
     return last.dtype
 
 
 def error(launch: Launch) -> float:
-    """The largest error of this launch on a small problem, against fp64 and relative to each result's largest entry."""
+    """Run this launch on a small problem. Returns its largest error against fp64, relative to the largest entry."""
     generator = torch.Generator().manual_seed(0)
     tile = launch.tile
     edges = {1: 0, 16: 48, 0: 37}  # a whole tile, and a part of one
@@ -172,17 +172,17 @@ def error(launch: Launch) -> float:
     if launch.kernel == "compose":
         weight, result = launch.tensors
         assert result is not None
-        W = None if weight is None else _laid_out(integers(*lead, O, I, most=100) / 64, weight)
+        W = None if weight is None else _with_layout(integers(*lead, O, I, most=100) / 64, weight)
         got = [triton_compose.compose(W, adapters, result.dtype).double()]
         wide = None if W is None else W.double()
-        deltas = [delta_weight(_wide(a.factors), a.scale.double(), a.form, weight=wide) for a in adapters]
+        deltas = [delta_weight(_to_fp64(a.factors), a.scale.double(), a.form, weight=wide) for a in adapters]
         truth = [sum(deltas, torch.zeros_like(got[0]) if wide is None else wide)]
     else:
         dy_layout, x_layout = launch.tensors
         assert x_layout is not None
-        dy = None if dy_layout is None else _laid_out(integers(T, O), dy_layout)
-        x = _laid_out(integers(*lead, O, I, most=60) if dy is None else integers(T, I), x_layout)
-        W = None if launch.weight is None else _laid_out(integers(O, I, most=100) / 64, launch.weight)
+        dy = None if dy_layout is None else _with_layout(integers(T, O), dy_layout)
+        x = _with_layout(integers(*lead, O, I, most=60) if dy is None else integers(T, I), x_layout)
+        W = None if launch.weight is None else _with_layout(integers(O, I, most=100) / 64, launch.weight)
         found = triton_gradient.factor_gradients(
             dy, x, adapters, loss_scale, deterministic=launch.deterministic, tile=tile, weight=W
         )
@@ -193,14 +193,14 @@ def error(launch: Launch) -> float:
     return max(_relative(g, t) for g, t in zip(got, truth, strict=True))
 
 
-def _wide(factors: Factors) -> Factors:
-    """The same in fp64; integers stay what they are."""
+def _to_fp64(factors: Factors) -> Factors:
+    """Convert factors to fp64; integers stay integers."""
     return Factors(*(f.double() if f.is_floating_point() else f for f in factors))
 
 
 def _gradients(G: Tensor, adapter: Adapter, loss_scale: Tensor | None, weight: Tensor | None) -> list[Tensor]:
-    """dA, dB, dC, dD in fp64 from G = ∂L/∂W."""
-    A, B, C, D = _wide(adapter.factors)
+    """Compute dA, dB, dC, dD in fp64 from G = ∂L/∂W."""
+    A, B, C, D = _to_fp64(adapter.factors)
     L = None if loss_scale is None else loss_scale.double()
     Q = direction_of(C, D, adapter.form, weight)
     dP, dQ = product_gradients(G, B @ A, Q, adapter.scale.double(), adapter.form, L)
@@ -208,15 +208,15 @@ def _gradients(G: Tensor, adapter: Adapter, loss_scale: Tensor | None, weight: T
 
 
 def _relative(got: Tensor, truth: Tensor) -> float:
-    """max |got − truth| / max |truth|; infinite where something is not finite."""
-    if not truth.numel():  # of a direction group that there is not
+    """Return max |got − truth| / max |truth|; infinity if an entry is not finite."""
+    if not truth.numel():  # there is no direction group
         return 0.0
     worst = ((got - truth).abs().max() / truth.abs().max().clamp(min=1e-30)).item()
     return worst if worst == worst else float("inf")
 
 
-def _laid_out(values: Tensor, layout: Layout) -> Tensor:
-    """These values in a tensor of that dtype and alignment, and of strides of those kinds."""
+def _with_layout(values: Tensor, layout: Layout) -> Tensor:
+    """Copy values into a tensor with the dtype, alignment and kinds of strides of `layout`."""
     *lead, rows, cols = values.shape
     kinds = layout.strides[-2:]
 

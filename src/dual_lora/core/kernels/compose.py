@@ -32,7 +32,7 @@ def compose(
     routed: Tensor | None = None,
     products: str | None = None,
 ) -> Tensor:
-    """W + Σ ΔW_n, [O, I] or [E, O, I].
+    """Compose W + Σ ΔW_n, [O, I] or [E, O, I].
 
     weight: the base, of any float dtype and strides, or None for ΔW alone.
     adapters: fp32 factors (int32 C and D of frozen signs), scale s as an fp32 tensor on the device (it is never read
@@ -70,7 +70,7 @@ def compose(
         (out.device, *key) if s.as_given else None,
         out.device,
         compose_kernel,
-        (triton_launch.count(O, tile.rows) * triton_launch.count(I, tile.cols), batch, 1),
+        (triton_launch.tile_count(O, tile.rows) * triton_launch.tile_count(I, tile.cols), batch, 1),
         (out, weight, routed, *s.letters, s.scales),
         (O, I, *triton_launch.strides(out), *triton_launch.strides(out if weight is None else weight)),
         result=tuple(s.shape),

@@ -11,7 +11,7 @@ A tile's four small products belong to sums over other programs. Two ways of add
 * deterministic: each program writes its share, one sum afterwards. The shares take about
   4 (r1 + r2) O I (1/rows + splits/cols) bytes for a tile of rows × cols, 48 MiB for 4096 × 4096 at rank 32.
 
-Several adapters share one G. A G that is there already (of a composed weight) is read, and not made.
+Several adapters share one G. A G that exists already (of a composed weight) is read instead of computed.
 """
 
 from collections.abc import Sequence
@@ -64,7 +64,7 @@ def factor_gradients(
     tile: Tile | None = None,
     weight: Tensor | None = None,
 ) -> list[Factors]:
-    """dA, dB, dC, dD of each adapter, fp32, in the shapes of its factors.
+    """Compute dA, dB, dC, dD of each adapter, fp32, in the shapes of its factors.
 
     dy [T, O] and x [T, I]: one floating dtype, any strides. Or no dy, and x is G: [O, I] or [E, O, I].
     adapters: fp32 factors, scale s as an fp32 tensor on the device (it is never read back) and form of each.
@@ -79,8 +79,8 @@ def factor_gradients(
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     fp32 = "tf32" if wants_tf32() else "ieee"
-    adapters = [a.whole() for a in adapters]
-    # The other estimators read no steepness, and get their scale for one.
+    adapters = [a.with_mean_square() for a in adapters]
+    # The kernel takes a steepness for every adapter; estimators that do not read it get the scale in its place.
     weight = weight if triton_launch.multiplies_weight(adapters) else None
     steeps = tuple(a.scale if a.mean_square is None else steepness(a.mean_square) for a in adapters)
     given = (dy, x, routed, weight, loss_scale, *steeps, *(t for a in adapters for t in (*a.factors, a.scale)))
@@ -102,7 +102,7 @@ def factor_gradients(
         return [Factors(*map(torch.zeros_like, a.factors)) for a in adapters]
     O, I = s.shape[-2:]
     tile = tile or tile_for(O, I, batch, dy, x)
-    down, across = triton_launch.count(O, tile.rows), triton_launch.count(I, tile.cols)
+    down, across = triton_launch.tile_count(O, tile.rows), triton_launch.tile_count(I, tile.cols)
     result = down, across * tile.splits
     targets = [_targets(a.factors, a.form.trains_direction, *result, deterministic) for a in adapters]
     triton_launch.first_launch(
@@ -135,10 +135,9 @@ def factor_gradients(
 
 
 def _targets(factors: Factors, trains: bool, down: int, across: int, deterministic: bool) -> Factors:
-    """Where one adapter's gradients are added up: sums, or (deterministic) shares [down or across, …] of them."""
+    """Allocate one adapter's gradients: sums, or (deterministic) the programs' shares, [down or across, …]."""
     if deterministic:
-        # In a batch there may be experts that no token was routed to, whose shares nobody writes.
-        # Nor of a direction that does not train.
+        # The shares of experts without tokens, and of a direction that does not train, are never written.
         new = factors.A.new_empty if factors.A.ndim == 2 and trains else factors.A.new_zeros
         return Factors(*(new((n, *f.shape)) for f, n in zip(factors, (down, across) * 2, strict=True)))
     sizes = [f.numel() for f in factors]
@@ -163,15 +162,15 @@ def _check(dy: Tensor | None, x: Tensor, s: triton_launch.Stack) -> None:
 
 
 def tile_for(O: int, I: int, batch: int, dy: Tensor | None, x: Tensor) -> Tile:
-    """The largest tile of which there are enough to keep three quarters of the device busy, or the smallest.
+    """Choose the largest tile that still gives enough programs to keep three quarters of the device busy.
 
-    What cannot be read 16 bytes at a time takes more registers: then the largest would spill in its loop over tokens.
+    Inputs that are not aligned to 16 bytes take more registers: with them the largest tiles would spill.
     """
     tiles = TILES[triton_launch.target(x.device), x.element_size()]
     given = (x,) if dy is None else (dy, x)
     aligned = all(t.data_ptr() % 16 == 0 and all(n == 1 or n % 16 == 0 for n in t.stride()) for t in given)
     for tile in tiles:
-        programs = batch * triton_launch.count(O, tile.rows) * triton_launch.count(I, tile.cols)
+        programs = batch * triton_launch.tile_count(O, tile.rows) * triton_launch.tile_count(I, tile.cols)
         fits = aligned or tile.rows * tile.cols <= UNALIGNED
         if fits and 4 * programs >= 3 * triton_launch.processors(x.device):
             return tile

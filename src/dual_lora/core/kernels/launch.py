@@ -1,8 +1,8 @@
 """Launch constants of the Triton kernels, and the one place that asks what device they run on.
 
-How they were chosen: no GPU was at hand. Each row was compiled ahead of time and its registers, spills and shared
-memory read off the machine code (`benchmarks/compile-table.md`, for every Triton and card; the tests hold the rows to
-it); none has been timed. A sweep on a card may move every number here.
+They were chosen without a GPU: each row was compiled ahead of time, and its registers, spills and shared memory were
+read off the machine code (`benchmarks/compile-table.md`, for every Triton and card; the tests compare the rows with
+it). None has been timed. A sweep on a card may change every number here.
 
 The factor products run on plain fp32 units, whose operands want registers: that, not the matrix units, bounds the
 tiles. A rank chunk of 16 is the least that `tl.dot` takes for fp32 on NVIDIA before Triton 3.8.
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..reference import Adapter, check_factors, needed
+from ..reference import Adapter, check_factors, require_weight
 
 RANK_CHUNK = 16
 """Ranks multiplied at a time in P = B A and Q = D C; the same in every kernel, so that they agree on every sign."""
@@ -27,7 +27,7 @@ and may be set here for a card on which `dual-lora gpu-check` finds no more wron
 
 
 class Tile(NamedTuple):
-    """One program's share of ΔW and how it is run."""
+    """The part of ΔW that one program computes, and its launch constants."""
 
     rows: int  # of ΔW (out features)
     cols: int  # of ΔW (in features)
@@ -37,7 +37,7 @@ class Tile(NamedTuple):
     splits: int = 1  # equal parts of the columns whose P and Q are made one after the other
 
     def constants(self) -> dict[str, int]:
-        """Those of both kernels."""
+        """Return the constants that both kernels take."""
         return {"ROWS": self.rows, "COLS": self.cols, "num_warps": self.warps, "num_stages": self.stages}
 
 
@@ -58,20 +58,20 @@ class Stack(NamedTuple):
 
 @functools.cache
 def target(device: torch.device) -> str:
-    """The row of the tables for a device: "sm_80", "sm_90", "gfx942", or "interpreter" for the CPU; see `row`."""
+    """Return a device's row in the tables: "sm_80", "sm_90", "gfx942", or "interpreter" (CPU); see `table_row`."""
     if device.type == "cpu":
         return "interpreter"
     if torch.version.hip is not None:
-        return row(torch.cuda.get_device_properties(device).gcnArchName.split(":")[0])
+        return table_row(torch.cuda.get_device_properties(device).gcnArchName.split(":")[0])
     major, minor = torch.cuda.get_device_capability(device)
-    return row(f"sm_{major}{minor}")
+    return table_row(f"sm_{major}{minor}")
 
 
-def row(card: str) -> str:
-    """The same for a card by its architecture, as in "sm_89" or "gfx942".
+def table_row(card: str) -> str:
+    """Return the row for a card's architecture, such as "sm_89" or "gfx942".
 
-    Consumer cards take "sm_80", whose tiles fit into their shared memory. Raises NotImplementedError for a card that no
-    row was made for: on older ones the kernels would keep kilobytes of each thread's registers in memory.
+    Consumer cards take "sm_80", whose tiles fit into their shared memory. Raises NotImplementedError for a card without
+    a row: on older cards the kernels would spill kilobytes of each thread's registers.
     """
     if card.startswith("gfx"):
         if card == "gfx942":
@@ -85,14 +85,14 @@ def row(card: str) -> str:
     raise NotImplementedError(f"it is {card}, and they have tiles for {expected}")
 
 
-def on(device: torch.device) -> AbstractContextManager[object]:
+def on_device(device: torch.device) -> AbstractContextManager[object]:
     """Make a device the current one, which is where Triton launches."""
     return nullcontext() if device.type == "cpu" else torch.cuda.device(device)
 
 
 @functools.cache
 def processors(device: torch.device) -> int:
-    """Number of multiprocessors, of which a grid should fill each at least once."""
+    """Return the number of multiprocessors; a grid should have at least one program for each."""
     return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -113,7 +113,7 @@ def stack(adapters: Sequence[Adapter]) -> Stack:
         dtypes = torch.float32, torch.float32, signs, signs, torch.float32
         for name, t, dtype in zip(("A", "B", "C", "D", "scale"), (*factors, scale), dtypes, strict=True):
             if t.dtype != dtype:
-                raise ValueError(f"{name} is {t.dtype}: the kernels take {dtype} alone (Adapter.working).")
+                raise ValueError(f"{name} is {t.dtype}: the kernels take {dtype} alone (Adapter.in_working_dtype).")
         if scale.numel() != 1:
             raise ValueError(f"A scale has shape {tuple(scale.shape)}: expected one number for each adapter.")
     given = list(zip(*(a.factors for a in adapters), strict=True))
@@ -136,11 +136,11 @@ def multiplies_weight(adapters: Sequence[Adapter]) -> bool:
 def check_weight(weight: Tensor | None, adapters: Sequence[Adapter]) -> None:
     """Raise ValueError for an update that multiplies the weight where there is none."""
     if multiplies_weight(adapters):
-        needed(weight)
+        require_weight(weight)
 
 
 class Plan(NamedTuple):
-    """A launch without its tensors: all that is the same when tensors of the same kinds are launched again."""
+    """A launch without its tensors, to be repeated with other tensors of the same signature."""
 
     program: Any  # what Triton compiled
     grid: tuple[int, int, int]
@@ -150,18 +150,18 @@ class Plan(NamedTuple):
 
     def launch(self, *tensors: Any) -> None:
         """The kernel on these tensors."""
-        with on(self.device):
+        with on_device(self.device):
             self.program[self.grid](*tensors, *self.tail)
 
 
-MOST_PLANS = 4096  # of batches whose length varies there is one for each length
+MOST_PLANS = 4096  # batches of varying length make a plan for each length
 plans: dict[tuple[Any, ...], Plan] = {}
 
 
 def signature(tensors: Iterable[Tensor | None]) -> tuple[Any, ...]:
-    """What a plan depends on in tensors: all that shows in shapes, strides and dtypes, and alignment to 16 bytes.
+    """Return what a plan depends on in tensors: alignment to 16 bytes, dtypes, shapes and strides.
 
-    (The size of a storage is not in it, by which Triton chooses instructions on AMD's cards: these have no plans.)
+    It leaves out the size of a storage, by which Triton chooses instructions on AMD's cards: those have no plans.
     """
     return tuple([None if t is None else (t.data_ptr() % 16, t.dtype, t.shape, t.stride()) for t in tensors])
 
@@ -176,8 +176,8 @@ def first_launch(
     result: tuple[int, ...],
     **constants: Any,
 ) -> None:
-    """kernel[grid](*tensors, *numbers, **constants), and the plan for further launches of that key, if there is one."""
-    with on(device):
+    """Launch kernel[grid](*tensors, *numbers, **constants), and keep the plan for further launches under `key`."""
+    with on_device(device):
         program = kernel[grid](*tensors, *numbers, **constants)
     if key is None or program is None or torch.version.hip is not None:  # None: by the interpreter
         return
@@ -187,12 +187,12 @@ def first_launch(
     plans[key] = Plan(program, grid, (*numbers, *(constants[name] for name in names)), device, result)
 
 
-def count(size: int, tile: int) -> int:
-    """How many tiles cover `size`. (Triton's `cdiv` takes 5 µs of Python a call.)"""
+def tile_count(size: int, tile: int) -> int:
+    """Return how many tiles cover `size`. (Triton's `cdiv` takes 5 µs of Python a call.)"""
     return -(-size // tile)
 
 
 def strides(tensor: Tensor) -> tuple[int, int, int]:
-    """The strides of a batch of matrices, or of one matrix as those of a batch of one."""
+    """Return the strides of a batch of matrices; one matrix counts as a batch of one."""
     *batch, row, column = tensor.stride()
     return (batch[0] if batch else 0), row, column

@@ -4,7 +4,7 @@ Forward composes W + ΣΔW of one layer in x's dtype and leaves the product to t
 when the call returns. In backward it is composed again for dx, and the factors' gradients come from one kernel that
 keeps G = dyᵀx in registers. A quantised weight is dequantised into a temporary first.
 
-`triton_check` tries each way of launching the kernels on the card before anything is computed with it.
+`check` tries each kind of launch on the card before anything is computed with it.
 """
 
 from collections.abc import Sequence
@@ -32,10 +32,10 @@ def compose(
     out: Tensor | None = None,
     routed: Tensor | None = None,
 ) -> Tensor:
-    """W + ΣΔW, [O, I] or [E, O, I], the rounding to `dtype` of the fp32 sum; of experts the routed ones, into `out`."""
+    """Compose W + ΣΔW, [O, I] or [E, O, I]: the fp32 sum, rounded to `dtype`; of experts the routed ones, in `out`."""
     if not (weight is None or isinstance(weight, Tensor)):
         weight = weight.rows(0, weight.shape[0])
-    return triton_compose.compose(weight, [a.working() for a in adapters], dtype, out, routed)
+    return triton_compose.compose(weight, [a.in_working_dtype() for a in adapters], dtype, out, routed)
 
 
 def backward(
@@ -45,18 +45,18 @@ def backward(
     adapters: Sequence[Adapter],
     loss_scale: Tensor | None,
     needs: Needs,
-    of_G: tuple[Tensor, Tensor] | None = None,
+    G_rows: tuple[Tensor, Tensor] | None = None,
 ) -> Gradients:
-    """Gradients of `forward` for dy [T, O] and x [T, I]; those of the factors in fp32.
+    """Compute the gradients of `forward` for dy [T, O] and x [T, I]; those of the factors are fp32.
 
-    of_G: other rows of dy and x, whose product is G.
+    G_rows: the rows of dy and x whose product is G, where these are not all rows.
     """
     dx = dy @ compose(weight, adapters, x.dtype) if needs.x else None
-    dy, x = of_G or (dy, x)
+    dy, x = G_rows or (dy, x)
     dW = dy.t() @ x if needs.weight else None
     grads = None
     if needs.factors:
-        working, base = [a.working() for a in adapters], None
+        working, base = [a.in_working_dtype() for a in adapters], None
         if triton_launch.multiplies_weight(working):
             base = weight if weight is None or isinstance(weight, Tensor) else weight.rows(0, weight.shape[0])
         grads = triton_gradient.factor_gradients(dy, x, working, loss_scale, weight=base)
@@ -66,21 +66,21 @@ def backward(
 def factor_gradients(
     G: Tensor, adapters: Sequence[Adapter], loss_scale: Tensor | None, routed: Tensor | None = None
 ) -> list[Factors]:
-    """The factors' share of `backward`, fp32, from a G = ∂L/∂W [O, I] or [E, O, I] that is already there."""
-    working = [a.working() for a in adapters]
+    """Compute the factors' gradients, fp32, from a given G = ∂L/∂W, [O, I] or [E, O, I]."""
+    working = [a.in_working_dtype() for a in adapters]
     return triton_gradient.factor_gradients(None, G, working, loss_scale, routed=routed)
 
 
-def are_right(
+def are_correct(
     dtype: torch.dtype,
     weight: Tensor | RowSource | None,
     adapters: Sequence[Adapter],
     gradient_of: tuple[Tensor | None, Tensor, Tensor | None] | None,
 ) -> bool:
-    """Whether the kernels compute right on this card, launched as this call would launch them."""
-    if not triton_check.is_right(triton_check.composing(weight, adapters, dtype)):
+    """Whether the kernels compute correctly on this card with the launches of this call."""
+    if not triton_check.is_correct(triton_check.compose_launch(weight, adapters, dtype)):
         return False
     if gradient_of is None:
         return True
     dy, x, loss_scale = gradient_of
-    return triton_check.is_right(triton_check.differentiating(dy, x, adapters, loss_scale is not None, weight))
+    return triton_check.is_correct(triton_check.gradient_launch(dy, x, adapters, loss_scale is not None, weight))

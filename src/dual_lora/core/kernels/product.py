@@ -26,7 +26,7 @@ LIVE_ZERO = tl.constexpr(Form(live_zero=True).code)
 
 @triton.jit
 def expert(routed):
-    """The expert that this program works for, int64: its second number in the grid, or that entry of `routed`."""
+    """Return the index of this program's expert, int64: its second grid index, or that entry of `routed`."""
     e = tl.program_id(1).to(tl.int64)
     if routed is not None:
         e = tl.load(routed + e)
@@ -83,10 +83,9 @@ def direction(Q, FORM: tl.constexpr):
 
 @triton.jit
 def product_gradients(G, P, Q, loss_scale, steep, FORM: tl.constexpr):
-    """∂L/∂P and ∂L/∂Q, which means nothing where no direction trains; G already carries the scale s.
+    """Compute ∂L/∂P and ∂L/∂Q (meaningless where no direction trains) from a G that carries the scale s.
 
     loss_scale: pointer to one fp32, or None.
-
     steep: pointer to the surrogate's `steepness`; the other estimators do not read it.
     """
     H = G * magnitude(P, FORM)

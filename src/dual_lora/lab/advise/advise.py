@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dual_lora.lab.advise import pace
-from dual_lora.lab.advise.paired import length_of, of_length, paired_study, recipe_of
+from dual_lora.lab.advise.paired import length_of, paired_study, recipe_of, with_length
 from dual_lora.lab.advise.said import Advice, advice_of
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.files.write import write_atomically
@@ -52,9 +52,9 @@ def advise(
     metric: that judges, the recipe's first evaluation unless told. margin: the difference that is too small to matter.
     Raises UserError for everything that a person can put right, too few minutes among it, and for runs that failed.
     """
-    made = _Made(source, minutes, out, metric, margin)
-    study = made.next or made.begun or made.fitted(progress)
-    if progress and (said := made.beforehand(study)):
+    made = _AdviceStudy(source, minutes, out, metric, margin)
+    study = made.next or made.begun or made.measured_study(progress)
+    if progress and (said := made.outlook(study)):
         console.print(said, markup=False)
     results = compare(study, made.folder.path, longer=made.next is not None, progress=progress)
     if not results["complete"]:
@@ -75,12 +75,12 @@ def plan(
     margin: float | None = None,
 ) -> Forecast:
     """`--dry-run`: what the study would be, fitted by its first steps if measured already; its time by arithmetic."""
-    made = _Made(source, minutes, out, metric, margin)
-    study = made.next or made.begun or made.guessed()
-    return replace(forecast(study, made.folder.path), said=made.beforehand(study))
+    made = _AdviceStudy(source, minutes, out, metric, margin)
+    study = made.next or made.begun or made.estimated_study()
+    return replace(forecast(study, made.folder.path), said=made.outlook(study))
 
 
-class _Made:
+class _AdviceStudy:
     """The study of an advice: as it was begun in its folder, or to be fitted to the minutes."""
 
     def __init__(
@@ -96,7 +96,7 @@ class _Made:
         self.whole = planned.study
         # What the recipe says today, as long as it was begun: `compare` sees what has changed since.
         known = self.folder.known.study
-        self.begun = of_length(self.whole, length_of(build_study(known))) if known else None
+        self.begun = with_length(self.whole, length_of(build_study(known))) if known else None
         self.cells = lay_out(planned)
         self.runs = self.folder.runs(None)
         self.probes = [pace_job(self.whole, cell) for cell in self.cells]
@@ -104,11 +104,11 @@ class _Made:
     @property
     def next(self) -> Study | None:
         """The study of the next look: where the one that was begun has ended, and a longer one fits the minutes."""
-        if self.begun is None or not self._all() or not self._complete():
+        if self.begun is None or not self._all_measured() or not self._complete():
             return None
         before, found = length_of(self.begun), self.work.fitting(60 * self.minutes)
         longer = found is not None and found.steps >= before.steps and found > before
-        return of_length(self.whole, found) if found is not None and longer else None
+        return with_length(self.whole, found) if found is not None and longer else None
 
     def _complete(self) -> bool:
         try:
@@ -116,12 +116,12 @@ class _Made:
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
-    def beforehand(self, study: Study) -> str:
+    def outlook(self, study: Study) -> str:
         """What to expect where the methods do not differ, and how many minutes would usually settle it; "" if these
         do."""
         work = self.work
         ((metric, margin),) = self.whole.margin.items()
-        wanted = pace.settling(work, metric, margin)
+        wanted = pace.settling_length(work, metric, margin)
         if wanted is None:
             return (
                 f"If the methods do not differ, {work.test:,} test records will usually not rule out {margin:g} of "
@@ -138,37 +138,41 @@ class _Made:
     @property
     def work(self) -> pace.Work:
         """What is to be done, at the measured pace."""
-        paces = pace.measured(self._ended(), self.runs) if self._all() else pace.estimated(self.cells, Speed())
+        paces = (
+            pace.measured_paces(self._measured_runs(), self.runs)
+            if self._all_measured()
+            else pace.estimated_paces(self.cells, Speed())
+        )
         return pace.work_of(self.cells, paces)
 
-    def fitted(self, progress: bool) -> Study:
+    def measured_study(self, progress: bool) -> Study:
         """The study that fits, by measured steps."""
-        if not self._all():
+        if not self._all_measured():
             guess = self.work
             bare = guess._replace(paces=tuple(p._replace(start=0.0) for p in guess.paces))  # the start is a wild guess
             if bare.seconds(guess.least) > HOPELESS * 60 * self.minutes:
-                raise pace.too_few(self.source, self.minutes, guess, 0.0, Speed().basis)
+                raise pace.too_few_minutes(self.source, self.minutes, guess, 0.0, Speed().basis)
             _measure(self.probes, self.runs, progress)
-        spent = sum(outcome.seconds for _, outcome in self._ended())
-        return self._fitting(spent, f"a few measured steps of each in {self.folder.path}")
+        spent = sum(outcome.seconds for _, outcome in self._measured_runs())
+        return self._study_of_length(spent, f"a few measured steps of each in {self.folder.path}")
 
-    def guessed(self) -> Study:
+    def estimated_study(self) -> Study:
         """The study that fits, without running anything."""
-        return self._fitting(0.0, "a few measured steps of each" if self._all() else Speed().basis)
+        return self._study_of_length(0.0, "a few measured steps of each" if self._all_measured() else Speed().basis)
 
-    def _fitting(self, spent: float, basis: str) -> Study:
+    def _study_of_length(self, spent: float, basis: str) -> Study:
         """The study as long as the minutes allow. Raises UserError where they are too few, saying how many it takes."""
         work = self.work
         if (length := work.fitting(60 * self.minutes - spent)) is None:
-            raise pace.too_few(self.source, self.minutes, work, spent, basis)
-        return of_length(self.whole, length)
+            raise pace.too_few_minutes(self.source, self.minutes, work, spent, basis)
+        return with_length(self.whole, length)
 
-    def _ended(self) -> list[tuple[Job, Outcome]]:
+    def _measured_runs(self) -> list[tuple[Job, Outcome]]:
         found = [(job, read_outcome(self.runs, job.key)) for job in self.probes]
         return [(job, outcome) for job, outcome in found if outcome is not None]
 
-    def _all(self) -> bool:
-        return len(self._ended()) == len(self.probes)
+    def _all_measured(self) -> bool:
+        return len(self._measured_runs()) == len(self.probes)
 
 
 def _check_same_question(whole: Study, folder: StudyFolder) -> None:
@@ -210,35 +214,35 @@ def _measure(jobs: Sequence[Job], runs: Path, progress: bool) -> None:
             bar.to(done, f"{job.method}: a few steps")
 
 
-def _with_recipe(source: str | Path, made: _Made, advice: Advice) -> Advice:
+def _with_recipe(source: str | Path, made: _AdviceStudy, advice: Advice) -> Advice:
     """The advice with its recipe written: in place of an earlier answer's, but of nothing that the user has changed."""
     file = made.folder.path / RECOMMENDED
-    if os.path.lexists(file) and not _is_ours(file):
+    if os.path.lexists(file) and not _is_unchanged(file):
         kept = f"{file} is not as advise has written it, and stays so: move it away and give the same command again"
         return replace(advice, notes=[*advice.notes, f"{kept} for a new one."])
     if advice.use is None:
         file.unlink(missing_ok=True)
     else:
-        write_atomically(file, _signed(_best(source, made, advice)))
+        write_atomically(file, _with_checksum(_recommended_recipe(source, made, advice)))
     return advice
 
 
-def _best(source: str | Path, made: _Made, advice: Advice) -> str:
+def _recommended_recipe(source: str | Path, made: _AdviceStudy, advice: Advice) -> str:
     """The recipe with the method that was found best, at its own number of steps."""
     cell: Cell = next(cell for cell in made.cells if cell.method == advice.use)
     recipe = recipe_of(source)[1].replaced(origin=None, method=cell.recipe.method)
     return changed(recipe, {"train": {"learning_rate": advice.rate}}).to_yaml()
 
 
-def _signed(text: str) -> str:
+def _with_checksum(text: str) -> str:
     """The text below a line that tells whether somebody has changed it since."""
     print_of = hashlib.sha256(text.encode()).hexdigest()[:16]
     return f"# Written by dual-lora advise, which keeps it once it is changed ({print_of}).\n{text}"
 
 
-def _is_ours(file: Path) -> bool:
+def _is_unchanged(file: Path) -> bool:
     try:
         text = unlinked(file).read_bytes().decode()
     except (OSError, ValueError):  # a link, a folder, no text
         return False
-    return text == _signed(text.partition("\n")[2])
+    return text == _with_checksum(text.partition("\n")[2])

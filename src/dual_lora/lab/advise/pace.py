@@ -16,7 +16,7 @@ from dual_lora.lab.advise.paired import EXTEND, TUNING_SEEDS, Length
 from dual_lora.lab.data.examples import load_split
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.files.folder import RunFolder
-from dual_lora.lab.model.device import crowded
+from dual_lora.lab.model.device import crowded_hint
 from dual_lora.lab.run.record import read_metrics
 from dual_lora.lab.study import metrics
 from dual_lora.lab.study import statistics as stats
@@ -85,7 +85,7 @@ def work_of(cells: Sequence[Cell], paces: Sequence[Pace]) -> Work:
     return Work(tuple(paces), validation, test, planned_steps(recipe), len(base_jobs(cells)))
 
 
-def estimated(cells: Sequence[Cell], speed: Speed) -> list[Pace]:
+def estimated_paces(cells: Sequence[Cell], speed: Speed) -> list[Pace]:
     """The paces by arithmetic."""
     paces = []
     for cell in cells:
@@ -95,7 +95,7 @@ def estimated(cells: Sequence[Cell], speed: Speed) -> list[Pace]:
     return paces
 
 
-def measured(ended: Sequence[tuple[Job, Outcome]], runs: Path) -> list[Pace]:
+def measured_paces(ended: Sequence[tuple[Job, Outcome]], runs: Path) -> list[Pace]:
     """The paces by `pace_job`s that have ended. What the first steps of a process warm up is no step's time."""
     paces = []
     for job, outcome in ended:
@@ -123,7 +123,7 @@ def measured(ended: Sequence[tuple[Job, Outcome]], runs: Path) -> list[Pace]:
     return [pace._replace(start=start) for pace in paces]
 
 
-def too_few(source: object, minutes: float, work: Work, spent: float, basis: str) -> UserError:
+def too_few_minutes(source: object, minutes: float, work: Work, spent: float, basis: str) -> UserError:
     """What to say when no study fits into the minutes. spent: seconds that measuring took."""
     least = work.least
     needed = math.ceil((work.seconds(least) + spent) / 60 + 0.05)
@@ -132,7 +132,7 @@ def too_few(source: object, minutes: float, work: Work, spent: float, basis: str
         f"{minutes:g} minutes are too few for {source} here: three methods, each with {TRIALS} trials and "
         f"{least.seeds} seeds of {least.steps} steps, take about {needed} min (a step {', '.join(steps)}; the "
         f"{work.test} test records {work.test * record:.0f} s a run; by {basis}). Give --minutes {needed}, or fewer "
-        f"test records (data.test_limit in the recipe).{crowded()}"
+        f"test records (data.test_limit in the recipe).{crowded_hint()}"
     )
 
 
@@ -141,14 +141,14 @@ def too_few(source: object, minutes: float, work: Work, spent: float, basis: str
 USUAL = {"accuracy": (0.008, 0.11), "choice": (0.025, 0.2), "matthews": (0.073, 0.42), "loss": (0.012, 0.05)}
 
 
-def settling(work: Work, metric: str, margin: float) -> Length | None:
+def settling_length(work: Work, metric: str, margin: float) -> Length | None:
     """The study that would usually rule a difference of the margin out, if there is none; None if no look would."""
     seed, item = USUAL.get(metric, USUAL["accuracy"])
     reach = metrics.usual_reach(metric)
     for seeds in LOOKS:
         parts = seed / math.sqrt(seeds), item / math.sqrt(work.test)
         usual = stats.Spread(0.0, math.hypot(*parts), parts[0], seeds, work.test, reach)
-        if _shows(stats.against_margin(usual, margin), margin, LOOK_LEVEL / (len(work.paces) - 1), 0.8):
+        if _detects_margin(stats.against_margin(usual, margin), margin, LOOK_LEVEL / (len(work.paces) - 1), 0.8):
             return Length(seeds, work.steps)
     return None
 
@@ -164,7 +164,7 @@ def needed_seeds(spread: stats.Spread, margin: float, level: float, power: float
     The seeds' part of the error falls with their root, the items' part stays.
     """
     more = (with_seeds(spread, seeds) for seeds in LOOKS)
-    return next((s.seeds for s in more if _shows(s, margin, level, power)), None)
+    return next((s.seeds for s in more if _detects_margin(s, margin, level, power)), None)
 
 
 def needed_records(spread: stats.Spread, margin: float, level: float, power: float) -> int | None:
@@ -174,12 +174,12 @@ def needed_records(spread: stats.Spread, margin: float, level: float, power: flo
     seeds = with_seeds(spread, LOOKS[-1])
     for records in (float(f"{spread.items * 1.1**k:.2g}") for k in range(80)):
         error = math.hypot(seeds.seed_error, spread.item_error * math.sqrt(spread.items / records))
-        if _shows(replace(seeds, error=error, items=int(records)), margin, level, power):
+        if _detects_margin(replace(seeds, error=error, items=int(records)), margin, level, power):
             return int(records)
     return None
 
 
-def _shows(spread: stats.Spread, margin: float, level: float, power: float) -> bool:
+def _detects_margin(spread: stats.Spread, margin: float, level: float, power: float) -> bool:
     """Whether a study with this noise would see a difference of the margin."""
     visible = stats.smallest_visible(spread, level, power)
     return visible is not None and visible <= margin

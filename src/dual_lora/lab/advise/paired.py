@@ -12,7 +12,7 @@ from dual_lora.lab.data.examples import load_split
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.methods import method_config
 from dual_lora.lab.recipe.read import read_recipe
-from dual_lora.lab.recipe.schema import Recipe, spelled
+from dual_lora.lab.recipe.schema import Recipe, normalised_name
 from dual_lora.lab.study import metrics
 from dual_lora.lab.study.budget import planned_steps
 from dual_lora.lab.study.cell import rank_field
@@ -52,7 +52,7 @@ def recipe_of(source: str | Path) -> tuple[str, Recipe]:
 def paired_study(
     source: str | Path, metric: str | None = None, margin: float | None = None, level: float = 0.05
 ) -> Study:
-    """The study, with the recipe's own number of steps and five seeds: see `of_length`.
+    """The study, with the recipe's own number of steps and five seeds: see `with_length`.
 
     Raises UserError for a recipe without test records, or whose metric needs a margin from the user.
     """
@@ -105,7 +105,7 @@ def paired_study(
     return build_study(values, f"the advice on {source}")
 
 
-def of_length(study: Study, length: Length) -> Study:
+def with_length(study: Study, length: Length) -> Study:
     """The study with so many seeds and steps. A ramp that a method writes down is cut with the steps."""
     values = study.model_dump(mode="json")
     share = length.steps / values["overrides"]["train"]["steps"]
@@ -129,7 +129,7 @@ def methods_of(recipe: Recipe) -> dict[str, dict[str, Any]]:
     """
     method_config(recipe.method, recipe.model.head, steps=10**6, fresh=[])  # raises for a wrong field
     own = {key: value for key, value in recipe.method.items() if value is not None}
-    kind = spelled(own.pop("name"))
+    kind = normalised_name(own.pop("name"))
     shared = {key: own[key] for key in SHARED if key in own}
     alpha, dropout = own.get("lora_alpha"), own.get("lora_dropout", own.get("dropout"))
     if kind == "lora":
@@ -153,7 +153,7 @@ def methods_of(recipe: Recipe) -> dict[str, dict[str, Any]]:
         r1, r2, whole = rank - rank // 2, rank // 2, rank
     lora: dict[str, Any] = {"lora_alpha": alpha or "2r", **({"lora_dropout": dropout} if dropout else {})}
     dual: dict[str, Any] = {"alpha": LORA_ALPHA * alpha if alpha else "4r", **({"dropout": dropout} if dropout else {})}
-    for_lora, for_dual = _by_layer(kind, own)
+    for_lora, for_dual = _layer_options(kind, own)
     lora, dual = lora | for_lora, dual | for_dual
     if kind == "lora":
         lora = own
@@ -169,7 +169,7 @@ def methods_of(recipe: Recipe) -> dict[str, dict[str, Any]]:
     }
 
 
-def _by_layer(kind: str, own: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _layer_options(kind: str, own: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a method says of single layers and of biases, for LoRA and for Dual LoRA at equal ranks and strengths."""
     alphas, ranks, bias = (own.get(key) or {} for key in ("alpha_pattern", "rank_pattern", "bias"))
     ranks = {name: sum(ranks_of(rank)) if isinstance(rank, list) else rank for name, rank in ranks.items()}

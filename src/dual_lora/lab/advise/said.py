@@ -55,7 +55,7 @@ def advice_of(results: Results, whole: Study, work: Work, source: object, minute
     methods = {m["method"]: m for m in results["methods"]}
     judged = {c["candidate"]: c for c in results["comparisons"]}
     untrained = results.get("untrained", [])
-    failed = {name: why for name, m in methods.items() if (why := _failed(m, untrained))}
+    failed = {name: why for name, m in methods.items() if (why := _failure(m, untrained))}
     rivals = [_rival(c, methods, name in failed) for name, c in judged.items()]
     if DUAL not in judged:
         raise UserError(
@@ -64,19 +64,19 @@ def advice_of(results: Results, whole: Study, work: Work, source: object, minute
         )
     found = recommend(rivals, LORA, failed.get(LORA))
     (margin,) = study.margin.values()
-    needed, records = _needed(found, rivals, judged, study, work)
-    about = [_about(rival, judged[rival.name]) for rival in rivals]
+    needed, records = _needed_minutes_and_records(found, rivals, judged, study, work)
+    about = [_comparison_sentence(rival, judged[rival.name]) for rival in rivals]
     rival = next(r for name in (found.use, DUAL) for r in rivals if r.name == name)
-    left_open = _open([r for r in rivals if not r.ruled_out], judged, methods, minutes, needed, records)
+    left_open = _open_reason([r for r in rivals if not r.ruled_out], judged, methods, minutes, needed, records)
     again = f"dual-lora advise {quote(str(source))} --minutes {needed}"
     loser = methods[LORA if found.why is Why.BETTER else rival.name]
-    doubt = _doubt(loser, untrained) if found.why in (Why.BETTER, Why.NO_GAIN) else ""
+    doubt = _learning_rate_doubt(loser, untrained) if found.why in (Why.BETTER, Why.NO_GAIN) else ""
     return Advice(
         found.use,
         found.why,
         [_answer(found, rival, judged[rival.name], methods[LORA], left_open) + doubt, *about],
         [_row(m, judged.get(m["method"]), methods[LORA]) for m in results["methods"]],
-        _how(study, whole, work, methods, next(iter(study.margin)), margin),
+        _conditions(study, whole, work, methods, next(iter(study.margin)), margin),
         results["notes"],
         f"dual-lora train {quote(str(out / 'recommended.yaml'))}" if found.use else again if needed else "",
         (methods[found.use]["settings"] or {}).get(RATE) if found.use else None,
@@ -87,19 +87,19 @@ def advice_of(results: Results, whole: Study, work: Work, source: object, minute
     )
 
 
-def _failed(method: MethodRow, untrained: list[UntrainedRow]) -> Why | None:
+def _failure(method: MethodRow, untrained: list[UntrainedRow]) -> Why | None:
     """A run without a score counts with the worst one that was seen: it may be worse than that."""
     if method["diverged_in_search"] or method["diverged"]:
         return Why.DIVERGED
     return Why.NOTHING_LEARNED if notes.why_unlearned(method, untrained) else None
 
 
-def _doubt(method: MethodRow, untrained: list[UntrainedRow]) -> str:
+def _learning_rate_doubt(method: MethodRow, untrained: list[UntrainedRow]) -> str:
     """What makes the learning rate of the method that lost look wrong: then the rates were compared, too."""
     ended = [seed for seed in method["seeds"] if seed["score"] is not None]
     idle = sum(bool(notes.why_unlearned_in(method, s["score"], [s["figures"]], untrained)) for s in ended)
     if method["diverged_in_search"] or method["diverged"]:
-        why = f"{_diverged(method)} of {method['method']} diverged"
+        why = f"{_diverged_runs(method)} of {method['method']} diverged"
     elif idle:
         why = f"{idle} of {len(ended)} runs of {method['method']} did not learn the task"
     elif end := notes.end_of_search(method):
@@ -110,7 +110,7 @@ def _doubt(method: MethodRow, untrained: list[UntrainedRow]) -> str:
 
 
 def _rival(c: ComparisonRow, methods: Methods, failed: bool) -> Rival:
-    time = _times(methods[c["candidate"]], methods[LORA])
+    time = _time_ratio(methods[c["candidate"]], methods[LORA])
     assert c["margin"] is not None, "a study of advise has one"
     return Rival(c["candidate"], Verdict(c["verdict"]), c["difference"], upper(c), c["margin"], time, failed)
 
@@ -138,13 +138,13 @@ def _spread(c: ComparisonRow) -> stats.Spread:
     )
 
 
-def _times(method: MethodRow, lora: MethodRow) -> float | None:
+def _time_ratio(method: MethodRow, lora: MethodRow) -> float | None:
     """A step's time as a multiple of LoRA's."""
     own, theirs = (m["cost"]["steps_per_second"] for m in (method, lora))
     return theirs / own if own and theirs else None
 
 
-def _needed(
+def _needed_minutes_and_records(
     found: Recommendation, rivals: list[Rival], judged: Pairs, study: Study, work: Work
 ) -> tuple[int | None, int | None]:
     """Minutes that would show a difference of the margin, or, where no number of seeds would, test records as well."""
@@ -170,7 +170,7 @@ def _needed(
     return minutes_of(work, Length(seeds, work.steps)), None
 
 
-def _figure(c: ComparisonRow, alike: bool = False) -> str:
+def _difference_text(c: ComparisonRow, alike: bool = False) -> str:
     """The difference with an interval: that of the test of equivalence, or the plain one."""
     if c["difference"] is None:
         return ""
@@ -180,27 +180,27 @@ def _figure(c: ComparisonRow, alike: bool = False) -> str:
     return what if low is None else f"{what} [{percent(share)}: {low:+.3g} to {high:+.3g}]"
 
 
-def _step(rival: Rival) -> str:
+def _step_time_text(rival: Rival) -> str:
     return "" if rival.time is None else f"a step of {rival.name} takes {rival.time:.2f} times LoRA's time"
 
 
-def _about(rival: Rival, c: ComparisonRow) -> str:
+def _comparison_sentence(rival: Rival, c: ComparisonRow) -> str:
     """One method against LoRA: the verdict, the figure, the time."""
-    figure = _figure(c, rival.verdict is Verdict.EQUIVALENT)
-    more = "; ".join(part for part in (figure, _step(rival)) if part)
+    figure = _difference_text(c, rival.verdict is Verdict.EQUIVALENT)
+    more = "; ".join(part for part in (figure, _step_time_text(rival)) if part)
     return f"{rival.name} against LoRA: {rival.verdict}{f' ({more})' if more else ''}."
 
 
 def _answer(found: Recommendation, rival: Rival, c: ComparisonRow, lora: MethodRow, open_: str) -> str:
     """The answer in a sentence. rival, c: the method that it is about; open_: what a study that left it open says."""
     margin = rival.margin
-    step = f", and {_step(rival)}" if rival.time is not None else ""
+    step = f", and {_step_time_text(rival)}" if rival.time is not None else ""
     if found.why is Why.BETTER:
-        return f"Use {found.use}: it is significantly better than LoRA ({_figure(c)}){step}."
+        return f"Use {found.use}: it is significantly better than LoRA ({_difference_text(c)}){step}."
     if found.why is Why.QUICKER:
-        return f"Use {found.use}: it is as good as LoRA within ±{margin:g} ({_figure(c, alike=True)}){step}."
+        return f"Use {found.use}: it is as good as LoRA within ±{margin:g} ({_difference_text(c, alike=True)}){step}."
     if found.why is Why.NO_GAIN:
-        return f"Use LoRA: {_no_gain(rival, c, margin)}{step}.{_tie(rival)}"
+        return f"Use LoRA: {_no_gain_reason(rival, c, margin)}{step}.{_tie_reason(rival)}"
     if found.why is Why.NOTHING_LEARNED:
         return (
             "Not known: LoRA did not learn the task in these runs, and nothing else can be recommended. Give "
@@ -208,26 +208,28 @@ def _answer(found: Recommendation, rival: Rival, c: ComparisonRow, lora: MethodR
         )
     if found.why is Why.DIVERGED:
         return (
-            f"Not known: {_diverged(lora)} of LoRA diverged, and how bad they are no score says. Give a lower "
+            f"Not known: {_diverged_runs(lora)} of LoRA diverged, and how bad they are no score says. Give a lower "
             "train.learning_rate in the recipe."
         )
     step = (
-        f"costs less: {_step(rival)}" if rival.time is not None and rival.time > 1 else "every library and server takes"
+        f"costs less: {_step_time_text(rival)}"
+        if rival.time is not None and rival.time > 1
+        else "every library and server takes"
     )
     return f"Not known: {open_} Until then use LoRA, which {step}."
 
 
-def _no_gain(rival: Rival, c: ComparisonRow, margin: float) -> str:
+def _no_gain_reason(rival: Rival, c: ComparisonRow, margin: float) -> str:
     if rival.verdict is Verdict.DIVERGED:
         return f"no run of {rival.name} came to an end with a score"
     if rival.verdict is Verdict.EQUIVALENT:
-        return f"no difference that matters was seen ({_figure(c, alike=True)}, within ±{margin:g})"
+        return f"no difference that matters was seen ({_difference_text(c, alike=True)}, within ±{margin:g})"
     if rival.verdict is Verdict.WORSE:
-        return f"{rival.name} is significantly worse ({_figure(c)})"
-    return f"a gain of {margin:g} or more by {rival.name} is ruled out ({_figure(c)})"
+        return f"{rival.name} is significantly worse ({_difference_text(c)})"
+    return f"a gain of {margin:g} or more by {rival.name} is ruled out ({_difference_text(c)})"
 
 
-def _tie(rival: Rival) -> str:
+def _tie_reason(rival: Rival) -> str:
     """Why a tie goes to LoRA; its cost is named only where these runs show it."""
     below = rival.verdict is Verdict.UNCLEAR and (rival.difference or 0.0) < 0
     if below or rival.verdict in (Verdict.WORSE, Verdict.DIVERGED):
@@ -237,19 +239,19 @@ def _tie(rival: Rival) -> str:
     return " A tie goes to LoRA, which every library and server takes."
 
 
-def _diverged(method: MethodRow) -> str:
+def _diverged_runs(method: MethodRow) -> str:
     runs = len(method["seeds"])
     return "all runs" if method["diverged_in_search"] else f"{method['diverged']} of {runs} runs"
 
 
-def _open(
+def _open_reason(
     rivals: list[Rival], judged: Pairs, methods: Methods, minutes: float, needed: int | None, records: int | None
 ) -> str:
     """Why the answer is open, and what would settle it. rivals: those that may gain what matters."""
     for rival in rivals:
         if rival.verdict is Verdict.BETTER:  # and not recommended
             lost = methods[rival.name]["diverged"]
-            why = f"{_diverged(methods[rival.name])} of it diverged" if lost else "it did not learn the task"
+            why = f"{_diverged_runs(methods[rival.name])} of it diverged" if lost else "it did not learn the task"
             return f"{rival.name} is significantly better, but {why}. Give another train.learning_rate in the recipe."
     seen = [c["visible"] for r in rivals if (c := judged[r.name])["visible"] is not None]
     margin = rivals[0].margin if rivals else 0.0
@@ -278,12 +280,12 @@ def _row(m: MethodRow, c: ComparisonRow | None, lora: MethodRow) -> Values:
     return (
         {name: mine[name] for name in own}
         | {name: pair.get(name) for name in from_pair}
-        | {"metric": m["metric"], "step_seconds": 1 / pace if pace else None, "times_lora": _times(m, lora)}
+        | {"metric": m["metric"], "step_seconds": 1 / pace if pace else None, "times_lora": _time_ratio(m, lora)}
         | {"peak_memory": m["cost"]["peak_memory"]}
     )
 
 
-def _how(study: Study, whole: Study, work: Work, methods: Methods, metric: str, margin: float) -> list[str]:
+def _conditions(study: Study, whole: Study, work: Work, methods: Methods, metric: str, margin: float) -> list[str]:
     length, full = length_of(study), length_of(whole).steps
     sizes = sorted({m["trainable_parameters"] or 0 for m in methods.values()})
     short = (

@@ -26,7 +26,7 @@ def source_of(recipe: str | None, base: str | None, data: str | None, test: str 
         if not changed["data"] and not base:
             return recipe
         found = read_recipe(recipe, changed)
-        return _written(folder / f"{found.name}-{_print(base, data, test)}.yaml", found.to_yaml())
+        return _write_once(folder / f"{found.name}-{_short_digest(base, data, test)}.yaml", found.to_yaml())
     missing = [flag for flag, value in (("--base", base), ("--data", data), ("--test", test)) if not value]
     if missing or not (base and data and test):
         raise UserError(
@@ -37,20 +37,20 @@ def source_of(recipe: str | None, base: str | None, data: str | None, test: str 
     found_columns = guess(records)
     lengths = sorted(sum(len(str(value)) for value in record.values.values()) for record in records)
     name = run_name(Path(data).stem)
-    file = folder / f"{name}-{_print(base, data, test)}.yaml"
+    file = folder / f"{name}-{_short_digest(base, data, test)}.yaml"
     text = starter(file, name, base, data, test, found_columns, len(records), lengths[-1], None)
     read_starter(text, Path(name))
-    return _written(file, text)
+    return _write_once(file, text)
 
 
-def _print(*given: str | None) -> str:
+def _short_digest(*given: str | None) -> str:
     """Short letters that tell one base and records from others."""
     import hashlib
 
     return hashlib.sha256(repr(given).encode()).hexdigest()[:6]
 
 
-def _written(path: Path, text: str) -> str:
+def _write_once(path: Path, text: str) -> str:
     if os.path.lexists(path):
         with contextlib.suppress(OSError, ValueError):
             if regular(path).read_text(encoding="utf-8") == text:

@@ -62,9 +62,9 @@ def analyze(
         check_device(device)
     target = None if reference is None else _reference(Path(reference))
     names = _names([Path(run) for run in runs])
-    found = [_begun(Path(run), name, target, options) for run, name in zip(runs, names, strict=True)]
+    found = [_recorded_run(Path(run), name, target, options) for run, name in zip(runs, names, strict=True)]
     for run in found:
-        _finish(run, options, device, progress)
+        _analyze_run(run, options, device, progress)
         if run.model != found[0].model:
             run.notes.append(
                 f"Of another model ({run.model}) than {found[0].name} ({found[0].model}): the figures of the two say "
@@ -136,7 +136,7 @@ def _reference(path: Path) -> Path:
     return path
 
 
-def _begun(path: Path, name: str, reference: Path | None, options: Options) -> RunAnalysis:
+def _recorded_run(path: Path, name: str, reference: Path | None, options: Options) -> RunAnalysis:
     """What a run's folder says. What is no run, or does not belong to the reference, is said before hours go into the
     others."""
     steps = [state.step for state in states_of(path, options.states)]
@@ -145,11 +145,11 @@ def _begun(path: Path, name: str, reference: Path | None, options: Options) -> R
     result = RunAnalysis(name, str(path), *known, steps=steps, live=read_metrics(path / "analysis" / "live.jsonl"))
     if reference is not None and reference.resolve() != path.resolve():
         result.reference = str(reference)
-        result.notes += _comparable(recipe, recipe_of_run(reference), reference)
+        result.notes += _check_comparable(recipe, recipe_of_run(reference), reference)
     return result
 
 
-def _finish(result: RunAnalysis, options: Options, device: str | None, progress: bool) -> None:
+def _analyze_run(result: RunAnalysis, options: Options, device: str | None, progress: bool) -> None:
     """Open the run and look into it."""
     path = Path(result.folder)
     opened, stops = open_run(path, device), states_of(path, options.states)
@@ -174,7 +174,7 @@ def _finish(result: RunAnalysis, options: Options, device: str | None, progress:
     result.magnitude_direction = correlation(*([r[f"{k}_change"] for r in moved] for k in ("direction", "magnitude")))
 
 
-def _comparable(recipe: Recipe, other: Recipe, where: Path) -> list[str]:
+def _check_comparable(recipe: Recipe, other: Recipe, where: Path) -> list[str]:
     """What the two runs do not share: an error for model and data, notes for the rest."""
     for part, a, b in (("model", recipe.model.path, other.model.path), ("data", recipe.data.train, other.data.train)):
         if a != b:

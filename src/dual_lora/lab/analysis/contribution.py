@@ -39,13 +39,13 @@ def contributions(
         with model.disable_adapter():
             rows.append(_row("without the adapter", "all", loss_of(model)))
     for group, kinds in groups.items():
-        with _changed(model, kinds, lambda key, _: start[key]):
+        with _with_values(model, kinds, lambda key, _: start[key]):
             rows.append(_row("set back to the start", group, loss_of(model)))
     for group, kinds in groups.items():
         losses = []
         for draw in range(draws):
             generator = torch.Generator().manual_seed(draw)
-            with _changed(model, kinds, partial(_like, generator)):
+            with _with_values(model, kinds, partial(_random_like, generator)):
                 losses.append(loss_of(model))
         rows.append(_row("drawn anew", group, *losses))
     return rows
@@ -64,7 +64,7 @@ def _row(what: str, group: str, *losses: float) -> dict[str, Any]:
     return {"what": what, "group": group, "loss": statistics.fmean(losses), "spread": spread, "draws": len(losses)}
 
 
-def _like(generator: torch.Generator, key: str, p: Tensor) -> Tensor:
+def _random_like(generator: torch.Generator, key: str, p: Tensor) -> Tensor:
     """Gaussian numbers with the mean and the spread of `p`."""
     noise = torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device)
     return p.mean() + p.std() * noise if p.numel() > 1 else p.clone()
@@ -82,7 +82,7 @@ def _parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 @contextmanager
-def _changed(model: Any, kinds: tuple[str, ...], new: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
+def _with_values(model: Any, kinds: tuple[str, ...], new: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
     """The model with other values in the tensors of the given kinds."""
     chosen = [(key, p) for key, p in _parameters(model) if _kind(key) in kinds]
     kept = [p.detach().clone() for _, p in chosen]

@@ -130,7 +130,7 @@ def gradient_pass(
 
 def _estimator_tally(matrix: Factored, G: Matrix, strength: float) -> Tensor:
     """Entries cut, entries with H ≠ 0, all entries, Σ|H|, Σ|STE(H)|, max |H|; fp64 [6]."""
-    adapter = matrix.adapter.whole()  # the surrogate is as wide as all of Q is, not as a block of it
+    adapter = matrix.adapter.with_mean_square()  # the surrogate is as wide as all of Q is, not as a block of it
     form, scale = adapter.form, strength * adapter.scale
     tally = torch.zeros(6, dtype=torch.float64)
     for g, p, q in blocks(G, matrix.product("magnitude"), matrix.product("direction")):

@@ -87,16 +87,16 @@ def leading_subspaces(matrix: Matrix, k: int) -> tuple[Tensor, Tensor]:
     width = min(2 * k, O, I)
     V = torch.randn(I, width, generator=generator, dtype=torch.float64).to(matrix.device)
     for _ in range(8):
-        V = torch.linalg.qr(_transposed_times(matrix, _times(matrix, torch.linalg.qr(V).Q)))[0]
-    U, _, Wt = torch.linalg.svd(_times(matrix, V), full_matrices=False)
+        V = torch.linalg.qr(_transposed_product(matrix, _product(matrix, torch.linalg.qr(V).Q)))[0]
+    U, _, Wt = torch.linalg.svd(_product(matrix, V), full_matrices=False)
     return U[:, :k], (V @ Wt.t())[:, :k]
 
 
-def _times(matrix: Matrix, V: Tensor) -> Tensor:
+def _product(matrix: Matrix, V: Tensor) -> Tensor:
     return torch.cat([block.double() @ V for (block,) in blocks(matrix)])
 
 
-def _transposed_times(matrix: Matrix, Y: Tensor) -> Tensor:
+def _transposed_product(matrix: Matrix, Y: Tensor) -> Tensor:
     total = torch.zeros(matrix.shape[1], Y.shape[1], dtype=torch.float64, device=Y.device)
     for start, stop in row_spans(matrix):
         total += matrix.rows(start, stop).double().t() @ Y[start:stop]

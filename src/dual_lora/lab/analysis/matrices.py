@@ -91,7 +91,7 @@ class Factored(Matrix):
     """Dual LoRA's update, computed from its four factors by `core` whenever a block is asked for."""
 
     def __init__(self, adapter: Adapter):
-        self.adapter = adapter.working()
+        self.adapter = adapter.in_working_dtype()
         self.shape = self.adapter.factors.B.shape[0], self.adapter.factors.A.shape[1]
         self.device = self.adapter.scale.device
 

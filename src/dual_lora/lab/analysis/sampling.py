@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dual_lora.core.tokens import AUTO, Water, count, leverage, own_variance, water
+from dual_lora.core.tokens import AUTO, WaterFilling, gradient_variance, leverage, sample_size, water_filling
 from dual_lora.lab.analysis.gradients import Batch, Call, LossOf, evaluating, watched
 from dual_lora.lab.analysis.updates import adapted_layers
 
@@ -51,10 +51,12 @@ def sampling_pass(
 
 
 def _figures(dy: Tensor, x: Tensor, sequences: int) -> dict[str, float]:
-    T, made = len(x), water(leverage(dy, x))
+    T, made = len(x), water_filling(leverage(dy, x))
     draws = (torch.arange(DRAWS, dtype=torch.float64) + 0.5) / DRAWS
     taken = {f"{share:.0%}".strip("%"): [max(1, round(share * T))] * DRAWS for share in SHARES}
-    taken["auto"] = [count(T, AUTO, made, partial(own_variance, dy, x, sequences, made, draw)) for draw in draws]
+    taken["auto"] = [
+        sample_size(T, AUTO, made, partial(gradient_variance, dy, x, sequences, made, draw)) for draw in draws
+    ]
     errors = [_error_weights(made, counts, draws, T) for counts in taken.values()]
     each = torch.eye(sequences, device=x.device).repeat_interleave(T // sequences, dim=0) - 1 / sequences
     squares = squared_sums(dy, x, torch.cat([torch.ones(T, 1, device=x.device), each, *errors], dim=1))
@@ -79,7 +81,7 @@ def squared_sums(dy: Tensor, x: Tensor, weights: Tensor) -> Tensor:
     return total
 
 
-def _error_weights(made: Water, counts: Sequence[int], draws: Tensor, T: int) -> Tensor:
+def _error_weights(made: WaterFilling, counts: Sequence[int], draws: Tensor, T: int) -> Tensor:
     """What each draw's estimate of G is wrong by, as weights of the tokens, [T, draws]."""
     wrong = torch.full((T, len(draws)), -1.0, dtype=torch.float64, device=made.scores.device)
     for column, (n, draw) in enumerate(zip(counts, draws, strict=True)):

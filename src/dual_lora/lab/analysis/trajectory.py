@@ -67,11 +67,11 @@ def updates_in(opened: OpenedRun, state: State, layers: list[str], stack: ExitSt
         load_adapter_into(opened.model, state.folder)
     found = snapshot(opened.model)
     for name, origin in opened.origin.items():
-        found[name] = LayerUpdate(partial(_since, found[name], origin))
+        found[name] = LayerUpdate(partial(_difference_from, found[name], origin))
     return {name: found[name] for name in layers if name in found}
 
 
-def _since(now: LayerUpdate, start: LayerUpdate) -> Difference:
+def _difference_from(now: LayerUpdate, start: LayerUpdate) -> Difference:
     return Difference(now.update(), start.update())
 
 

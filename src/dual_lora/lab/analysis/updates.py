@@ -69,18 +69,18 @@ def snapshot(model: nn.Module, adapter: str = "default") -> dict[str, LayerUpdat
             result[name] = LayerUpdate(partial(_itself, matrix), float(layer.warmup_factor(adapter)))
         elif adapter in getattr(layer, "active_adapters", []):
             tensors = {n: p.detach().clone() for n, p in _own_tensors(layer)}
-            result[name] = LayerUpdate(partial(_effect, layer, tensors, adapter))
+            result[name] = LayerUpdate(partial(_merge_difference, layer, tensors, adapter))
     return result
 
 
 def is_matrix(layer: Any) -> bool:
     """Whether the update is one matrix: not of experts [E, O, I], nor of projections of unequal widths stacked."""
-    inner, weight = _adapted(layer)
+    inner, weight = _adapter_layers(layer)
     experts = hasattr(layer, "parameter_name") and weight is not None and weight.dim() > 2
     return not experts and bool(getattr(inner, "_qkv_same_embed_dim", True))
 
 
-def _adapted(layer: Any) -> tuple[Any, Tensor | None]:
+def _adapter_layers(layer: Any) -> tuple[Any, Tensor | None]:
     """The module that an adapter is on, and the parameter that it changes."""
     inner = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
     return inner, getattr(inner, getattr(layer, "parameter_name", "weight"), None)
@@ -92,7 +92,7 @@ def _itself(matrix: Matrix) -> Matrix:
 
 def base_matrix(layer: Any) -> Matrix | None:
     """The base weight as [O, I], or None where it is no plain tensor (quantised; fp8, with its scales elsewhere)."""
-    inner, weight = _adapted(layer)
+    inner, weight = _adapter_layers(layer)
     if weight is None or not weight.dtype.is_floating_point or weight.dtype.itemsize == 1 or weight.dim() < 2:
         return None
     return Dense(_matrix(inner, weight))
@@ -109,7 +109,7 @@ def _own_tensors(layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, tensor
 
 
-def _effect(layer: Any, tensors: dict[str, Tensor], adapter: str) -> Matrix:
+def _merge_difference(layer: Any, tensors: dict[str, Tensor], adapter: str) -> Matrix:
     """Merged weight - base weight, by the layer's own merge, with the adapter's tensors as they were.
 
     `get_delta_weight` is the update for some methods and something else for others (DoRA leaves the magnitudes out,

@@ -127,13 +127,13 @@ class Walk:
                 before, step_before = now, state.step
             for row in (*self.result.gradients, *self.result.first_step):
                 row["O"], row["I"] = self.sizes[row["layer"]]  # what means over layers are weighted by
-            self._say_what_is_left_out()
+            self._note_left_out()
             if loss_of is not None:
                 self.result.contribution = contributions(
                     self.opened.model, self.start_factors, loss_of, self.options.draws, not self.opened.origin
                 )
 
-    def _say_what_is_left_out(self) -> None:
+    def _note_left_out(self) -> None:
         """Adapted layers whose update is no one matrix, and those whose gradient is none."""
         if self.opened.is_full:
             return
@@ -203,7 +203,7 @@ class Walk:
             row |= ranks(matrix)
             row["largest_singular_value"] *= now.strength
             if isinstance(matrix, Factored):
-                row |= _ranks_apart(matrix)
+                row |= _group_ranks(matrix)
         self.result.layers.append(row)
         if target is not None:
             alike = self._likeness(matrix, target.update(), first)
@@ -220,7 +220,7 @@ class Walk:
         return row
 
 
-def _ranks_apart(matrix: Factored) -> Row:
+def _group_ranks(matrix: Factored) -> Row:
     factors, form = matrix.adapter.factors, matrix.adapter.form
     row: Row = {"rank_bound": rank_bound(factors.A.shape[0], factors.C.shape[0], form, matrix.shape)}
     row |= {"r1": factors.A.shape[0], "r2": factors.C.shape[0] if form.trains_direction else 0}

@@ -12,7 +12,7 @@ from rich.table import Table
 from dual_lora.lab.commands.card import duration, figures_table, finish, size
 from dual_lora.lab.commands.parameters import Json
 from dual_lora.lab.errors import UserError, suggest
-from dual_lora.lab.recipe.schema import Quantize, spelled
+from dual_lora.lab.recipe.schema import Quantize, normalised_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -190,7 +190,7 @@ def _chosen(methods: list[str] | None, options: StepOptions) -> list[str]:
     own = options.method["name"]
     if methods is None:
         return [*METHODS] if own in METHODS else [own, *METHODS]
-    chosen = [spelled(name) for given in methods for name in given.split(",")]
+    chosen = [normalised_name(name) for given in methods for name in given.split(",")]
     for name in chosen:
         if name not in method_names():
             raise UserError(f"--methods: there is no method {name!r}.{suggest(name, method_names())}")

@@ -39,8 +39,8 @@ def evaluate(
     """
     from dual_lora.lab.model.device import use_device
     from dual_lora.lab.model.opened import open_tuned
+    from dual_lora.lab.run.evaluate import changed_settings, write_result
     from dual_lora.lab.run.evaluate import evaluate as run_evaluation
-    from dual_lora.lab.run.evaluate import otherwise, write_result
 
     # A wrong value or recipe shows before the model is loaded.
     overrides = flag_values(given)
@@ -54,7 +54,7 @@ def evaluate(
     data, spec = DataSection.model_validate(values["data"]), EvaluateSection.model_validate(values["evaluate"])
     _check_split(overrides.get("data", {}), spec.split)
     result = run_evaluation(tuned, data, spec)
-    if recipe and ground and ground.origin and not otherwise(ground, data, spec):
+    if recipe and ground and ground.origin and not changed_settings(ground, data, spec):
         result.reported = ground.origin.reported
     if out is not None:
         write_result(result, out)

@@ -132,8 +132,7 @@ def _gguf_card(result: GgufResult) -> Any:
 def _card(exported: Exported) -> Any:
     from rich.console import Group
 
-    columns = ["rank", "error"]
-    rows = [[layer["layer"], *(_figure(layer[name]) for name in columns)] for layer in exported.layers]
+    rows = [[layer["layer"], f"{layer['rank']}", f"{layer['error']:.2%}"] for layer in exported.layers]
     facts = {
         "folder": exported.folder,
         "size": f"{exported.parameters:,} numbers ({exported.parameters / exported.weights:.0%} of the weights)",
@@ -142,9 +141,5 @@ def _card(exported: Exported) -> Any:
         facts["loss"] = " · ".join(f"{name} {value:.4f}" for name, value in exported.loss.items())
         facts["records"] = f"{exported.examples:,}"
     facts |= {"verdict": exported.verdict} | ({"instead": exported.advice} if exported.advice else {})
-    shown = figures_table("What every layer loses", ["layer", *columns], rows)
+    shown = figures_table("What every layer loses", ["layer", "rank", "error"], rows)
     return Group(shown, facts_card("exported to LoRA", facts))
-
-
-def _figure(value: float) -> str:
-    return str(value) if isinstance(value, int) else f"{value:.2%}"

@@ -54,9 +54,9 @@ def push(
 
     Example: `dual-lora push runs/boolq-smollm2 me/boolq --base-model HuggingFaceTB/SmolLM2-135M`
     """
-    from dual_lora.lab.run.push import prepared, upload
+    from dual_lora.lab.run.push import prepared_upload, upload
 
-    with prepared(run, repo, base_model=base_model, licence=license) as ready:
+    with prepared_upload(run, repo, base_model=base_model, licence=license) as ready:
         facts = {name: size(count) for name, count in ready.files.items()}
         if not yes:
             if not sys.stdin.isatty():

@@ -103,6 +103,6 @@ def _on_gpu(index: int) -> str:
 
     if os.environ.get(dispatch.SWITCH) == "plain":
         return f"{PLAIN} ({dispatch.SWITCH}=plain)"
-    if dispatch.triton(torch.device("cuda", index)) is None:
+    if dispatch.triton_kernels(torch.device("cuda", index)) is None:
         return f"{PLAIN} (no Triton that this card's kernels can be made with; the warning says why)"
     return f"Triton kernels where they prove right (`dual-lora gpu-check` tries them all), {PLAIN} elsewhere"

@@ -67,7 +67,7 @@ def predict(
     head = recipe.model.head if recipe else "causal"
     records, examples = read_questions(file, settings.data, head)
     records, examples = records[:limit], examples[:limit]
-    target = out or _beside(file)
+    target = out or _default_output(file)
     check_out(target, overwrite)
     check_columns(records, ("predicted", "probability", "probabilities"))
     check_cells(target, records)
@@ -110,6 +110,6 @@ def _recipe_of(source: str) -> Recipe | None:
     return read_note(Path(source))[0]
 
 
-def _beside(file: str) -> Path:
+def _default_output(file: str) -> Path:
     path = Path(file)
     return Path(f"{path.stem}.predicted{'.csv' if path.suffix in ('.csv', '.tsv') else '.jsonl'}")

@@ -62,7 +62,7 @@ def train(
     early.check(chosen, folder, resume, overwrite)
     with stage(f"{chosen.name}: {chosen.method['name']} on {chosen.model.path}, into {folder}"):
         from dual_lora.lab.model.device import use_device
-        from dual_lora.lab.run.hub_card import too_long
+        from dual_lora.lab.run.hub_card import too_long_note
         from dual_lora.lab.run.train import run
 
         use_device(device)
@@ -74,7 +74,7 @@ def train(
     facts = {
         "steps": f"{result.steps} in {duration(result.seconds)}, {result.tokens_per_second:,.0f} tokens/s"
         + _early(chosen, result),
-        "examples": f"{result.examples:,}{too_long(chosen, result.left_out)}{_limited(chosen, result)}",
+        "examples": f"{result.examples:,}{too_long_note(chosen, result.left_out)}{_limited(chosen, result)}",
         "loss": loss + (f", validation {result.validation_loss:.4f}" if result.validation_loss is not None else ""),
         "trainable": f"{result.trainable_parameters:,} parameters ({share:.2%})",
         "memory": f"{size(result.peak_memory)} at the peak",

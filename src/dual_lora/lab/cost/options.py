@@ -110,10 +110,10 @@ def _rank_field(name: str) -> str:
 
 def from_recipe(recipe: Recipe, **changes: Any) -> StepOptions:
     """The training step of a recipe, with every row as long as data.max_length. changes: fields of StepOptions."""
-    if precision.leaves_open(recipe):
+    if precision.is_auto(recipe):
         recipe = precision.with_trained_in_full(recipe)
         gpu = changes.get("on") == "gpu"
-        recipe = precision.settled(recipe, "bf16" if gpu else precision.fast_precision("cpu").precision)
+        recipe = precision.with_precision(recipe, "bf16" if gpu else precision.fast_precision("cpu").precision)
     part = recipe.train
     known = {
         "head": "causal" if recipe.model.head == "causal" else "classification",

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dual_lora.lab.data.classes import fit_head
-from dual_lora.lab.data.encode import Encoded, Prompter, class_names
+from dual_lora.lab.data.encode import Prompter, class_names
 from dual_lora.lab.data.examples import item_of, read_examples, records_of
 from dual_lora.lab.data.formats import Example, format_of
 from dual_lora.lab.data.overlap import undeclared
@@ -149,7 +149,7 @@ def _lengths(result: Checked, data: DataSection, head: str, tokenizer: Any) -> N
     """The median length, the 95th percentile and the longest."""
     try:
         with _collecting_warnings(result):
-            lengths = sorted(_long(result.examples, data, head, tokenizer))
+            lengths = sorted(_row_lengths(result.examples, data, head, tokenizer))
     except UserError as error:
         result.errors.append(str(error))
         return
@@ -172,21 +172,17 @@ def _lengths(result: Checked, data: DataSection, head: str, tokenizer: Any) -> N
         )
 
 
-def _long(examples: list[Example], data: DataSection, head: str, tokenizer: Any) -> Iterator[int]:
+def _row_lengths(examples: list[Example], data: DataSection, head: str, tokenizer: Any) -> Iterator[int]:
     if tokenizer is None:
         for example in examples:
             yield sum(map(len, example.text)) or sum(len(str(message["content"])) for message in example.messages)
     elif head == "causal":
         prompter = Prompter(tokenizer, data.template, data.learn_prompt)
         for example in examples:
-            yield from map(_ids, prompter.pieces(example, data.max_length))
+            yield from (len(row.input_ids) for row in prompter.pieces(example, data.max_length))
     else:
         for example in examples:
             yield len(tokenizer(*example.text).input_ids)
-
-
-def _ids(row: Encoded) -> int:
-    return len(row.input_ids)
 
 
 def _repeated(result: Checked, head: str) -> None:
@@ -194,7 +190,7 @@ def _repeated(result: Checked, head: str) -> None:
     whole = Counter((item_of(example), example.label or example.answer) for example in result.examples)
     result.duplicates = sum(count - 1 for count in whole.values())
     if result.duplicates:
-        first = _where(result.examples, next(key for key, count in whole.items() if count > 1))
+        first = _first_two_places(result.examples, next(key for key, count in whole.items() if count > 1))
         result.warnings.append(f"Duplicates: {result.duplicates:,}, the first at {first}.")
     if head == "classification":
         answers: dict[str, set[str]] = defaultdict(set)
@@ -206,6 +202,6 @@ def _repeated(result: Checked, head: str) -> None:
             result.warnings.append(f"Texts with several labels: {len(torn):,}, first {example.where} ({labels}).")
 
 
-def _where(examples: Iterable[Example], key: tuple[str, str]) -> str:
+def _first_two_places(examples: Iterable[Example], key: tuple[str, str]) -> str:
     found = [example.where for example in examples if (item_of(example), example.label or example.answer) == key]
     return " and ".join(found[:2])

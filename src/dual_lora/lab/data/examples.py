@@ -18,19 +18,19 @@ WORDS = {"train": "training"}  # a split as people say it
 def load_split(data: DataSection, split: str) -> list[Example]:
     """The examples of "train", "validation" or "test" as the recipe wants them, limits and holdout applied."""
     if split == "validation" and not data.validation and data.holdout:
-        return _limited(_parted(data)[1], data.test_limit, data.seed)
+        return _limited(_split_off(data)[1], data.test_limit, data.seed)
     if split == "train":
-        examples = _parted(data)[0] if data.holdout and not data.validation else _read(data, "train")
+        examples = _split_off(data)[0] if data.holdout and not data.validation else _read(data, "train")
         return _limited(examples, data.train_limit, data.seed)
     if split == "test" and data.tests:
         if data.test:
             raise UserError("The recipe names both data.test and data.tests: keep one of them.")
-        parts = ((name, _tested(read_examples(source, data), data)) for name, source in data.tests.items())
+        parts = ((name, _test_examples(read_examples(source, data), data)) for name, source in data.tests.items())
         return [replace(example, part=name) for name, examples in parts for example in examples]
-    return _tested(_read(data, split), data)
+    return _test_examples(_read(data, split), data)
 
 
-def _tested(examples: list[Example], data: DataSection) -> list[Example]:
+def _test_examples(examples: list[Example], data: DataSection) -> list[Example]:
     """As many of a test set's examples as the recipe wants."""
     if data.test_prompts is not None:
         prompts = list(dict.fromkeys(repr(example.prompt) for example in examples))
@@ -95,17 +95,17 @@ def _read(data: DataSection, split: str) -> list[Example]:
     return read_examples(source, data)
 
 
-def _parted(data: DataSection) -> tuple[list[Example], list[Example]]:
+def _split_off(data: DataSection) -> tuple[list[Example], list[Example]]:
     examples = _read(data, "train")
     if data.holdout >= len(examples):
         raise UserError(f"data.holdout is {data.holdout}, but {data.train} holds only {len(examples)} records.")
     if data.group is not None:
-        return _parted_by_group(examples, data)
+        return _split_off_groups(examples, data)
     held = set(random.Random(data.seed).sample(range(len(examples)), data.holdout))
     return [e for i, e in enumerate(examples) if i not in held], [e for i, e in enumerate(examples) if i in held]
 
 
-def _parted_by_group(examples: list[Example], data: DataSection) -> tuple[list[Example], list[Example]]:
+def _split_off_groups(examples: list[Example], data: DataSection) -> tuple[list[Example], list[Example]]:
     """Whole groups are held out, until they hold `holdout` records or a few more. One without a group is its own."""
     group_of = [example.group or example.where for example in examples]
     sizes = Counter(group_of)

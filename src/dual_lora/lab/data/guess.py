@@ -57,23 +57,23 @@ def guess(records: list[Record], given: Mapping[str, str] | None = None) -> Gues
     if names == ["line"]:
         facts = all("||" in str(record.values["line"]) for record in seen)
         return Guess("facts" if facts else "document", "causal", {}, names)
-    found = {ours: _named(names, known) for ours, known in NAMES.items()} | given
+    found = {ours: _first_known(names, known) for ours, known in NAMES.items()} | given
     if found["messages"] and isinstance(seen[0].values.get(found["messages"]), list):
-        return _made("chat", "causal", found, names, ("messages",))
+        return _guess_of("chat", "causal", found, names, ("messages",))
     if not given and {"chosen", "rejected"} <= set(names):
         return Guess("preference", "causal", {}, names)
     if not given and {"instruction", "output"} <= set(names):
-        return _made("instruction", "causal", found, names, ("instruction", "output"))
-    first = _named(names, FIRST_OF_PAIR)
+        return _guess_of("instruction", "causal", found, names, ("instruction", "output"))
+    first = _first_known(names, FIRST_OF_PAIR)
     if found["text_pair"] and first and "text" not in given:
         found["text"] = first
     labelled = _labelled(seen, found, names, given)
     if labelled is not None:
         return labelled
     if found["prompt"] and found["answer"] and found["prompt"] != found["answer"]:
-        return _made("prompt", "causal", found, names, ("prompt", "answer"))
+        return _guess_of("prompt", "causal", found, names, ("prompt", "answer"))
     if len(names) == 1 and found["text"]:
-        return _made("document", "causal", found, names, ("text",))
+        return _guess_of("document", "causal", found, names, ("text",))
     return _by_values(seen, names)
 
 
@@ -88,7 +88,7 @@ def _labelled(seen: list[Record], found: dict[str, str], names: list[str], given
     head, classes = _kind_of(_values(seen, found["label"]))
     if head == "causal":
         return None
-    return _made("text", head, found | {"text": text}, names, ("text", "label", *pair), classes)
+    return _guess_of("text", head, found | {"text": text}, names, ("text", "label", *pair), classes)
 
 
 def _by_values(seen: list[Record], names: list[str]) -> Guess:
@@ -100,20 +100,20 @@ def _by_values(seen: list[Record], names: list[str]) -> Guess:
         for name in names:
             head, classes = _kind_of(_values(seen, name))
             if name != longest and head == "classification" and len(classes) * 5 <= len(seen):
-                return _made("text", head, {"text": longest, "label": name}, names, ("text", "label"), classes)
+                return _guess_of("text", head, {"text": longest, "label": name}, names, ("text", "label"), classes)
         if len(names) == 2 and len(texts) == 2:
-            return _made("prompt", "causal", {"prompt": names[0], "answer": names[1]}, names, ("prompt", "answer"))
-    return _unknown(names)
+            return _guess_of("prompt", "causal", {"prompt": names[0], "answer": names[1]}, names, ("prompt", "answer"))
+    return _refuse_unclear(names)
 
 
-def _unknown(names: list[str]) -> Guess:
+def _refuse_unclear(names: list[str]) -> Guess:
     raise UserError(
         f"What is to be learned is not clear from the columns {', '.join(names)}: name them, a text and its class with "
         "--text and --label, or a prompt and its answer with --prompt and --answer."
     )
 
 
-def _made(
+def _guess_of(
     form: str,
     head: Head,
     found: Mapping[str, str],
@@ -125,7 +125,7 @@ def _made(
     return Guess(form, head, {ours: found[ours] for ours in used if found[ours] != ours}, names, classes or [])
 
 
-def _named(names: list[str], known: Iterable[str]) -> str:
+def _first_known(names: list[str], known: Iterable[str]) -> str:
     spelled = {name.strip().lower().replace(" ", "_"): name for name in reversed(names)}
     return next((spelled[name] for name in known if name in spelled), "")
 

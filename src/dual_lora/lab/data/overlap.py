@@ -44,9 +44,9 @@ def _read(section: str, stamps: tuple[Stamp | None, ...]) -> tuple[tuple[Shared,
     """What the sets share, and the labels that `unlearned` names: the records are read once for both."""
     data = DataSection.model_validate_json(section)
     sets = {split: found for split in WORDS if (found := _records(data, split))}
-    known = {split: set().union(*map(_every, examples)) for split, examples in sets.items()}
+    known = {split: set().union(*map(_all_prompts_of, examples)) for split, examples in sets.items()}
     counted = [
-        Shared(of, among, sum(not known[among].isdisjoint(_asked(example)) for example in sets[of]), len(sets[of]))
+        Shared(of, among, sum(not known[among].isdisjoint(_prompts_of(example)) for example in sets[of]), len(sets[of]))
         for of, among in PAIRS
         if of in sets and among in sets
     ]
@@ -95,25 +95,25 @@ def unlearned(data: DataSection) -> list[str]:
     return list(_read(data.model_dump_json(), _stamps(data))[1])
 
 
-def _asked(example: Example) -> set[str]:
+def _prompts_of(example: Example) -> set[str]:
     """What is asked, and the group that it belongs to."""
     asked = item_of(example)
     if example.messages:
-        *_, (_, asked) = _prints(example.prompt or example.messages)
+        *_, (_, asked) = _digests(example.prompt or example.messages)
     return {asked, example.group} - {""}
 
 
-def _every(example: Example) -> set[str]:
+def _all_prompts_of(example: Example) -> set[str]:
     """The same, and in a conversation what is asked before each of its answers."""
     before, turns = "", set()
-    for message, after in _prints(example.messages):
+    for message, after in _digests(example.messages):
         if message["role"] == "assistant" and before:
             turns.add(before)
         before = after
-    return _asked(example) | turns
+    return _prompts_of(example) | turns
 
 
-def _prints(messages: Iterable[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], str]]:
+def _digests(messages: Iterable[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], str]]:
     """Each message with a print of the conversation up to it: in one pass, however long the conversation is."""
     print_of = hashlib.sha256()
     for message in messages:

@@ -27,7 +27,8 @@ def rows_of(path: Path) -> Iterator[dict[str, Any]]:
     try:
         regular(path, LARGEST)
         with pyarrow.parquet.ParquetFile(path) as file:
-            fields = [field for field in file.schema_arrow if not _is_index(field.name)]
+            # Without pandas' index, where it was saved as a column.
+            fields = [field for field in file.schema_arrow if not field.name.startswith("__index_level_")]
             kept = [field.name for field in fields if not _is_bytes(field.type)]
             if twice := repeated(kept):
                 raise UserError(f"{path} has two columns {twice!r}: give one of them another name.")
@@ -36,13 +37,13 @@ def rows_of(path: Path) -> Iterator[dict[str, Any]]:
             leaves = [file.metadata.schema.column(i) for i in range(file.metadata.num_columns)]
             texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
             rows = file.metadata.num_rows
-            _check(path, rows, RECORD * rows + _said(file.metadata, kept))
+            _check(path, rows, RECORD * rows + _declared_bytes(file.metadata, kept))
         # As dictionaries: a text that stands in many rows is in memory once, until it has been counted.
         with pyarrow.parquet.ParquetFile(path, read_dictionary=texts) as file:
             unpacked = count = 0
             for batch in file.iter_batches(batch_size=ROWS, columns=kept):
                 count += batch.num_rows
-                unpacked += RECORD * batch.num_rows + sum(map(_unpacked, batch.columns))
+                unpacked += RECORD * batch.num_rows + sum(map(_unpacked_bytes, batch.columns))
                 _check(path, count, unpacked)
                 yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError) as error:
@@ -52,7 +53,7 @@ def rows_of(path: Path) -> Iterator[dict[str, Any]]:
         raise UserError(f"{path} could not be read as Parquet: {said_first}.") from None
 
 
-def _said(metadata: Any, kept: list[str]) -> int:
+def _declared_bytes(metadata: Any, kept: list[str]) -> int:
     """Bytes of the columns that are read, by what the file says, without what holds them. Before anything is unpacked:
     one row may hold much."""
     names, lengths = {*kept}, sorted({*map(len, kept)})
@@ -63,7 +64,7 @@ def _said(metadata: Any, kept: list[str]) -> int:
     return sum(column.total_uncompressed_size + VALUE * column.num_values for column in columns)
 
 
-def _unpacked(array: Any) -> int:
+def _unpacked_bytes(array: Any) -> int:
     """Bytes of an array's values as Python has them, where a dictionary's texts are copied for each row."""
     import pyarrow
     import pyarrow.compute
@@ -73,15 +74,10 @@ def _unpacked(array: Any) -> int:
         lengths = pyarrow.compute.take(pyarrow.compute.binary_length(array.dictionary), array.indices)
         return held + int(pyarrow.compute.sum(lengths.cast("int64")).as_py() or 0)
     if types.is_struct(kind):
-        return held + STRUCT * len(array) + sum(map(_unpacked, array.flatten()))
+        return held + STRUCT * len(array) + sum(map(_unpacked_bytes, array.flatten()))
     if types.is_nested(kind):
-        return held + _unpacked(array.flatten())
+        return held + _unpacked_bytes(array.flatten())
     return held + int(array.nbytes)
-
-
-def _is_index(name: str) -> bool:
-    """pandas' index, where it was saved as a column."""
-    return name.startswith("__index_level_")
 
 
 def _is_bytes(kind: Any) -> bool:

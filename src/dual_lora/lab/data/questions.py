@@ -27,11 +27,11 @@ def read_questions(source: str, data: DataSection, head: str) -> tuple[list[Reco
     if data.format == "auto" and records:
         _check_asked(records[0], data)
     theirs = {ours: data.fields.get(ours, ours) for ours in ANSWERS}
-    filled = [Record(_answered(record.values, theirs, head), record.where) for record in records]
+    filled = [Record(_with_placeholder_answer(record.values, theirs, head), record.where) for record in records]
     needed = {ours: name for ours, name in data.fields.items() if ours not in theirs}
     plain = data.model_copy(update={"fields": needed, "answers": "label", "columns": None, "group": None})
     examples = read_examples(source, plain, filled)
-    asked = [_asked(example, record, theirs, data) for example, record in zip(examples, records, strict=True)]
+    asked = [_question_of(example, record, theirs, data) for example, record in zip(examples, records, strict=True)]
     for example in asked:
         if head != "causal" and not example.text:
             raise UserError(f"{example.where}: the record has no field text, which a classifier needs.")
@@ -61,7 +61,7 @@ def _has_header(source: str, data: DataSection) -> bool:
     return not {data.fields.get(name, name) for name in FIELDS}.isdisjoint(name.strip('"') for name in first)
 
 
-def _answered(values: dict[str, Any], theirs: dict[str, str], head: str) -> dict[str, Any]:
+def _with_placeholder_answer(values: dict[str, Any], theirs: dict[str, str], head: str) -> dict[str, Any]:
     """A record with something instead of its answer."""
     filled = {name: value for name, value in values.items() if name not in theirs.values()}
     filled |= {"label": NONE} | ({"answer": NONE, "output": NONE} if head == "causal" else {})
@@ -74,7 +74,7 @@ def _answered(values: dict[str, Any], theirs: dict[str, str], head: str) -> dict
     return filled
 
 
-def _asked(example: Example, record: Record, theirs: dict[str, str], data: DataSection) -> Example:
+def _question_of(example: Example, record: Record, theirs: dict[str, str], data: DataSection) -> Example:
     """The example with the record's own answer, if it has one."""
     if data.answers == "text" and example.messages:
         example = in_words(example)

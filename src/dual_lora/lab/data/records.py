@@ -109,7 +109,7 @@ def _jsonl(path: Path) -> Iterator[Record]:
 
 def _parsed(text: str, where: str) -> Any:
     try:
-        value = parse_json(text, _once)
+        value = parse_json(text, _unique_names)
         if "\\ud" in text.lower():  # perhaps half of a surrogate pair, which no tokenizer takes
             json.dumps(value, ensure_ascii=False).encode()
         return value
@@ -120,7 +120,7 @@ def _parsed(text: str, where: str) -> Any:
         raise UserError(f"{where}: not valid JSON ({error}).") from None
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object. Raises ValueError where a name stands twice, of which the first would be lost."""
     value = dict(pairs)
     if len(value) < len(pairs):

@@ -138,9 +138,9 @@ def in_words(loss: dict[str, float], lost: float, size: float = 0.0) -> tuple[st
         word = "good" if not bad else "loses some" if kept >= LOSES_SOME else "loses too much"
         verdict = f"{word}: {max(kept, 0):.1%} of the adapter's improvement in loss is kept"
     else:
-        from dual_lora.method.conversion import TOO_MUCH
+        from dual_lora.method.conversion import LARGE_ERROR
 
-        bad = lost > TOO_MUCH
+        bad = lost > LARGE_ERROR
         word = "may lose too much" if bad else "good by the weights"
         verdict = f"{word}: the median layer loses {lost:.0%} of its update; the loss was not measured (--data FILE)"
     if bad:

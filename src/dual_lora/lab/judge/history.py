@@ -109,7 +109,7 @@ def _in_table(file: Path) -> set[Run]:
         try:
             if set(rows.fieldnames or ()) != set(COLUMNS):
                 raise UserError(f"{file} has the columns {rows.fieldnames!s:.200}: expected {COLUMNS}.")
-            return {_checked(*(row[name] for name in COLUMNS)) for row in rows}
+            return {_checked_run(*(row[name] for name in COLUMNS)) for row in rows}
         except (csv.Error, ValueError, TypeError) as error:
             if isinstance(error, UserError):
                 raise
@@ -143,12 +143,12 @@ def _run(text: str) -> Run | None:
         main |= {name: used.get(name) for name in ("max_steps", "batch_size", "seed", "dtype", "max_seq_length")}
         settings = hashlib.sha256(json.dumps(main, sort_keys=True).encode()).hexdigest()[:8]
         accuracy = train["metrics"][-1]["test accuracy"]
-        return _checked(str(run["experiment_name"]), str(run["created_at"])[:10], accuracy, settings)
+        return _checked_run(str(run["experiment_name"]), str(run["created_at"])[:10], accuracy, settings)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError):
         return None
 
 
-def _checked(experiment: str, day: str, accuracy: Any, settings: str) -> Run:
+def _checked_run(experiment: str, day: str, accuracy: Any, settings: str) -> Run:
     """Raises ValueError for what cannot be one of PEFT's results. A name has no character that means something to a
     spreadsheet or a terminal."""
     if not (_NAME.fullmatch(experiment) and _SETTINGS.fullmatch(settings)):
@@ -193,7 +193,7 @@ def standing(runs: Sequence[Run], level: float = 0.05) -> Standing:
     shifts = dict(zip(times, [*fit[len(names) :].tolist(), 0.0], strict=True))
     last = {r.experiment: r for r in runs if campaigns[r.date] == times[-1]}  # sorted by date: the last run of each
     table = sorted(last.values(), key=lambda r: -r.accuracy)
-    apart_all = _tukey(len(table), df, level) * sd
+    apart_all = _tukey_quantile(len(table), df, level) * sd
     scores = np.array([r.accuracy for r in table])
     letters = _groups(scores, apart_all)
     places = [
@@ -213,7 +213,7 @@ def standing(runs: Sequence[Run], level: float = 0.05) -> Standing:
 
 
 @functools.cache
-def _tukey(many: int, df: int, level: float) -> float:
+def _tukey_quantile(many: int, df: int, level: float) -> float:
     return float(stats.studentized_range.ppf(1 - level, many, df))
 
 

@@ -100,12 +100,12 @@ def judge(
             *(note for note in said.notes if not note.startswith("Chance of any")),
             *level_here(said.false_alarm, level),
             *([TUNED] + [WHOLE_ONLY] * whole) * any(c["p"] is not None for c in said.comparisons),
-            *_one_seed(paired),
+            *_one_seed_note(paired),
             *guessed,
             *_other_units(paired),
             *repeated(paired, against),
             *copies,
-            *_absent(paired, methods),
+            *_missing_methods_notes(paired, methods),
             *scores.notes,
         ],
         "untrained": [],
@@ -114,7 +114,7 @@ def judge(
         "judged_from": path.name,
     }
     if out is not None:
-        file = _free(Path(out) / "results.json")
+        file = _free_output(Path(out) / "results.json")
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, results)
     return results
@@ -188,7 +188,7 @@ def _other_units(paired: dict[Scenario, dict[str, Runs]]) -> Iterator[str]:
             )
 
 
-def _absent(paired: dict[Scenario, dict[str, Runs]], methods: list[str]) -> Iterator[str]:
+def _missing_methods_notes(paired: dict[Scenario, dict[str, Runs]], methods: list[str]) -> Iterator[str]:
     """A method that diverged on a task may have been left out of it, and looks better by that."""
     lacking = [
         f"{method} on {task_name(*scenario)}" for scenario, own in paired.items() for method in methods
@@ -299,13 +299,13 @@ def _method(
     }
 
 
-def _one_seed(paired: dict[Scenario, dict[str, Runs]]) -> Iterator[str]:
+def _one_seed_note(paired: dict[Scenario, dict[str, Runs]]) -> Iterator[str]:
     single = [task_name(*scenario) for scenario, own in paired.items() if len(next(iter(own.values())).seeds) == 1]
     if single:
         yield f"With one seed no winner can be called: there is only one of {', '.join(single)}. Give two, better five."
 
 
-def _free(file: Path) -> Path:
+def _free_output(file: Path) -> Path:
     """The output, unless the results of a study lie there."""
     try:
         judged = "judged_from" in read_json(file)

@@ -32,7 +32,7 @@ def objects_of(folder: Path) -> Iterator[tuple[Git, str]]:
     Raises UserError for a folder without a whole history, and for answers that are too long or take too long.
     """
     inside = folder / ".git" if (folder / ".git").is_dir() else folder
-    tip, ends = _tip(folder, inside), time.monotonic() + SECONDS
+    tip, ends = _head_commit(folder, inside), time.monotonic() + SECONDS
     with TemporaryDirectory() as empty:
         for part in ("objects", "refs"):
             (Path(empty) / part).mkdir()
@@ -43,12 +43,12 @@ def objects_of(folder: Path) -> Iterator[tuple[Git, str]]:
         env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")} | here | none
 
         def git(*words: str) -> bytes:
-            return _said(folder, ["git", *words], env, empty, ends)
+            return _run_git(folder, ["git", *words], env, empty, ends)
 
         yield git, tip
 
 
-def _said(folder: Path, command: list[str], env: dict[str, str], cwd: str, ends: float) -> bytes:
+def _run_git(folder: Path, command: list[str], env: dict[str, str], cwd: str, ends: float) -> bytes:
     try:
         running = subprocess.Popen(
             command, env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
@@ -79,7 +79,7 @@ def _said(folder: Path, command: list[str], env: dict[str, str], cwd: str, ends:
     return said
 
 
-def _tip(folder: Path, inside: Path) -> str:
+def _head_commit(folder: Path, inside: Path) -> str:
     """The commit of HEAD."""
     nothing = UserError(f"{folder} holds no git history: give a clone, or its bare git directory.")
     try:

@@ -92,13 +92,13 @@ def read_peft(folder: Path) -> Scores:
         scores.notes.append(f"All runs are of {models.pop()}.")
         scores.rows = [row._replace(scenario=("", task)) for row in scores.rows]
         scores.costs = {(("", task), method): cost for (_, method), cost in scores.costs.items()}
-    scores.notes += _unlike(configs)
+    scores.notes += _differing_settings(configs)
     if left := [name for name in experiments(folder) if name not in {*finished, *stopped}]:
         scores.notes.append(f"Experiments without a result: {', '.join(left)}.")
     return scores
 
 
-def _unlike(configs: dict[str, dict[str, Any]]) -> list[str]:
+def _differing_settings(configs: dict[str, dict[str, Any]]) -> list[str]:
     """Settings of training that not all runs have the same of. A field that came later is none of them."""
     found = []
     for field in dict.fromkeys(name for config in configs.values() for name in config if name not in OWN):

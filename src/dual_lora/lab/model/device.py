@@ -59,18 +59,18 @@ def use_device(device: str | None) -> None:
         cards, wanted = torch.cuda.device_count(), int(number or 0)
         if wanted >= cards:
             there = {0: "no CUDA card", 1: "one CUDA card, cuda:0"}.get(cards, f"{cards} CUDA cards, from cuda:0 on")
-            raise UserError(f"There is no device {device!r}: found: {there}. {_instead()}")
+            raise UserError(f"There is no device {device!r}: found: {there}. {_other_device_hint()}")
         given = [name for name in os.environ.get(VISIBLE, "").split(",") if name.strip()]
         os.environ[VISIBLE] = given[wanted] if wanted < len(given) else str(wanted)
     elif kind == "cpu":
         os.environ[VISIBLE] = ""
     elif not torch.backends.mps.is_available():
-        raise UserError(f"There is no device 'mps' (Apple's) here. {_instead()}")
+        raise UserError(f"There is no device 'mps' (Apple's) here. {_other_device_hint()}")
     os.environ[ASKED] = kind
     check_device(best_device())
 
 
-def _instead() -> str:
+def _other_device_hint() -> str:
     return f"Give --device {best_device().removesuffix(':0')}, or leave it out."
 
 
@@ -85,7 +85,7 @@ def check_device(device: str) -> None:
         raise UserError(f"The device {device!r} cannot be used here ({reason}). Use {best_device()}.") from None
 
 
-def crowded() -> str:
+def crowded_hint() -> str:
     """A sentence on what helps where other programs use this machine's cores as well; "" where none do."""
     import torch
 

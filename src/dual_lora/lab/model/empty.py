@@ -38,7 +38,7 @@ def load_config(path: str, revision: str | None = None, **more: Any) -> PreTrain
     from transformers import AutoConfig
 
     from dual_lora.lab.model.load import quiet
-    from dual_lora.lab.model.location import Location, check_settings, locate, nobody_answers
+    from dual_lora.lab.model.location import Location, check_settings, locate, own_code_hint
     from dual_lora.lab.recipe.published import known_name, published_config
 
     here = Path(path).expanduser()
@@ -58,7 +58,7 @@ def load_config(path: str, revision: str | None = None, **more: Any) -> PreTrain
             raise
         raise UserError(
             f"The configuration of {path!r} could not be read: {described(error, Exception, lines=1)}"
-            f"{nobody_answers(error)}"
+            f"{own_code_hint(error)}"
         ) from error
 
 
@@ -116,7 +116,7 @@ def adapted(
 
     from dual_lora.lab.model.bounds import check_config
     from dual_lora.lab.model.load import quiet
-    from dual_lora.lab.model.methods import fused_if_asked, method_config
+    from dual_lora.lab.model.methods import fuse_if_requested, method_config
 
     config = method_config(_without_start(method), head, steps, list(fresh))
     if config is None:
@@ -125,7 +125,7 @@ def adapted(
     with quiet():
         try:
             with torch.device("meta"):
-                return fused_if_asked(get_peft_model(copy.deepcopy(base), config, low_cpu_mem_usage=True), config)
+                return fuse_if_requested(get_peft_model(copy.deepcopy(base), config, low_cpu_mem_usage=True), config)
         except Exception as on_meta:  # some methods look at values when they start, which meta tensors have not
             if count_of(base) > _REAL_LIMIT:
                 raise _misfit(method, name, on_meta) from on_meta
@@ -133,7 +133,7 @@ def adapted(
             real = copy.deepcopy(base).to_empty(device="cpu")
             for tensor in real.parameters():
                 torch.nn.init.normal_(tensor, std=0.02)
-            return fused_if_asked(get_peft_model(real, config), config)
+            return fuse_if_requested(get_peft_model(real, config), config)
         except Exception as error:
             raise _misfit(method, name, error) from error
 

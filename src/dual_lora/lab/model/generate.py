@@ -84,7 +84,7 @@ def generate_all(
     """
     check_writes(model)
     texts, ends, search = [""] * len(prompts), ends_of(model, tokenizer), {**(search or {})}
-    once, numbers = search.pop(NO_REPEAT, 0), _Numbers()
+    once, numbers = search.pop(NO_REPEAT, 0), _NotFiniteWatch()
     for part in longest_first([len(p) for p in prompts], batch_size):
         check_padding(kind_of_unmasked(model), [len(prompts[i]) for i in part])
         batch = left_padded([prompts[i] for i in part], tokenizer.pad_token_id)
@@ -111,7 +111,7 @@ def generate_all(
 NO_REPEAT = "no_repeat_ngram"
 
 
-class _Numbers(LogitsProcessor):
+class _NotFiniteWatch(LogitsProcessor):
     """Notes whether a logit was NaN or infinite: the token with it is written like any other, and may be right."""
 
     bad: Any = False
@@ -131,7 +131,7 @@ class _NoRepeat(LogitsProcessor):
         return self.rule(input_ids[:, self.width :], scores)
 
 
-class _Asked(StoppingCriteria):
+class _StopOnRequest(StoppingCriteria):
     """Ends an answer when somebody asks for it."""
 
     def __init__(self, stop: threading.Event):
@@ -165,7 +165,7 @@ def generate(
     )  # fmt: skip
 
 
-def _readable(tuned: Tuned, messages: Sequence[dict[str, Any]]) -> torch.Tensor:
+def _conversation_ids(tuned: Tuned, messages: Sequence[dict[str, Any]]) -> torch.Tensor:
     """The conversation's tokens [1, T], where the model writes text and reads so many."""
     if tuned.classes:
         raise UserError(f"{tuned.source} is a classifier, it writes no text: use `dual-lora predict`.")
@@ -198,7 +198,7 @@ def answer_to(
         raise UserError(f"temperature is {temperature}, expected 0 or more.")
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}, expected at least 1.")
-    ids = _readable(tuned, messages)
+    ids = _conversation_ids(tuned, messages)
     choice: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature:
         choice = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}  # of all tokens
@@ -217,7 +217,7 @@ def answer_to(
                     attention_mask=torch.ones_like(ids).to(model.device),
                     max_new_tokens=max_new_tokens,
                     streamer=streamer,
-                    stopping_criteria=StoppingCriteriaList([_Asked(stop)]),
+                    stopping_criteria=StoppingCriteriaList([_StopOnRequest(stop)]),
                     eos_token_id=ends,
                     pad_token_id=tuned.tokenizer.pad_token_id,
                     **choice,

@@ -19,8 +19,8 @@ from dual_lora.lab.model.location import (
     is_here,
     is_plain,
     locate,
-    meant,
-    nobody_answers,
+    own_code_hint,
+    suggest_model,
 )
 from dual_lora.lab.model.named_files import (
     check_templates,
@@ -195,7 +195,7 @@ def forget_packing(model: PreTrainedModel) -> None:
     model.is_quantized = False  # type: ignore[assignment]
 
 
-class _Held(NamedTuple):
+class _GgufContents(NamedTuple):
     """What stands in a file: how its positions are scaled, if they are, the size of each tensor, and ids of tokens."""
 
     scaling: str
@@ -209,7 +209,7 @@ def check_whole(file: Path, model: Any, language: bool = True) -> None:
     A language model has as many weights as the file, and what stands below another head as many as the file without
     its own; long-context factors of positions (Llama 3.1 and later) are a tensor or a field of their own.
     """
-    held = _held_in(file, file.stat().st_mtime_ns)
+    held = _contents_of(file, file.stat().st_mtime_ns)
     way_out = "transformers leaves that out, and the model would be another one: use the model's folder of safetensors."
     if held.scaling:
         raise UserError(f"{file} scales its positions ({held.scaling}); {way_out}")
@@ -223,13 +223,13 @@ def check_whole(file: Path, model: Any, language: bool = True) -> None:
 
 def set_special_tokens(file: Path, tokenizer: Any) -> None:
     """Give a tokenizer that was read from a GGUF file the special tokens that the file names."""
-    for name, id in _held_in(file, file.stat().st_mtime_ns).tokens.items():
+    for name, id in _contents_of(file, file.stat().st_mtime_ns).tokens.items():
         if getattr(tokenizer, f"{name}_id") != id:
             setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(id))
 
 
 @lru_cache(maxsize=8)
-def _held_in(file: Path, changed: int) -> _Held:
+def _contents_of(file: Path, changed: int) -> _GgufContents:
     """Takes a second, most of it for the vocabulary: a study's runs read the same file. changed: its time."""
     from dual_lora.lab.model.read_gguf import reader_of
 
@@ -245,7 +245,7 @@ def _held_in(file: Path, changed: int) -> _Held:
     if not scaling and architecture not in _SCALED and field(f"{architecture}.rope.scaling.type") not in (None, "none"):
         scaling = ["rope.scaling.type"]
     ids = {name: field(f"tokenizer.ggml.{theirs}_token_id") for name, theirs in _TOKENS.items()}
-    return _Held(", ".join(scaling), sizes, {name: int(id) for name, id in ids.items() if id is not None})
+    return _GgufContents(", ".join(scaling), sizes, {name: int(id) for name, id in ids.items() if id is not None})
 
 
 @contextlib.contextmanager
@@ -273,7 +273,7 @@ def _clear_errors(path: str) -> Any:
             raise
         # Readers of foreign files raise whatever comes: struct.error, SafetensorError, KeyError.
         first = described(error, OSError, ValueError, lines=1)
-        where, near = ("", "") if is_here(path) else (" (there is no such folder here)", meant(path))
+        where, near = ("", "") if is_here(path) else (" (there is no such folder here)", suggest_model(path))
         raise UserError(
-            f"The model {path!r} could not be loaded{where}: {first}{nobody_answers(error)}{near}"
+            f"The model {path!r} could not be loaded{where}: {first}{own_code_hint(error)}{near}"
         ) from error

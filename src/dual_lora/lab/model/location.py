@@ -65,7 +65,7 @@ def own_code() -> dict[str, bool]:
     return {} if sys.stdin is not None and sys.stdin.isatty() else {"trust_remote_code": False}
 
 
-def nobody_answers(error: Exception) -> str:
+def own_code_hint(error: Exception) -> str:
     """What to add to an error where a model has code of its own, and nobody could be asked whether to run it."""
     asked = "trust_remote_code" in str(error) and own_code()
     return " Its own code was not run: give the command at a terminal, which asks about it." if asked else ""
@@ -108,7 +108,7 @@ def locate(path: str, revision: str | None = None) -> Location:
             + (f", such as {' or '.join(below[:3])}." if below else ".")
         )
     if path.startswith(("/", ".", "~")) or path.count("/") > 1:
-        raise UserError(f"There is no folder {path}.{meant(path)}")
+        raise UserError(f"There is no folder {path}.{suggest_model(path)}")
     return Location(path, revision=revision)
 
 
@@ -236,11 +236,11 @@ def check_here(path: str, revision: str | None = None, others: str = "") -> None
     if not isinstance(held, str):
         raise UserError(
             f"There is no model{others} {path!r}: no such folder is here, the hub's cache has none of that name, and "
-            f"HF_HUB_OFFLINE forbids a download.{meant(path, runs=bool(others))}"
+            f"HF_HUB_OFFLINE forbids a download.{suggest_model(path, runs=bool(others))}"
         )
 
 
-def meant(path: str, runs: bool = False) -> str:
+def suggest_model(path: str, runs: bool = False) -> str:
     """A sentence that suggests a model on this machine with nearly that name; "" where there is none.
 
     runs: a run or an adapter will do too. Then a folder above it may be misspelled as well.

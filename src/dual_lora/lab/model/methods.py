@@ -14,7 +14,7 @@ from dual_lora.lab.errors import UserError, described, memory_full, suggest
 from dual_lora.lab.model.bounds import check_config
 from dual_lora.lab.model.names import ALIASES, FUSED, OURS
 from dual_lora.lab.permission import import_allowed
-from dual_lora.lab.recipe.schema import spelled
+from dual_lora.lab.recipe.schema import normalised_name
 from dual_lora.method import lora_fields
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def method_config(method: dict[str, Any], head: str, steps: int, fresh: list[str
     return config
 
 
-def fused_if_asked(model: Any, config: PeftConfig) -> Any:
+def fuse_if_requested(model: Any, config: PeftConfig) -> Any:
     """The model; PEFT's layers by this package's product (`dual_lora.fuse`) where the recipe says `fused: true`."""
     if getattr(config, "_fused", False):
         from dual_lora import fuse
@@ -120,7 +120,7 @@ def apply_method(loaded: Loaded, config: PeftConfig | None, base: ModelSection, 
     if getattr(config, "one_group", False) and not config.direction_seed:  # type: ignore[attr-defined]
         config.direction_seed = seed  # type: ignore[attr-defined]
     try:
-        model = fused_if_asked(get_peft_model(loaded.model, config, revision=base.revision), config)
+        model = fuse_if_requested(get_peft_model(loaded.model, config, revision=base.revision), config)
     except Exception as error:
         if memory_full(error):
             raise
@@ -164,7 +164,7 @@ def plain_name(name: str) -> str:
     module, colon, plain = name.rpartition(":")
     if colon:
         import_allowed(module, f"method {name!r}")
-    return spelled(plain)
+    return normalised_name(plain)
 
 
 def _resolve(name: str) -> tuple[str, dict[str, Any]]:

@@ -40,7 +40,7 @@ def check_tokenizer_arguments(model: str, revision: str | None = None) -> None:
 
     for name in ARGUMENTS:
         settings = _settings(model, name, revision)
-        _check_made(settings, f"{name} of {model}", lambda: _settings(model, "config.json", revision))
+        _check_token_count(settings, f"{name} of {model}", lambda: _settings(model, "config.json", revision))
         for key, text in _texts_in(settings):
             if _is_outside(text, [model] + [HF_HUB_CACHE] * key.endswith("_file")):
                 raise UserError(
@@ -66,7 +66,7 @@ def check_tokenizer_rules(model: str, revision: str | None, tokenizer: Any = Non
         check_rules({name: json.loads(part.__getstate__()) for name, part in parts.items() if part}, model)
 
 
-def _check_made(settings: dict[str, Any], where: str, config: Callable[[], dict[str, Any]]) -> None:
+def _check_token_count(settings: dict[str, Any], where: str, config: Callable[[], dict[str, Any]]) -> None:
     """Raise UserError for more tokens than a tokenizer can be built with in a minute. config: reads the model's."""
     for key, value in settings.items():
         if MADE.fullmatch(key) and isinstance(value, int) and value > MOST_MADE:

@@ -47,7 +47,7 @@ def write_note(adapter: Path, recipe: Recipe, classes: list[str], base: dict[str
     (adapter / NOTE).write_text(json.dumps(note, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def named(classes: list[str]) -> dict[str, dict[Any, Any]]:
+def label_settings(classes: list[str]) -> dict[str, dict[Any, Any]]:
     """The names in the terms of a transformers configuration; {} where the head tells no classes."""
     if not classes or classes == [VALUE]:
         return {}
@@ -56,7 +56,7 @@ def named(classes: list[str]) -> dict[str, dict[Any, Any]]:
 
 def name_classes(model: Any, classes: list[str]) -> None:
     """Put the names into the model's configuration, where pipelines and saved models look for them."""
-    for name, value in named(classes).items():
+    for name, value in label_settings(classes).items():
         setattr(model.config, name, value)
 
 
@@ -66,11 +66,11 @@ def name_in_adapter(folder: Path, model: Any, classes: list[str]) -> None:
     PEFT keeps what stands under `auto_mapping`, and warns of every field that it does not know.
     """
     file, plain = folder / "adapter_config.json", getattr(model, "base_model", model)
-    if not named(classes) or not file.is_file():
+    if not label_settings(classes) or not file.is_file():
         return
     base = type(plain.get_base_model() if hasattr(plain, "get_base_model") else getattr(plain, "model", plain))
     values = read_object(file)
     told: dict[str, Any] = {"base_model_class": base.__name__, "parent_library": base.__module__}
-    told |= {"id2label": named(classes)["id2label"]}
+    told |= {"id2label": label_settings(classes)["id2label"]}
     values["auto_mapping"] = {**(values.get("auto_mapping") or {}), **told}
     file.write_text(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

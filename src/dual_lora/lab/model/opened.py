@@ -19,7 +19,7 @@ from dual_lora.lab.model.location import Location, check_entries, check_here, is
 from dual_lora.lab.model.methods import plain_name
 from dual_lora.lab.model.note import NOTE, name_classes, read_note
 from dual_lora.lab.model.pickled import check_weights
-from dual_lora.lab.model.weights import is_another, other_settings, short_digest, warn_of_doubt, weights_digest
+from dual_lora.lab.model.weights import is_other_base, other_settings, short_digest, warn_of_doubt, weights_digest
 from dual_lora.lab.read import read_object, regular
 from dual_lora.lab.recipe.schema import ModelSection, Recipe
 from dual_lora.serving.files import CONFIG_BYTES
@@ -142,7 +142,7 @@ def _other_base(adapter: Path, part: ModelSection, base: str | None) -> dict[str
     base: as it was asked for by name. Raises UserError for another one, and only warns if it was asked for.
     """
     known = read_object(adapter / NOTE).get("base") if (adapter / NOTE).is_file() else None
-    another = is_another(known, now := weights_digest(part))
+    another = is_other_base(known, now := weights_digest(part))
     if another:
         what = f"The weights of {part.path} are not those that {adapter} was trained on"
         if base is None:
@@ -202,7 +202,7 @@ def _open_adapter(
         raise UserError(f"The adapter {adapter} could not be read: {described(error)}") from error
     check_stored_numbers(adapter / "adapter_model.safetensors", f"The adapter {adapter}")
     check_weights(sorted(adapter.glob("*.bin")))
-    part = recipe.model if recipe else _part_of(config, adapter, unsaid)
+    part = recipe.model if recipe else _model_section(config, adapter, unsaid)
     another = {"path": base, "revision": None} if base and base != part.path else {}
     unpacked = {"quantize": "none"} if whole else {}
     part = part.model_copy(update=another | ({"dtype": dtype} if dtype else {}) | unpacked)
@@ -265,7 +265,7 @@ def untrained_model(part: ModelSection, seed: int, num_labels: int | None, devic
         return load_base(part, seed, num_labels, device).model
 
 
-def _part_of(config: Any, adapter: Path, dtype: str) -> ModelSection:
+def _model_section(config: Any, adapter: Path, dtype: str) -> ModelSection:
     if not config.base_model_name_or_path:
         raise UserError(f"The adapter {adapter} does not name its base model: give --base.")
     head = "classification" if config.task_type == "SEQ_CLS" else "causal"

@@ -46,7 +46,7 @@ def check_weights(files: Iterable[Path]) -> None:
     for file in files:
         check_unpacked(file)
         try:
-            held = _held_in(file)
+            held = _load_file(file)
         except Exception as error:
             if memory_full(error):
                 raise
@@ -56,10 +56,10 @@ def check_weights(files: Iterable[Path]) -> None:
 
 def check_no_views(file: Path) -> None:
     """Raise UserError for a file, which `check_unpacked` let pass, with a tensor of more numbers than it holds."""
-    _check_plain(_held_in(file), file)
+    _check_plain(_load_file(file), file)
 
 
-def _held_in(file: Path) -> Any:
+def _load_file(file: Path) -> Any:
     """What a file holds; of an archive nothing is copied."""
     return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
 

@@ -51,20 +51,20 @@ def fast_precision(device: str | None = None) -> Fast:
         able = torch.cuda.is_bf16_supported(including_emulation=False)
         return Fast("bf16", f"{device} has units for it") if able else Fast("fp32", f"{device} has no units for bf16")
     if kind != "cpu":
-        return _by_trial(device)
+        return _try_bf16(device)
     if process_count() > 1:  # each process would measure for itself, and has to do the same
         return Fast("fp32", "several processes on CPUs")
-    return chosen_by(measured())
+    return faster_precision(measure_products())
 
 
-def chosen_by(milliseconds: dict[str, float]) -> Fast:
+def faster_precision(milliseconds: dict[str, float]) -> Fast:
     """The choice that follows from the times of a product in fp32 and in bf16."""
     plain, short = milliseconds["fp32"], milliseconds["bf16"]
     times = f"a matrix product takes {short:.2f} ms in bf16, {plain:.2f} in fp32"
     return Fast("bf16" if short * FASTER < plain else "fp32", times, milliseconds)
 
 
-def measured() -> dict[str, float]:
+def measure_products() -> dict[str, float]:
     """Milliseconds of one small product on this CPU in fp32 and in bf16, measured in turns.
 
     The fastest of each counts: other work on the machine only adds to it.
@@ -83,7 +83,7 @@ def measured() -> dict[str, float]:
     return {name: round(min(times[1:]), 4) for name, times in spent.items()}  # the first one warms up
 
 
-def _by_trial(device: str) -> Fast:
+def _try_bf16(device: str) -> Fast:
     import torch
 
     try:
@@ -94,22 +94,22 @@ def _by_trial(device: str) -> Fast:
     return Fast("bf16", f"{device} computes in it")
 
 
-def asked_for(recipe: Recipe) -> dict[str, str]:
+def requested_precision(recipe: Recipe) -> dict[str, str]:
     """What a recipe says of its precision: {"model.dtype": ..., "train.autocast": ...}."""
     return {f"{part}.{name}": str(getattr(getattr(recipe, part), name)) for part, name in FIELDS}
 
 
-def leaves_open(recipe: Recipe) -> bool:
+def is_auto(recipe: Recipe) -> bool:
     """Whether a field of the recipe is `auto`."""
-    return AUTO in asked_for(recipe).values()
+    return AUTO in requested_precision(recipe).values()
 
 
-def settled(recipe: Recipe, precision: Short) -> Recipe:
+def with_precision(recipe: Recipe, precision: Short) -> Recipe:
     """The recipe with `precision` instead of every `auto`."""
     return _replaced(recipe, {at: words[precision] for at, words in FIELDS.items()})
 
 
-def settled_as(recipe: Recipe, before: Recipe) -> Recipe:
+def with_precision_of(recipe: Recipe, before: Recipe) -> Recipe:
     """The recipe with what `before`, its run, has instead of every `auto`."""
     return _replaced(recipe, {(part, name): getattr(getattr(before, part), name) for part, name in FIELDS})
 
@@ -130,13 +130,13 @@ def with_trained_in_full(recipe: Recipe) -> Recipe:
     return _replaced(recipe, {("model", "dtype"): "float32"}) if recipe.method["name"] == "full" else recipe
 
 
-def settled_here(recipe: Recipe) -> Recipe:
+def with_device_precision(recipe: Recipe) -> Recipe:
     """The recipe with what this device is fast in; nothing is measured if it leaves nothing open."""
     recipe = with_trained_in_full(recipe)
-    return settled(recipe, fast_precision().precision) if leaves_open(recipe) else recipe
+    return with_precision(recipe, fast_precision().precision) if is_auto(recipe) else recipe
 
 
 def record_of(asked: Recipe, chosen: Recipe) -> dict[str, Any]:
     """What a record says: asked for, chosen, and what the choice followed from."""
-    found = {"asked": asked_for(asked), "chosen": asked_for(chosen)}
-    return found | (asdict(fast_precision()) if leaves_open(asked) else {})
+    found = {"asked": requested_precision(asked), "chosen": requested_precision(chosen)}
+    return found | (asdict(fast_precision()) if is_auto(asked) else {})

@@ -49,7 +49,7 @@ def read_once(file: str | Path) -> Iterator[None]:
         (gguf, "GGUFReader", lambda _: _reader),
         (gguf, "get_tensor_name_map", functools.cache),
         (gguf.quants, "_apply_over_grouped_rows", lambda _: _by_rows),
-        (theirs, "_gguf_parse_value", lambda parse: functools.partial(_parsed, parse)),
+        (theirs, "_gguf_parse_value", lambda parse: functools.partial(_parse_value, parse)),
     ]
     with _ALONE, contextlib.ExitStack() as undo:
         _check_numbers(reader_of(file))
@@ -88,7 +88,7 @@ def _by_rows(func: Callable[[Any], Any], arr: Any, otype: Any, oshape: tuple[int
     return made.reshape(oshape)
 
 
-def _parsed(parse: Callable[[Any, Any], Any], value: Any, types: Any) -> Any:
+def _parse_value(parse: Callable[[Any, Any], Any], value: Any, types: Any) -> Any:
     """A value of a header. parse: transformers' way, for what is no text."""
     kinds = types if isinstance(types, list) else [types]
     return value.tobytes().decode() if kinds[-1] == _TEXT and len(kinds) < 3 else parse(value, types)

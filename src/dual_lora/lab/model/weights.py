@@ -49,7 +49,7 @@ def weights_digest(part: ModelSection) -> dict[str, str]:
     return tensors | _numbers_of(folder / "config.json")
 
 
-def is_another(before: object, now: dict[str, str]) -> bool | None:
+def is_other_base(before: object, now: dict[str, str]) -> bool | None:
     """Whether two prints are of other weights; None where nothing tells: one is missing, or files are of other kinds.
 
     What one of two prints alone has tells nothing: tied weights are in some files.
@@ -58,7 +58,7 @@ def is_another(before: object, now: dict[str, str]) -> bool | None:
     # A model with a head calls `transformer.h.0` what the one without calls `h.0`.
     pairs = [(old, new), (_shortened(old, new), new), (old, _shortened(new, old))]
     old, new = max(pairs, key=lambda pair: len(pair[0].keys() & pair[1].keys()))
-    return have_changed(old, new) if old.keys() & new.keys() else None
+    return weights_changed(old, new) if old.keys() & new.keys() else None
 
 
 def _shortened(prints: dict[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def other_settings(before: object, now: dict[str, str]) -> list[str]:
 
 def warn_of_doubt(before: object, now: dict[str, str], who: str) -> None:
     """Warn where nothing tells whether it is the base that `who` says, and of other values in its configuration."""
-    if before and now and is_another(before, now) is None:
+    if before and now and is_other_base(before, now) is None:
         warn(
             f"It cannot be checked whether the base model's weights are those that {who}: its files are of another "
             "kind (safetensors, GGUF), or its tensors have other names.",
@@ -113,7 +113,7 @@ def folder_digest(folder: Path) -> dict[str, str]:
     return {file.name: _sampled(file) for file in files}
 
 
-def have_changed(before: object, now: Mapping[str, object]) -> bool:
+def weights_changed(before: object, now: Mapping[str, object]) -> bool:
     """Whether a print says that other weights are there by now.
 
     What one of two prints alone has tells nothing: a folder may hold more.
@@ -158,13 +158,13 @@ def _tensors_in(folder: Path) -> dict[str, str]:
         with suppress(*_DAMAGED):  # the loader says it
             held |= _tensors_of(file)
     kinds: dict[str, list[str]] = {}
-    for name in sorted((name for name in held if not BUFFER.search(name)), key=_drawn):
+    for name in sorted((name for name in held if not BUFFER.search(name)), key=_sampling_key):
         kinds.setdefault(re.sub(r"\d+", "0", name), []).append(name)
     rounds = (one for some in itertools.zip_longest(*kinds.values()) for one in some if one is not None)
     return {name: held[name]() for name in sorted(itertools.islice(rounds, TENSORS))}
 
 
-def _drawn(name: str) -> bytes:
+def _sampling_key(name: str) -> bytes:
     """An order by chance, which is that of `h.0.attn.weight` for `transformer.h.0.attn.weight` as well."""
     layer = re.search(r"\.(\d+\..*)", name)
     return hashlib.sha256((layer[1] if layer else name).encode()).digest()

@@ -77,7 +77,7 @@ def _member(
             raise UserError(f"{where} ({name}): {source!r} is none of the sources {', '.join(sources)}.")
         given = dict(part)
         reported.setdefault(source, {}).update(given.pop("reported", {}))
-        source_of |= dict.fromkeys(_lay(laid, given), source)
+        source_of |= dict.fromkeys(_merge_settings(laid, given), source)
     about = laid.pop("about", None) or str(written.get("about", "")).format(**chosen)
     source_of.pop("about", None)
     used = [s for s in sources if s in source_of.values() or reported.get(s)]
@@ -89,11 +89,11 @@ def _member(
     return {"name": name, "about": about, **_ordered(laid), "origin": origin}
 
 
-def _lay(values: dict[str, Any], over: dict[str, Any], prefix: str = "") -> Iterator[str]:
+def _merge_settings(values: dict[str, Any], over: dict[str, Any], prefix: str = "") -> Iterator[str]:
     """Lay settings over others, and yield the dotted name of each."""
     for key, value in over.items():
         if isinstance(value, dict) and value:
-            yield from _lay(values.setdefault(key, {}), value, f"{prefix}{key}.")
+            yield from _merge_settings(values.setdefault(key, {}), value, f"{prefix}{key}.")
         else:
             values[key] = value
             yield f"{prefix}{key}"

@@ -28,7 +28,7 @@ def read_recipe(source: str | Path, overrides: dict[str, Any] | None = None) -> 
 
 def recipe_with(values: dict[str, Any], overrides: dict[str, Any], where: str) -> Recipe:
     """The recipe of these values with overrides laid over them, which are marked as the user's."""
-    return build_recipe(_restamped(Recipe.merged(values, overrides), overrides), where)
+    return build_recipe(_with_updated_origin(Recipe.merged(values, overrides), overrides), where)
 
 
 def recipe_values(source: str | Path) -> tuple[dict[str, Any], str]:
@@ -94,7 +94,7 @@ def problems(error: ValidationError) -> str:
     return " ".join(_problem(item) for item in error.errors())
 
 
-def _restamped(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+def _with_updated_origin(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     """Settings that the user has changed are no longer those of their source."""
     settings = (values.get("origin") or {}).get("settings")
     if not settings or "origin" in overrides:
@@ -152,7 +152,7 @@ def _problem(item: Any) -> str:
         value = item["input"]
         return f"{field} is {value!r}, expected {field}: {{{key}: {value}}}, or as a flag --{field}.{key} {value}."
     if item["type"] == "literal_error":
-        return f"{field} is {item['input']!r}, expected {item['ctx']['expected']}.{_near_literal(item)}"
+        return f"{field} is {item['input']!r}, expected {item['ctx']['expected']}.{_literal_hint(item)}"
     if item["type"] == "string_pattern_mismatch" and item["ctx"]["pattern"] in IN_WORDS:
         return f"{field} is {item['input']!r}, expected {IN_WORDS[item['ctx']['pattern']]}."
     text = item["msg"].removeprefix("Value error, ")
@@ -161,7 +161,7 @@ def _problem(item: Any) -> str:
     return f"{field} is {item['input']!r}: {text[0].lower()}{text[1:]}."
 
 
-def _near_literal(item: Any) -> str:
+def _literal_hint(item: Any) -> str:
     options = item["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")
     hint = suggest(str(item["input"]), options)
     return hint if hint.startswith(" Did") else ""

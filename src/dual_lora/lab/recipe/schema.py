@@ -181,15 +181,15 @@ FIELDS = (
 """What records are read for; `data.fields` gives them the names that a file has."""
 
 
-def spelled(name: str) -> str:
+def normalised_name(name: str) -> str:
     """A method's name in the one spelling that it has here: dual-lora and Dual_LoRA are dual_lora."""
     return name if ":" in name else name.lower().replace("-", "_")
 
 
 def method_in(method: Mapping[str, Any]) -> Any:
-    """The method's name, `spelled`; what is no name is left as it is."""
+    """The method's name, `normalised_name`; what is no name is left as it is."""
     name = method.get("name", "dual_lora")
-    return spelled(name) if isinstance(name, str) else name
+    return normalised_name(name) if isinstance(name, str) else name
 
 
 class EvaluateSection(Section):

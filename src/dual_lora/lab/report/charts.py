@@ -24,12 +24,12 @@ SAID = {"heat": "label x y", "intervals": "label x low high note"}  # of a point
 
 def drawings(charts: Sequence[Chart]) -> dict[str, list[Row]]:
     """What the page's script needs, by the chart's id: each view's specification, legend, headings and rows of text."""
-    names = Counter(_same(name) for chart in charts for name in _series(chart))
+    names = Counter(_normalised(name) for chart in charts for name in _series(chart))
     usual = {name: i % COLOURS for i, (name, _) in enumerate(names.most_common())}
-    return {chart.id: [_drawn(chart, view, _styles(chart, names, usual)) for view in chart.views] for chart in charts}
+    return {chart.id: [_drawing(chart, view, _styles(chart, names, usual)) for view in chart.views] for chart in charts}
 
 
-def _drawn(chart: Chart, view: View, styles: dict[str, Row]) -> Row:
+def _drawing(chart: Chart, view: View, styles: dict[str, Row]) -> Row:
     points = [p for p in view.points if _finite(p["x"]) and (chart.form == "intervals" or _finite(p.get("y")))]
     drawn: Row = {"form": chart.form, **_tooltip_rows(chart, view, points)}
     if chart.form == "intervals":
@@ -44,7 +44,7 @@ def _series(chart: Chart) -> list[str]:
     return list(dict.fromkeys(p["series"] for view in chart.views for p in view.points if "series" in p))
 
 
-def _same(name: str) -> str:
+def _normalised(name: str) -> str:
     return name.lower().replace("_", "-")
 
 
@@ -52,8 +52,8 @@ def _styles(chart: Chart, names: Counter[str], usual: dict[str, int]) -> dict[st
     """The same name has the same colour in all charts where that is free; no two names of one chart look alike."""
     styles: dict[str, Row] = {}
     taken: set[int] = set()
-    for name in sorted(_series(chart), key=lambda name: -names[_same(name)]):
-        number = usual[_same(name)]
+    for name in sorted(_series(chart), key=lambda name: -names[_normalised(name)]):
+        number = usual[_normalised(name)]
         while number in taken:
             number = (number + 1) % COLOURS if number < COLOURS and len(taken) < COLOURS else number + COLOURS
         taken.add(number)

@@ -16,7 +16,7 @@ def doubts(results: Results) -> list[str]:
     if not results["comparisons"]:
         return []
     try:
-        found = [*_of_scores(results), *_of_verdicts(results)]
+        found = [*_score_doubts(results), *_verdict_doubts(results)]
     except Exception as error:  # whatever a stranger's file makes the statistics raise
         said = described(error)[:200]
         return [f"Whether these verdicts follow from the file's figures could not be computed ({said})."]
@@ -29,7 +29,7 @@ def doubts(results: Results) -> list[str]:
     ]
 
 
-def _of_verdicts(results: Results) -> Iterator[str]:
+def _verdict_doubts(results: Results) -> Iterator[str]:
     for said, follows in zip(results["comparisons"], rejudge(results)["comparisons"], strict=True):
         if NEW_WORDS.get(said["verdict"], said["verdict"]) != follows["verdict"]:
             yield f"{_pair(said)} is called {said['verdict']}, and by its figures it is {follows['verdict']}"
@@ -37,7 +37,7 @@ def _of_verdicts(results: Results) -> Iterator[str]:
             yield f"the interval or p of {_pair(said)} is another than its spread gives"
 
 
-def _of_scores(results: Results) -> Iterator[str]:
+def _score_doubts(results: Results) -> Iterator[str]:
     """Of each comparison the difference of its scores, of each method its score among them and the mean of its runs."""
     at = {(m["model"], m["task"], m["method"]): m for m in results["methods"]}
     for c in results["comparisons"]:
@@ -55,11 +55,11 @@ def _of_scores(results: Results) -> Iterator[str]:
                 yield f"{method['method']} has the score {method['score']} in one table and {score} in another"
     for method in results["methods"]:
         runs = [run["score"] for run in method["seeds"]]
-        if _is_mean_of(method) and not _same(method["score"], math.fsum(runs) / len(runs)):  # type: ignore[arg-type]
+        if _has_all_scores(method) and not _same(method["score"], math.fsum(runs) / len(runs)):  # type: ignore[arg-type]
             yield f"the score of {method['method']} is {method['score']}, the mean of its runs is another"
 
 
-def _is_mean_of(method: MethodRow) -> bool:
+def _has_all_scores(method: MethodRow) -> bool:
     runs = method["seeds"]
     return bool(runs) and not method["diverged"] and all(run["score"] is not None for run in runs)
 

@@ -242,7 +242,7 @@ def _contribution(runs: list[Row]) -> list[Block]:
     rows = [{"run": run["name"], **row} for run in runs for row in run["contribution"]]
     axis = Axis("held-out loss (less is better)")
     views = [
-        View(name, axis, Axis(""), [_contributed(row) for row in here])
+        View(name, axis, Axis(""), [_contribution_point(row) for row in here])
         for name, here in grouped(rows, itemgetter("run")).items()
     ]
     named = columns("run group what loss spread draws", what="what was done to it")
@@ -251,7 +251,7 @@ def _contribution(runs: list[Row]) -> list[Block]:
     return [chart, Table("Contribution of the groups", named, rows, folded=True)] if rows else []
 
 
-def _contributed(r: Row) -> Row:
+def _contribution_point(r: Row) -> Row:
     label = f"{r['group']}: {r['what']}" if r["group"] not in ("", "all") else r["what"]
     around = {"low": r["loss"] - r["spread"], "high": r["loss"] + r["spread"]} if r.get("spread") else {}
     return {"label": label, "x": r["loss"], **around}

@@ -26,13 +26,13 @@ def ledger_sections(file: Path, rows: list[Row], title: str) -> list[Section]:
     return [Section(title, blocks, "Benchmarks", title, source)]
 
 
-def _identity(row: Row) -> tuple[Any, ...]:
+def _measurement_key(row: Row) -> tuple[Any, ...]:
     """What tells one measurement from another, on one device."""
     return tuple(_text(row.get(key)) for key in ("work", "shape", "subject", "against", "threads", "device", "at"))
 
 
 def _newest(rows: list[Row]) -> list[Row]:
-    return [*{_identity(row): row for row in rows}.values()]
+    return [*{_measurement_key(row): row for row in rows}.values()]
 
 
 def _gates(title: str, rows: list[Row]) -> list[Block]:
@@ -71,9 +71,9 @@ def _name(row: Row, rows: list[Row]) -> str:
 def _history(title: str, rows: list[Row]) -> Chart:
     """Ratios of gates that were measured more than once, in the order of measuring."""
     views = []
-    for members in (members for members in grouped(rows, _identity).values() if len(members) > 1):
+    for members in (members for members in grouped(rows, _measurement_key).values() if len(members) > 1):
         numbered = [*enumerate(members, 1)]
-        points = [_measured(n, row) | {"note": f"{row.get('date')}, {row.get('commit')}"} for n, row in numbered]
+        points = [_measurement_row(n, row) | {"note": f"{row.get('date')}, {row.get('commit')}"} for n, row in numbered]
         points += [{"series": "limit", "x": n, "y": row.get("at_most")} for n, row in numbered]
         views.append(View(_name(members[0], rows), Axis("measurement"), Axis("ratio"), points))
     return Chart(f"{title} history", "lines", views, "In the order of measuring.")
@@ -85,7 +85,7 @@ def _curves(title: str, rows: list[Row]) -> list[Block]:
     views = []
     for (work, device), members in curves.items():
         members.sort(key=lambda row: row["at"])
-        points = [_measured(row["at"], row) for row in members]
+        points = [_measurement_row(row["at"], row) for row in members]
         points += [{"series": "limit by flops", "x": row["at"], "y": row.get("limit")} for row in members]
         grows, cost = GROWS_WITH.get(work, work), Axis(f"cost against {members[0]['against']}")
         views.append(View(grows + f" · {device}" * several, Axis(grows, log=True), cost, points))
@@ -101,7 +101,7 @@ def _plain(title: str, rows: list[Row]) -> list[Block]:
     return [Table(title, [_column(key, shown) for key in keys], shown, folded=len(shown) > 12)]
 
 
-def _measured(x: float, row: Row) -> Row:
+def _measurement_row(x: float, row: Row) -> Row:
     return {"series": "measured", "x": x, "y": row["ratio"], **_interval(row)}
 
 

@@ -62,12 +62,12 @@ def overall_sections(studies: Studies, source: Source | None = None) -> list[Sec
 
 def _tasks(studies: Studies) -> list[_Task]:
     """Of each task the study with the most scores of it."""
-    found = [task for _, results in studies for task in _of_study(results)]
+    found = [task for _, results in studies for task in _study_tasks(results)]
     sizes = grouped(found, lambda task: task.name)
     return [max(some, key=lambda task: sum(map(len, task.scores.values()))) for some in sizes.values()]
 
 
-def _of_study(results: dict[str, Any]) -> list[_Task]:
+def _study_tasks(results: dict[str, Any]) -> list[_Task]:
     references = Counter(c["reference"] for c in results["comparisons"]).most_common(1)
     if not references:
         return []

@@ -33,7 +33,7 @@ def _main_pair(studies: Studies) -> list[Block]:
     if spread.get(pair, 0) < 2:
         return []
     (candidate, reference), _ = Counter((c["candidate"], c["reference"]) for _, c in found[pair]).most_common(1)[0]
-    turned = [(name, c if c["candidate"] == candidate else _turned(c)) for name, c in found[pair]]
+    turned = [(name, c if c["candidate"] == candidate else _swapped(c)) for name, c in found[pair]]
     counts = Counter(c["verdict"] for _, c in turned)
     words = ", ".join(f"{counts[verdict]} × {verdict}" for verdict in sorted(counts, key=place))
     alike = [c for _, c in turned if mood(c["verdict"]) == "same" and c.get("p_holm") is not None]
@@ -58,7 +58,7 @@ def _main_pair(studies: Studies) -> list[Block]:
     return [lead, Chart(title, "intervals", [view], NOTE, (-1.0, 1.0), zero=True)]
 
 
-def _turned(c: Row) -> Row:
+def _swapped(c: Row) -> Row:
     """The same comparison seen from its reference."""
     sides = {"difference": "difference", "low": "high", "high": "low"}
     figures = {key: None if c[other] is None else -c[other] for key, other in sides.items()}

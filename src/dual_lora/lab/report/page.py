@@ -42,8 +42,8 @@ def render(page: Page, live: int = 0) -> str:
         script=script,
         policy=f"default-src 'none'; style-src {_hash(style)}; script-src {hashes}; img-src data:; base-uri 'none'; "
         "form-action 'none'",
-        library=_packed(library) if charts else "",
-        data=_packed(json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)),
+        library=_compressed(library) if charts else "",
+        data=_compressed(json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)),
     )
 
 
@@ -60,7 +60,7 @@ def _text(name: str) -> str:
     return files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
-def _packed(text: str) -> str:
+def _compressed(text: str) -> str:
     return base64.b64encode(gzip.compress(text.encode("utf-8", "replace"), mtime=0)).decode()
 
 

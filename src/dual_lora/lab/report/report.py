@@ -74,7 +74,7 @@ def report(
             f"Nothing to report lies under {', '.join(map(str, sources))}: expected {expected} (benchmarks). "
             f"{' '.join(material.problems)}".strip()
         )
-    file = _free(Path(out))
+    file = _free_output(Path(out))
     page = build_page(material, title)
     text = render(page, live).encode("utf-8", "replace").decode()  # half of a surrogate pair cannot be written
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ def report(
     return Report(str(file), len(text.encode()), material.counted, *counts, exported, material.problems)
 
 
-def _free(file: Path) -> Path:
+def _free_output(file: Path) -> Path:
     """The output, unless something lies there that no report of ours would replace."""
     if file.is_dir():
         raise UserError(f"The output {file} is a folder: give a file, such as {file / 'report.html'}.")
@@ -157,7 +157,7 @@ def watch(
     seen: list[tuple[Path, int, int]] | None = None
     try:
         while not until():
-            now = _marks(sources)
+            now = _file_stamps(sources)
             if now != seen:
                 say(report(sources, out, title, tables, live=LIVE_SECONDS))
                 seen = now
@@ -167,7 +167,7 @@ def watch(
     report(sources, out, title, tables)  # the last page does not reload
 
 
-def _marks(sources: list[str | Path]) -> list[tuple[Path, int, int]]:
+def _file_stamps(sources: list[str | Path]) -> list[tuple[Path, int, int]]:
     """Files with times and sizes; of a study under way also the folder of its runs, which begin and end there."""
     files = find(sources)
     files += [file.parent / "runs" for file in files if file.name == "study.json"]

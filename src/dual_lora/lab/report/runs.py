@@ -25,19 +25,19 @@ def run_name(file: Path, content: dict[str, Any]) -> str:
 def run_sections(file: Path, content: dict[str, Any], name: str) -> list[Section]:
     """A section of the run, and one of each evaluation: its figures come from a file of its own."""
     record = content["record"]
-    blocks: list[Block] = [Text(_in_short(record), "lead")]
+    blocks: list[Block] = [Text(_summary(record), "lead")]
     blocks += [Text(f"It found: {problem}", "warning") for problem in record.get("problems") or []]
     blocks += _losses(content["metrics"])
     blocks.append(_cost(record))
     source = source_of(file, record | {"versions": record["versions"]})
     sections = [Section(f"{name}: run", blocks, "Runs", name, source)]
     for scores, result, items in content["evaluations"]:
-        blocks = [*_scores(result), *_confusion(result, items), *_wrong(result, items)]
+        blocks = [*_scores(result), *_confusion(result, items), *_wrong_answers(result, items)]
         sections.append(Section(f"{name}: {scores.parent.name}", blocks, "Runs", name, Source(short_path(scores))))
     return sections
 
 
-def _in_short(record: dict[str, Any]) -> str:
+def _summary(record: dict[str, Any]) -> str:
     method, result = record["method"], record.get("result") or {}
     kind = str(method.get("peft_type") or method.get("name")).lower()
     base = method.get("base_model_name_or_path")
@@ -72,7 +72,7 @@ def _losses(metrics: list[Row]) -> list[Block]:
     return [Chart("Loss", "lines", views, "The training loss is the mean since the line before.")]
 
 
-def _of(result: Row) -> str:
+def _records_text(result: Row) -> str:
     other = " with other settings than the run's" if result.get("other") else ""
     return f"{number(result['examples'])} {result['split']} records{other}"
 
@@ -82,7 +82,7 @@ def _scores(result: Row) -> list[Block]:
     names = list(dict.fromkeys(name for figures in result["metrics"].values() for name in figures))
     rows = [{"metric": name} | {v: result["metrics"][v].get(name) for v in variants} for name in names]
     columns = [Column("metric", "metric"), *(Column(variant, variant, ".4f") for variant in variants)]
-    return [Table(f"Scores on {_of(result)}", columns, rows)]
+    return [Table(f"Scores on {_records_text(result)}", columns, rows)]
 
 
 def _tuned(result: Row, items: list[Row], task: str | None = None) -> list[Row]:
@@ -109,11 +109,11 @@ def _confusion(result: Row, items: list[Row]) -> list[Block]:
     columns.append(Column("found", "found", ".1%", "Share of a class's records that are predicted as it (recall)."))
     points = [{"label": right, "x": said, "y": pairs[right, said]} for right in names for said in names]
     view = View("", Axis("predicted"), Axis("records"), points)
-    title = f"Confusion matrix of {_of(result)}"
+    title = f"Confusion matrix of {_records_text(result)}"
     return [Chart(title, "heat", [view]), Table(f"{title}, in numbers", columns, rows)]
 
 
-def _wrong(result: Row, items: list[Row]) -> list[Block]:
+def _wrong_answers(result: Row, items: list[Row]) -> list[Block]:
     """The answers that are not the expected ones, the surest first."""
     blocks: list[Block] = []
     by_task = grouped(_tuned(result, items), lambda item: str(item.get("task")))

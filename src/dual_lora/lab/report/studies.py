@@ -37,7 +37,7 @@ def study_sections(file: Path, results: Results, name: str, folded: bool) -> lis
     """Verdicts and details of one study. folded: what has its figures, where several studies are on the page."""
     source = source_of(file, results.get("provenance", {}))
     return [
-        Section(verdict_title(name), _judged(results, folded), "Verdicts", name, source),
+        Section(verdict_title(name), _verdict_blocks(results, folded), "Verdicts", name, source),
         Section(f"Figures: {name}", _details(results), "Figures", name, source, folded),
     ]
 
@@ -52,7 +52,7 @@ def scenario(row: Mapping[str, Any]) -> str:
     return f"{row['task']} ({row['model']})" if row.get("model") else row["task"]
 
 
-def _judged(results: Results, folded: bool) -> list[Block]:
+def _verdict_blocks(results: Results, folded: bool) -> list[Block]:
     """What may be said about one study, with the figures behind it. folded: the table, which the chart shows too."""
     study, comparisons = results["study"], results["comparisons"]
     blocks: list[Block] = [Text(study.get("question") or study["name"], "lead")]

@@ -12,7 +12,7 @@ from dual_lora.lab.errors import UserError
 from dual_lora.lab.files.folder import RunFolder
 from dual_lora.lab.model.opened import BESIDE_THE_BASE
 from dual_lora.lab.recipe.schema import Recipe
-from dual_lora.lab.run.loop import arguments_of, as_the_recipe_says, optimizer_of
+from dual_lora.lab.run.loop import arguments_of, optimizer_of, recipe_environment
 from dual_lora.lab.run.rewards import rewards_of
 from dual_lora.lab.run.watch import Watch
 from dual_lora.verify.template import in_its_time
@@ -68,7 +68,7 @@ def build_aligned(
     """TRL's trainer for the recipe. first: callbacks before `watch`."""
     make = _dpo if recipe.objective.name == "dpo" else _grpo
     _limit_template(ready.loaded.tokenizer)
-    with as_the_recipe_says(recipe) as precision:
+    with recipe_environment(recipe) as precision:
         trainer = make(
             recipe,
             ready,

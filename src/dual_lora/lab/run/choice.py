@@ -75,7 +75,7 @@ def _check_size(example: Example) -> None:
 
 
 def _never_chosen(examples: Sequence[Example], answers: Sequence[list[list[int]]]) -> str:
-    """Says so where a choice's tokens go on from another choice's: its summed log-likelihood is always the smaller."""
+    """Warn where a choice's tokens continue another choice's: its summed log-likelihood is always the smaller."""
     for example, own in zip(examples, answers, strict=True):
         for k, long in enumerate(own):
             for short, text in zip(own, example.choices, strict=True):

@@ -43,7 +43,7 @@ def check_records(recipe: Recipe) -> None:
     """Raise UserError for training records that are missing and, where they are few, for what does not fit in them."""
     data = recipe.data
     named = {"train": data.train, "validation": data.validation if recipe.train.validate_every else None}
-    files = [find(one) for source in named.values() for one in _files(source)]
+    files = [find(one) for source in named.values() for one in _local_sources(source)]
     hubs = any(one.strip().startswith("hub:") for source in named.values() for one in (source or "").split(" + "))
     if hubs or sum(file.stat().st_size for file in files) > SMALL:
         return
@@ -52,7 +52,7 @@ def check_records(recipe: Recipe) -> None:
         classes_of(recipe.model.head, load_split(data, "train"))
 
 
-def _files(source: str | None) -> Iterator[str]:
+def _local_sources(source: str | None) -> Iterator[str]:
     yield from (one for part in (source or "").split(" + ") if (one := part.strip()) and not one.startswith("hub:"))
 
 
@@ -93,7 +93,7 @@ def declared_fields(method: str) -> list[str]:
 
 
 def _classes_in(file: Path) -> dict[str, tuple[list[str], list[str]]]:
-    """Of each class in a file its bases and the fields that it declares."""
+    """Return the bases and the declared fields of each class in a file."""
     try:
         tree = ast.parse(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, SyntaxError):

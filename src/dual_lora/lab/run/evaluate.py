@@ -59,13 +59,13 @@ class EvalResult:
 
     @contextmanager
     def timed(self, variant: str) -> Iterator[None]:
-        """What happens inside takes the variant's seconds."""
+        """Add the time spent inside the block to the variant's seconds."""
         start = time.perf_counter()
         yield
         self.seconds[variant] += round(time.perf_counter() - start, 3)
 
     def add(self, variant: str, task: Task, rows: list[dict[str, Any]], examples: list[Example]) -> None:
-        """What a variant gave for a task. A figure whose name is taken has the task before it."""
+        """Add a variant's figures for a task. A figure whose name is taken gets the task as a prefix."""
         known = self.metrics[variant]
         for name, value in figures(task, rows, examples).items():
             known[f"{task}_{name}" if name in known else name] = value
@@ -107,7 +107,7 @@ def evaluate(
         raise UserError("No recipe came with this model: give the data to evaluate it on by --recipe or --data.test.")
     data = data or tuned.recipe.data  # type: ignore[union-attr]
     spec = spec or (tuned.recipe.evaluate if tuned.recipe else EvaluateSection())
-    given = {} if examples is None else _given(examples, data, spec)
+    given = {} if examples is None else _custom_examples(examples, data, spec)
     examples = load_split(data, spec.split) if examples is None else examples
     if not examples:
         raise UserError("There are no examples to evaluate.")
@@ -116,7 +116,7 @@ def evaluate(
     prompter = Prompter(tuned.tokenizer, data.template)
     if tuned.recipe is not None and examples[0].messages:
         _check_template(prompter, Prompter(tuned.tokenizer, tuned.recipe.data.template))
-    long = _long(examples, prompter, data, tuned)
+    long = _count_long(examples, prompter, data, tuned)
     result = EvalResult(
         tuned.source, spec.split, len(examples), long, {v: {} for v in chosen}, dict.fromkeys(chosen, 0.0), []
     )
@@ -125,7 +125,7 @@ def evaluate(
             for task in tasks:
                 with result.timed(variant), Bar(f"{task} · {variant}", len(examples), progress) as bar:
                     asked = Asked(model, examples, prompter, spec, tuned.classes, data.max_length, bar.advance)
-                    with _no_score(tuned, variant):
+                    with _clear_not_finite(tuned, variant):
                         rows = _TASKS[task](asked)
                         _check_numbers(rows)
                 result.add(variant, task, rows, examples)
@@ -134,7 +134,7 @@ def evaluate(
             rows = forgetting_rows(tuned, spec)
         result.metrics["tuned"] |= forgetting_figures(rows)
         result.items += [{"variant": "tuned", "task": FORGETTING, "item": i, **row} for i, row in enumerate(rows)]
-    other = (otherwise(tuned.recipe, data, spec) if tuned.recipe else {}) | _asked_otherwise(tuned) | given
+    other = (changed_settings(tuned.recipe, data, spec) if tuned.recipe else {}) | _changed_model(tuned) | given
     if tuned.recipe is not None and tuned.recipe.origin is not None and not other:
         result.reported = tuned.recipe.origin.reported
     if tuned.run is not None:
@@ -166,7 +166,7 @@ def mean_losses(
     return {variant: figures["mse" if head == "regression" else "loss"] for variant, figures in found.items()}
 
 
-def _given(examples: list[Example], data: DataSection, spec: EvaluateSection) -> dict[str, str]:
+def _custom_examples(examples: list[Example], data: DataSection, spec: EvaluateSection) -> dict[str, str]:
     """Examples that are not those of the split: by a print of them."""
     try:
         if examples == load_split(data, spec.split):
@@ -176,8 +176,8 @@ def _given(examples: list[Example], data: DataSection, spec: EvaluateSection) ->
     return {"examples": hashlib.sha256(repr(examples).encode()).hexdigest()[:8]}
 
 
-def otherwise(recipe: Recipe, data: DataSection, spec: EvaluateSection) -> dict[str, Any]:
-    """The settings by which scores are not those of the recipe; its tasks and its split are free."""
+def changed_settings(recipe: Recipe, data: DataSection, spec: EvaluateSection) -> dict[str, Any]:
+    """Return the settings that differ from the recipe's and change scores; tasks and split may differ."""
     free = {"tasks", "split", "base", "batch_size"}
     parts = ("data", data, recipe.data), ("evaluate", spec, recipe.evaluate)
     return {
@@ -188,8 +188,8 @@ def otherwise(recipe: Recipe, data: DataSection, spec: EvaluateSection) -> dict[
     }
 
 
-def _asked_otherwise(tuned: Tuned) -> dict[str, str]:
-    """The base and the precision that were asked for, where they are not the recipe's."""
+def _changed_model(tuned: Tuned) -> dict[str, str]:
+    """Return the requested base and precision if they are not the recipe's."""
     part = tuned.recipe.model if tuned.recipe else None
     known = {"base": part.path, "dtype": part.dtype} if part else {}
     return {name: value for name, value in tuned.given.items() if value != known.get(name)}
@@ -206,8 +206,8 @@ def write_result(result: EvalResult, folder: Path) -> Path:
 
 
 @contextmanager
-def _no_score(tuned: Tuned, variant: str) -> Iterator[None]:
-    """Say of a model that computes no numbers that it has no score."""
+def _clear_not_finite(tuned: Tuned, variant: str) -> Iterator[None]:
+    """Turn NotFinite into a UserError that says that the model has no score."""
     try:
         yield
     except NotFinite as error:
@@ -225,7 +225,7 @@ def _check_numbers(rows: Rows) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    """Of a choice, -infinity is a likelihood of 0."""
+    """Whether a score is a number. For a choice -infinity is one: a likelihood of 0."""
     return not isinstance(value, float) or (math.isfinite(value) or value == -math.inf)
 
 
@@ -254,8 +254,8 @@ def _tasks(asked: list[Task], examples: list[Example], tuned: Tuned) -> list[Tas
     return tasks
 
 
-def _long(examples: list[Example], prompter: Prompter, data: DataSection, tuned: Tuned) -> int:
-    """Examples longer than data.max_length: texts were cut to it, prompts were not."""
+def _count_long(examples: list[Example], prompter: Prompter, data: DataSection, tuned: Tuned) -> int:
+    """Count the examples longer than data.max_length; texts were cut to it, prompts were not."""
     if examples[0].text:
         return sum(len(tuned.tokenizer(*e.text).input_ids) > data.max_length for e in examples)
     examples = [e for e in examples if not e.whole]  # which are cut into rows

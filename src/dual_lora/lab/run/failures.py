@@ -13,7 +13,7 @@ from dual_lora.lab.files.write import write_json
 from dual_lora.lab.interrupt import Stopped
 from dual_lora.lab.read import read_object
 from dual_lora.lab.recipe.schema import Recipe
-from dual_lora.lab.run.record import memory_there, peak_memory
+from dual_lora.lab.run.record import peak_memory, total_memory
 from dual_lora.lab.terminal import size
 
 
@@ -52,7 +52,7 @@ def clear_failures(folder: RunFolder, recipe: Recipe) -> Iterator[None]:
 def _less_memory(recipe: Recipe) -> str:
     """What the run has taken so far and there is, and the settings that it could still change, the cheapest first."""
     part, taken = recipe.train, f"The run had taken {size(peak_memory())} at its peak"
-    there = f" of {size(total)}" if (total := memory_there()) else ""
+    there = f" of {size(total)}" if (total := total_memory()) else ""
     ways = []
     if part.batch_size > 1:
         fewer = next(n for n in range(part.batch_size // 2, 0, -1) if part.batch_size % n == 0)
@@ -74,7 +74,7 @@ def _kept_checkpoint(folder: RunFolder) -> str:
 
 
 def note_failure(folder: RunFolder, error: BaseException) -> None:
-    """Let record.json say that the run stopped, and why."""
+    """Write to record.json that the run stopped, and why."""
     with suppress(OSError, ValueError):
         record = read_object(folder.record)
         if record["state"] == "running":

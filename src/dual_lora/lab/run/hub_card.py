@@ -21,8 +21,8 @@ from dual_lora.lab.data.encode import VALUE
 from dual_lora.lab.errors import UserError, damaged
 from dual_lora.lab.files.folder import RunFolder, result_of
 from dual_lora.lab.files.write import write_listed
-from dual_lora.lab.model.note import named
-from dual_lora.lab.model.weights import folder_digest, have_changed
+from dual_lora.lab.model.note import label_settings
+from dual_lora.lab.model.weights import folder_digest, weights_changed
 from dual_lora.lab.read import parse_yaml, read_object, read_yaml_text
 from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.results import read_evaluation
@@ -83,7 +83,7 @@ def card_text(
         data.library_name = "peft" if adapter else "transformers"
         data.pipeline_tag = data.pipeline_tag or TASKS[recipe.model.head][0]
         data.tags = _tags(data.tags or [], recipe, base, adapter)
-        data.eval_results = _index(results, recipe) or None
+        data.eval_results = _model_index(results, recipe) or None
         data.model_name = recipe.name if data.eval_results else None
         if base:
             data["base_model_relation"] = "adapter" if adapter else "finetune"
@@ -126,7 +126,7 @@ def _body(
             head=kind,
             labels="" if kind == "CausalLM" else _labels(record.get("classes") or [VALUE]),
             source=source_name(recipe.data.train or ""),
-            lost=too_long(recipe, result["left_out"]),
+            lost=too_long_note(recipe, result["left_out"]),
             rows=int(record.get("rows_at_once", recipe.train.batch_size)) * recipe.train.accumulate,
             losses=", ".join(f"{value:.4f} {when}" for when, value in losses.items() if value is not None),
         )
@@ -136,7 +136,7 @@ def _body(
 
 def _labels(classes: list[str]) -> str:
     """What tells the base's class of its head: the names, as Python writes them, or the number of values."""
-    names = named(classes)
+    names = label_settings(classes)
     if not names:
         return f", num_labels={len(classes)}"
     return "".join(f", {name}={value!a}" for name, value in names.items())
@@ -150,7 +150,7 @@ def _results(folder: RunFolder) -> list[dict[str, Any]]:
         result = read_evaluation(file)
         if result.get("other"):
             continue
-        if not have_changed(result.get("weights"), now):
+        if not weights_changed(result.get("weights"), now):
             found.append(result)
             continue
         warn(
@@ -208,13 +208,13 @@ def _plain_metadata(file: Path) -> str:
 
 
 def _tags(before: Iterable[str], recipe: Recipe, base: str | None, adapter: bool) -> list[str]:
-    kept = {tag for tag in before if not tag.startswith("base_model:") and public(tag) == tag}
+    kept = {tag for tag in before if not tag.startswith("base_model:") and without_private_paths(tag) == tag}
     named = {f"base_model:{'adapter' if adapter else 'finetune'}:{base}"} if base else set()
     return sorted(kept | named | {str(recipe.method["name"]).rpartition(":")[2].replace("_", "-")})
 
 
-def too_long(recipe: Recipe, count: int) -> str:
-    """What became of the training records that are too long, to be said after the number of examples."""
+def too_long_note(recipe: Recipe, count: int) -> str:
+    """Say what happened to training records that are too long; the text follows the number of examples."""
     gone = "left out" if recipe.model.head == "causal" else "cut"
     return f", {count:,} longer than {recipe.data.max_length} tokens {gone}" if count else ""
 
@@ -222,8 +222,8 @@ def too_long(recipe: Recipe, count: int) -> str:
 ON_OTHER_TEXT = ("forgetting", "text_loss")  # figures that are not of the test records
 
 
-def _index(results: Sequence[Mapping[str, Any]], recipe: Recipe) -> list[EvalResult]:
-    """The same for the hub's own tables: the trained model's figures on test records."""
+def _model_index(results: Sequence[Mapping[str, Any]], recipe: Recipe) -> list[EvalResult]:
+    """Return the trained model's figures on test records for the hub's own tables."""
     return [
         EvalResult(
             task_type=TASKS[recipe.model.head][0],
@@ -260,21 +260,23 @@ _HUB_NAME = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)?")
 REMOVED = "(removed)"
 
 
-def public(text: object) -> str:
+def without_private_paths(text: object) -> str:
     """A text without local paths, of which the last part stays, and without tokens and passwords in URLs."""
     text = _CREDENTIALS.sub("", _TOKEN.sub(REMOVED, _FILE_URL.sub("", str(text))))
     return _PATH.sub(lambda found: re.split(r"[/\\]", found[0].rstrip("/\\"))[-1], text)
 
 
 def cell(text: object) -> str:
-    """The same in one line of a Markdown table: what means something to Markdown or HTML is written out."""
-    return re.sub(r"([\\|<>`*_\[\]!#])", r"\\\1", " ".join(public(text).split()))
+    """Return a text as one cell of a Markdown table, with the special characters of Markdown and HTML escaped."""
+    return re.sub(r"([\\|<>`*_\[\]!#])", r"\\\1", " ".join(without_private_paths(text).split()))
 
 
 def source_name(source: str) -> str:
     """Records by name: a hub's name as it is, of a file its name alone."""
     parts = [part.strip() for part in source.split(" + ")]
-    return " + ".join(public(part) if part.startswith("hub:") else Path(part.replace("\\", "/")).name for part in parts)
+    return " + ".join(
+        without_private_paths(part) if part.startswith("hub:") else Path(part.replace("\\", "/")).name for part in parts
+    )
 
 
 def is_hub_name(name: str) -> bool:

@@ -24,7 +24,7 @@ from dual_lora.lab.verify import fingerprint
 
 @dataclass
 class RunResult:
-    """What a run came to. Sizes in bytes, times in seconds of training proper (all sessions of a resumed run)."""
+    """The result of a run. Sizes in bytes, times in seconds of training proper (all sessions of a resumed run)."""
 
     folder: str
     state: str  # "finished", or "interrupted" with a checkpoint to resume from
@@ -65,7 +65,7 @@ def keep(session: Session, begun: Begun, fitted: Fitted, passing: bool) -> RunRe
     return result
 
 
-def finished(folder: RunFolder) -> RunResult | None:
+def finished_result(folder: RunFolder) -> RunResult | None:
     """What a run came to by its record; None where that does not say that it is finished."""
     record = folder.recorded()
     try:
@@ -105,7 +105,7 @@ def _tuned(session: Session, begun: Begun, fitted: Fitted) -> Tuned:
     """The trained model, as whoever opens the run has it."""
     recipe, model, ready = session.recipe, begun.model, begun.ready
     check_finite(model, fitted.trainer.state.global_step)
-    _as_opened(fitted.trainer, model)
+    _prepare_for_use(fitted.trainer, model)
     if fitted.best:
         fitted.best.put_back(model)
     labels = len(ready.classes) or None
@@ -114,7 +114,7 @@ def _tuned(session: Session, begun: Begun, fitted: Fitted) -> Tuned:
     return Tuned(model.eval(), ready.loaded.tokenizer, str(path), recipe, ready.classes, run=path, untrained=untrained)
 
 
-def _as_opened(trainer: Trainer, model: Any) -> None:
+def _prepare_for_use(trainer: Trainer, model: Any) -> None:
     """The model as whoever opens the adapter has it: without training's autocast, with an optimizer's averages in."""
     # Not accelerate's `unwrap_model`, which takes transformers' own decorators off as well.
     if (forward := vars(model).pop("_original_forward", None)) is not None:
@@ -142,7 +142,7 @@ def _save(session: Session, begun: Begun, fitted: Fitted, result: RunResult, pas
         (part / "training_args.bin").unlink(missing_ok=True)  # a pickle, and all of it stands in the recipe
         write_note(part, recipe, tuned.classes, begun.record.made_of["weights"])
         if not (passing or in_parts):  # before the folder is listed: fingerprint and card are ours too
-            fingerprint.leave(tuned, part)
+            fingerprint.write_for_run(tuned, part)
         result.adapter_bytes = sum(f.stat().st_size for f in part.glob("*.safetensors"))
         card, record = part / "README.md", {**begun.record.written(), "result": result.summary()}
         write_atomically(card, card_text(folder, recipe, card, record=record, fresh=True))

@@ -19,7 +19,7 @@ from dual_lora.lab.recipe.schema import Recipe
 FIELDS = ("steps", "epochs", "patience")  # of train: what says how long
 
 
-def changed(recipe: Recipe, before: Recipe) -> bool:
+def has_other_length(recipe: Recipe, before: Recipe) -> bool:
     """Whether the recipe asks for another length than the run was begun with."""
     return any(getattr(recipe.train, name) != getattr(before.train, name) for name in FIELDS)
 

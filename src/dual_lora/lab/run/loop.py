@@ -44,8 +44,8 @@ def build_trainer(
     reports: dict[str, Any],
 ) -> Trainer:
     """The Trainer for a run's steps over its rows, in their order. first: before `watch`. reports: see `reporting`."""
-    held = _with_blanks(ready.validation, recipe.evaluate.batch_size * process_count() if process_count() > 1 else 1)
-    with as_the_recipe_says(recipe) as precision:
+    held = _filled_up(ready.validation, recipe.evaluate.batch_size * process_count() if process_count() > 1 else 1)
+    with recipe_environment(recipe) as precision:
         trainer = _Trainer(
             recipe.train.rates,
             model=model,
@@ -63,7 +63,7 @@ def build_trainer(
 
 
 @contextmanager
-def as_the_recipe_says(recipe: Recipe) -> Iterator[str]:
+def recipe_environment(recipe: Recipe) -> Iterator[str]:
     """Inside, the recipe counts, whatever a launcher says. Yields the precision for Trainer, see `_mixed_precision`."""
     under_deepspeed, asked = _deepspeed(), _mixed_precision(recipe)
     wanted = {"ACCELERATE_MIXED_PRECISION": "no" if asked == "none" else asked}
@@ -150,8 +150,8 @@ class _Trainer(Trainer):
         return loss
 
 
-def _with_blanks(rows: Sequence[Encoded], multiple: int) -> list[Encoded]:
-    """The rows, and as many without a label as make full batches of them; accelerate would fill up with rows again."""
+def _filled_up(rows: Sequence[Encoded], multiple: int) -> list[Encoded]:
+    """Append rows without labels until all batches are full; accelerate would fill them with repeated rows."""
     blank = [
         replace(row, labels=[math.nan if isinstance(label, float) else IGNORED for label in row.labels])
         for row in rows[:1]  # whole: some models take rows of one length only
@@ -238,7 +238,7 @@ def arguments_of(
     recipe: Recipe, precision: str, folder: RunFolder, steps: int, validating: bool, reports: dict[str, Any],
     kind: type[TrainingArguments] = TrainingArguments, more: Mapping[str, Any] | None = None,
 ) -> TrainingArguments:  # fmt: skip
-    """What Trainer, or a trainer of TRL's with arguments of that kind and more of them, is told."""
+    """Return the arguments for Trainer, or for a trainer of TRL's whose arguments extend Trainer's."""
     part = recipe.train
     values: dict[str, Any] = {
         "output_dir": str(folder.checkpoints),
@@ -298,7 +298,7 @@ def check_names(part: TrainSection) -> None:
         raise UserError(
             f"train.arguments.dataloader_num_workers is {workers!r}, expected 0 to {MOST_WORKERS} processes."
         )
-    if _own_optimizer(part.optimizer):
+    if _custom_factory(part.optimizer):
         if unused := [key for key in part.arguments if key.startswith("adam_")]:
             raise UserError(f"train.arguments.{unused[0]} has no effect on {part.optimizer}: leave it out.")
         return
@@ -307,8 +307,8 @@ def check_names(part: TrainSection) -> None:
         raise UserError(f"train.optimizer is {part.optimizer!r}.{suggest(part.optimizer, optimizers)}")
 
 
-def _own_optimizer(name: str) -> Any:
-    """What `MODULE:FACTORY` names; None for an optimizer by name."""
+def _custom_factory(name: str) -> Any:
+    """Import the factory that `MODULE:FACTORY` names; None for an optimizer by name."""
     module, colon, factory = name.rpartition(":")
     found = getattr(import_allowed(module, f"train.optimizer {name!r}"), factory, None) if colon else None
     if colon and not callable(found):
@@ -319,7 +319,7 @@ def _own_optimizer(name: str) -> Any:
 def optimizer_of(model: Any, recipe: Recipe) -> torch.optim.Optimizer | None:
     """LoRA+'s optimizer, which PEFT builds, or the user's own; None leaves the choice to Trainer's ``optim``."""
     part = recipe.train
-    if own := _own_optimizer(part.optimizer):
+    if own := _custom_factory(part.optimizer):
         trained = [p for p in model.parameters() if p.requires_grad]
         made = own([{"params": trained, "weight_decay": part.weight_decay}], lr=part.learning_rate)
         if not isinstance(made, torch.optim.Optimizer):

@@ -28,7 +28,7 @@ from dual_lora.lab.progress import Bar
 from dual_lora.lab.read import has_second_name, parse_json, regular
 from dual_lora.lab.recipe.schema import DataSection, EvaluateSection
 from dual_lora.lab.run.choice import score_choice
-from dual_lora.lab.run.results_file import check_columns, check_out, unfinished_of, write_rows
+from dual_lora.lab.run.results_file import check_columns, check_out, partial_file, write_rows
 from dual_lora.lab.run.scoring import Asked, class_rows
 
 Names = Sequence[str] | None
@@ -76,14 +76,14 @@ def predict(
     """
     began = time.perf_counter()
     check_out(out, overwrite)
-    check_columns(records, _columns(tuned, examples))
-    unfinished = unfinished_of(out)
+    check_columns(records, _result_columns(tuned, examples))
+    unfinished = partial_file(out)
     told = _inputs_digest(tuned, records, data, spec, variant)
     if overwrite:
         unfinished.unlink(missing_ok=True)
     done = _earlier_results(unfinished, told, _names_of(tuned, data, examples))
     earlier = len(done)
-    ask = _asker(tuned, data, spec)
+    ask = _predictor(tuned, data, spec)
     size = spec.batch_size * BATCHES
     bar = Bar(f"predicting {out.name}", len(examples), progress, start=earlier)
     file = unfinished.open("a" if unfinished.exists() else "x", encoding="utf-8")
@@ -112,7 +112,7 @@ def predict(
         counts={name: counts[name] for name in names} if labels else {},
         answered=len(agree),
         agree=sum(agree),
-        cut=_cut(tuned, examples, data),
+        cut=_count_truncated(tuned, examples, data),
         seconds=round(time.perf_counter() - began, 3),
     )
 
@@ -157,7 +157,7 @@ def _earlier_results(file: Path, told: str, expected: list[Names]) -> list[dict[
 
 
 def _is_row(row: Any, names: Names) -> bool:
-    """Whether a line of the file is a result, as `_asker` makes it."""
+    """Whether a line of the file is a result, as `_predictor` makes it."""
     if not isinstance(row, dict) or {*row} != (_LABEL if names else _TEXT):
         return False
     said = row["predicted"]
@@ -171,7 +171,7 @@ def _is_row(row: Any, names: Names) -> bool:
 
 
 def _names_of(tuned: Tuned, data: DataSection, examples: list[Example]) -> list[Names]:
-    """Of each record the names that its probabilities have, () for a text, None for a number."""
+    """Return the class names of each record's probabilities, () for a text, None for a number."""
     if tuned.classes:
         return [None if tuned.classes == [VALUE] else tuned.classes] * len(examples)
     return [example.choices if data.choices else () for example in examples]
@@ -180,7 +180,7 @@ def _names_of(tuned: Tuned, data: DataSection, examples: list[Example]) -> list[
 def _inputs_digest(
     tuned: Tuned, records: list[Record], data: DataSection, spec: EvaluateSection, variant: str | None
 ) -> str:
-    """What the results depend on."""
+    """Return a digest of everything that the results depend on."""
     held = RunFolder(tuned.run).result if tuned.run else None
     how: dict[str, Any] = {"model": tuned.source, "weights": folder_digest(held) if held else {}}
     how |= {"given": tuned.given, "variant": variant}
@@ -189,11 +189,11 @@ def _inputs_digest(
     return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
 
 
-Ask = Callable[[Any, list[Example], Callable[[int], None]], list[dict[str, Any]]]
+Predict = Callable[[Any, list[Example], Callable[[int], None]], list[dict[str, Any]]]
 
 
-def _asker(tuned: Tuned, data: DataSection, spec: EvaluateSection) -> Ask:
-    """What makes rows of examples: of an encoder labels or values, of choices the likeliest, else texts."""
+def _predictor(tuned: Tuned, data: DataSection, spec: EvaluateSection) -> Predict:
+    """Return the function that predicts examples: labels or values, the likeliest choice, or texts."""
     prompter = Prompter(tuned.tokenizer, data.template)
 
     def classes(model: Any, examples: list[Example], advance: Callable[[int], None]) -> list[dict[str, Any]]:
@@ -239,7 +239,7 @@ def _softmax(scores: list[float]) -> list[float]:
     return [power / total for power in powers]
 
 
-def _columns(tuned: Tuned, examples: list[Example]) -> Iterator[str]:
+def _result_columns(tuned: Tuned, examples: list[Example]) -> Iterator[str]:
     yield from ("predicted", "probability", "probabilities")
     yield from (f"p({name})" for name in (tuned.classes or (examples[0].choices if examples else ())))
 
@@ -251,7 +251,7 @@ def _same(row: dict[str, Any], given: str) -> bool:
     return str(said) == given.strip()
 
 
-def _cut(tuned: Tuned, examples: list[Example], data: DataSection) -> int:
+def _count_truncated(tuned: Tuned, examples: list[Example], data: DataSection) -> int:
     if not tuned.classes:
         return 0
     return sum(len(tuned.tokenizer(*e.text).input_ids) > data.max_length for e in examples)

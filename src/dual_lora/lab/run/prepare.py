@@ -85,7 +85,7 @@ def prepare(recipe: Recipe, progress: bool = False, ends: Sequence[int] = ()) ->
         name_classes(loaded.model, classes)
         ordered = in_order(recipe, examples, loaded.tokenizer, classes, process_count(), ends)
     _warn_of_positions(loaded.model.config, max(len(row.input_ids) for row in ordered.rows))
-    validation = _validating(recipe, held, loaded.tokenizer, classes) if held else []
+    validation = _validation_rows(recipe, held, loaded.tokenizer, classes) if held else []
     kept = {row.where for row in ordered.rows}
     own = [example for example in examples if example.where in kept]
     return Prepared(**vars(ordered), loaded=loaded, validation=validation, classes=classes, examples=own, held=held)
@@ -102,7 +102,7 @@ def check_examples(recipe: Recipe, examples: Sequence[Example]) -> None:
 
 
 def _warn_of_positions(config: Any, longest: int) -> None:
-    """Some models compute on beyond the positions that they have learned, and worse."""
+    """Warn of rows longer than the model's trained positions, beyond which some models compute worse results."""
     known = getattr(config.get_text_config(), "max_position_embeddings", None)
     if isinstance(known, int) and 0 < known < longest:
         warn(
@@ -125,7 +125,7 @@ def in_order(
     ends: the steps that a run was to have before it was made longer. What follows each of them begins a new pass.
     """
     part = recipe.train
-    rows, left_out = _encoded(recipe, examples, tokenizer, classes)
+    rows, left_out = _encode(recipe, examples, tokenizer, classes)
     rows_a_step = part.batch_size * part.accumulate * processes
     if recipe.objective.name == "grpo":  # a prompt has several answers
         rows_a_step = max(1, rows_a_step // recipe.objective.completions)
@@ -146,17 +146,17 @@ def in_order(
     return InOrder(rows, left_out, steps, order, rows_a_step)
 
 
-def _encoded(recipe: Recipe, examples: list[Example], tokenizer: Any, classes: list[str]) -> tuple[list[Encoded], int]:
+def _encode(recipe: Recipe, examples: list[Example], tokenizer: Any, classes: list[str]) -> tuple[list[Encoded], int]:
     if classes:
         return encode_texts(examples, tokenizer, recipe.data.max_length, classes)
     prompter = Prompter(tokenizer, recipe.data.template, recipe.data.learn_prompt)
     return encode_all(examples, prompter, recipe.data.max_length)
 
 
-def _validating(recipe: Recipe, examples: list[Example], tokenizer: Any, classes: list[str]) -> list[Encoded]:
+def _validation_rows(recipe: Recipe, examples: list[Example], tokenizer: Any, classes: list[str]) -> list[Encoded]:
     """The rows of the validation loss, which counts answers alone, as an evaluation does."""
     plain = recipe.model_copy(update={"data": recipe.data.model_copy(update={"learn_prompt": False})})
-    rows, left_out = _encoded(plain, examples, tokenizer, classes)
+    rows, left_out = _encode(plain, examples, tokenizer, classes)
     if left_out and not classes:
         warn(
             f"The validation loss leaves out {left_out} of {len(examples)} validation records, which are longer than "

@@ -15,7 +15,7 @@ from dual_lora.lab.errors import UserError, damaged, described
 from dual_lora.lab.files.folder import result_of, run_at
 from dual_lora.lab.read import has_second_name, read_object
 from dual_lora.lab.recipe.read import read_recipe
-from dual_lora.lab.run.hub_card import REMOVED, card_text, known_base, public, read_card, source_name
+from dual_lora.lab.run.hub_card import REMOVED, card_text, known_base, read_card, source_name, without_private_paths
 
 # What PEFT, transformers, their tokenizers and the laboratory write next to weights.
 WEIGHTS = re.compile(r"(adapter_)?model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
@@ -45,7 +45,9 @@ class Upload:
 
 
 @contextmanager
-def prepared(run: Path, repo: str, *, base_model: str | None = None, licence: str | None = None) -> Iterator[Upload]:
+def prepared_upload(
+    run: Path, repo: str, *, base_model: str | None = None, licence: str | None = None
+) -> Iterator[Upload]:
     """A temporary folder with the copies that may leave this machine.
 
     The base's local path is replaced by its name on the hub in every file, for nobody else could load it by the path.
@@ -103,7 +105,7 @@ def upload(ready: Upload, *, private: bool = False) -> str:
     except OfflineModeIsEnabled:
         raise UserError("HF_HUB_OFFLINE is set, so nothing can be uploaded: unset it and start again.") from None
     except (HfHubHTTPError, LocalTokenNotFoundError) as error:
-        first = public(described(error, Exception, lines=1))
+        first = without_private_paths(described(error, Exception, lines=1))
         raise UserError(f"The hub refused: {first} Sign in with `hf auth login`, or set HF_TOKEN.") from None
     return str(done.commit_url)
 
@@ -142,7 +144,7 @@ def _without_paths(value: Any) -> Any:
         return {key: _without_paths(each) for key, each in value.items()}
     if isinstance(value, list):
         return [_without_paths(each) for each in value]
-    return public(value) if isinstance(value, str) else value
+    return without_private_paths(value) if isinstance(value, str) else value
 
 
 def _check(folder: Path, run: Path) -> None:

@@ -19,7 +19,7 @@ PACKAGES = ("dual-lora", "torch", "peft", "transformers", "accelerate", "trl", "
 
 @dataclass
 class Record:
-    """What record.json says of a run."""
+    """The content of a run's record.json."""
 
     method: Any  # PEFT's configuration in plain values, None for full fine-tuning
     seed: int
@@ -41,7 +41,7 @@ class Record:
     problems: list[str] | None = None
 
     def written(self) -> dict[str, Any]:
-        """As the file has it, without what there is nothing to say of."""
+        """Return the record as written to the file, without empty fields."""
         values = {"state": self.state} | {field.name: getattr(self, field.name) for field in fields(self)}
         left_out = {name for name in ("origin", "result", "problems") if values[name] is None}
         left_out |= set() if self.extended else {"extended"}
@@ -64,7 +64,7 @@ def surroundings() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
         "commit": _commit(),
-        "source": _source(),
+        "source": _source_hash(),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
 
@@ -113,7 +113,7 @@ def peak_memory() -> int:
     return size if sys.platform == "darwin" else size * 1024
 
 
-def memory_there() -> int:
+def total_memory() -> int:
     """Bytes of the accelerator's memory, or of the machine's; a container's limit where that is less. 0: not known."""
     import torch
 
@@ -185,11 +185,11 @@ _DECIDING = (
 def code_version() -> str:
     """The version of the code that decides a run's scores: a hash of ours, and the libraries that it trains with."""
     libraries = [f"{name} {(version_of(name) or '?').partition('+')[0]}" for name in ("torch", "transformers", "peft")]
-    return ", ".join([_source(_DECIDING), *libraries])
+    return ", ".join([_source_hash(_DECIDING), *libraries])
 
 
 @functools.cache
-def _source(parts: tuple[str, ...] = ("",)) -> str:
+def _source_hash(parts: tuple[str, ...] = ("",)) -> str:
     """A hash of this package's Python files: two runs with the same one ran the same code."""
     found = hashlib.sha256()
     for file in sorted(PACKAGE.rglob("*.py")):

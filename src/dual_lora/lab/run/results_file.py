@@ -27,7 +27,7 @@ def check_out(out: Path, overwrite: bool) -> None:
         raise UserError(f"There is no folder {out.parent} for the results.")
 
 
-def unfinished_of(out: Path) -> Path:
+def partial_file(out: Path) -> Path:
     """The results so far, while they are made."""
     return out.with_name(f"{out.name}.unfinished")
 
@@ -55,12 +55,12 @@ def check_cells(out: Path, records: Sequence[Record]) -> None:
 
 
 def write_rows(out: Path, records: Sequence[Record], rows: Sequence[dict[str, Any]]) -> None:
-    """Every record with its result: in a .csv file the probabilities are columns p(CLASS)."""
+    """Write every record with its result; in a .csv file the probabilities are columns p(CLASS)."""
     together = [{**record.values, **row} for record, row in zip(records, rows, strict=True)]
     if out.suffix == ".jsonl":
         write_atomically(out, "".join(json_text(row) + "\n" for row in together))
         return
-    flat = [_flat(row | {"predicted": _no_formula(row["predicted"])}) for row in together]
+    flat = [_flat(row | {"predicted": _escape_formula(row["predicted"])}) for row in together]
     names = list(dict.fromkeys(name for row in flat for name in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
@@ -72,11 +72,14 @@ def write_rows(out: Path, records: Sequence[Record], rows: Sequence[dict[str, An
 def _flat(row: dict[str, Any]) -> dict[str, Any]:
     flat = {name: value for name, value in row.items() if name != "probabilities"}
     flat |= {f"p({name})": value for name, value in row.get("probabilities", {}).items()}
-    return {name: value if isinstance(value, str | int | float) else _as_text(value) for name, value in flat.items()}
+    return {
+        name: value if isinstance(value, str | int | float) else "" if value is None else json_text(value)
+        for name, value in flat.items()
+    }
 
 
-def _no_formula(said: Any) -> Any:
-    """What a model says, so that a spreadsheet does not take it for a formula; a number such as +1 is none."""
+def _escape_formula(said: Any) -> Any:
+    """Escape a text that a spreadsheet would take for a formula; a number such as +1 is none."""
     if not isinstance(said, str) or not FORMULA.match(said):
         return said
     try:
@@ -84,7 +87,3 @@ def _no_formula(said: Any) -> Any:
     except ValueError:
         return f"'{said}"
     return said
-
-
-def _as_text(value: Any) -> str:
-    return "" if value is None else json_text(value)

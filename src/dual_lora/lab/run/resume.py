@@ -5,7 +5,7 @@ from typing import Any
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.files.folder import RunFolder, run_at
-from dual_lora.lab.model.weights import is_another, warn_of_doubt
+from dual_lora.lab.model.weights import is_other_base, warn_of_doubt
 from dual_lora.lab.read import read_object
 from dual_lora.lab.recipe.read import read_recipe
 from dual_lora.lab.recipe.schema import Recipe
@@ -17,7 +17,7 @@ def recipe_of_run(out: str | Path) -> Recipe:
     return read_recipe(run_at(out).recipe)
 
 
-def same_recipe(recipe: Recipe, folder: RunFolder) -> None:
+def check_same_recipe(recipe: Recipe, folder: RunFolder) -> None:
     """Raise UserError where the recipe is another one than the run was started with."""
     old, new = _settings(recipe_of_run(folder.path)), _settings(recipe)
     changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
@@ -32,7 +32,7 @@ _LENGTH = {"batch_size", "steps", "epochs", "patience"}  # a run may be made lon
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
-    """What training goes by; the batch size counts together with the number of processes."""
+    """Return the settings that training depends on; the batch size counts together with the number of processes."""
     free: dict[str, Any] = {"evaluate": True, "about": True, "name": True, "origin": True, "train": _LENGTH}
     parts = recipe.model_dump(mode="json", exclude=free)
     return {f"{part}.{key}": value for part, values in parts.items() for key, value in values.items()}
@@ -48,14 +48,14 @@ def check_same_inputs(folder: RunFolder, now: dict[str, Any], way_out: str = "")
     words = {"rows": "training records (or their tokens)", "weights": "base model's weights"}
     changed = [words["rows"]] if "rows" in now and before.get("rows", now["rows"]) != now["rows"] else []
     weights = before.get("weights"), now.get("weights", {})
-    changed += [words["weights"]] if is_another(*weights) else []
+    changed += [words["weights"]] if is_other_base(*weights) else []
     if changed:
         what = " and ".join(changed)
         raise UserError(f"The run {folder.path} was started with other {what}: put them back{way_out}.")
     warn_of_doubt(*weights, f"the run {folder.path} was started with")
 
 
-def same_rows_at_once(folder: RunFolder, batch_size: int, processes: int) -> None:
+def check_same_batch_size(folder: RunFolder, batch_size: int, processes: int) -> None:
     """The order of the examples depends on the global batch size, over all processes."""
     try:
         record = read_object(folder.record)
@@ -76,16 +76,16 @@ def same_rows_at_once(folder: RunFolder, batch_size: int, processes: int) -> Non
     )
 
 
-def same_sharding(checkpoint: Path | None, trainer: Any) -> None:
+def check_same_sharding(checkpoint: Path | None, trainer: Any) -> None:
     """Raise UserError for a launch that saves no adapter, and for a checkpoint that it would not read as it was
     written, or must not unpickle.
 
     One process, FSDP and DeepSpeed each have files of their own, and Trainer reads those of its launch alone.
     """
-    now = _sharding_of(trainer)
+    now = _launch_sharding(trainer)
     if checkpoint is None:
         return
-    before = _sharding_in(checkpoint)
+    before = _checkpoint_sharding(checkpoint)
     if now != before:
         raise UserError(f"The checkpoint {checkpoint} was written {before}, and this run is {now}. {_ADVICE[before]}.")
     if now == _DEEPSPEED:
@@ -100,8 +100,8 @@ _ADVICE = {
 }
 
 
-def _sharding_of(trainer: Any) -> str:
-    """How this launch shares out a model, which decides what files of a checkpoint it reads."""
+def _launch_sharding(trainer: Any) -> str:
+    """Return how this launch shards a model, which decides the checkpoint files that it reads."""
     if trainer.is_deepspeed_enabled:
         return _DEEPSPEED
     if not trainer.is_fsdp_enabled:
@@ -117,7 +117,7 @@ def _sharding_of(trainer: Any) -> str:
     return _FSDP
 
 
-def _sharding_in(checkpoint: Path) -> str:
+def _checkpoint_sharding(checkpoint: Path) -> str:
     if any(checkpoint.glob("global_step*")):
         return _DEEPSPEED
     return _FSDP if any(checkpoint.glob("pytorch_model_fsdp*")) else _ALONE

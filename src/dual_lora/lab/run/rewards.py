@@ -54,5 +54,5 @@ def _reward(name: str, rule: Rule) -> Callable[..., list[float]]:
 
 
 def _text(completion: Any) -> str:
-    """What was written, of a conversation its last message."""
+    """Return the text of a completion; of a conversation, its last message."""
     return completion if isinstance(completion, str) else str(completion[-1]["content"])

@@ -44,7 +44,7 @@ Advance = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Asked:
-    """What a task asks of a model. prompter: for language models; classes, max_length: for encoders."""
+    """The inputs of a scoring function. prompter: for language models; classes, max_length: for encoders."""
 
     model: Any
     examples: list[Example]
@@ -86,7 +86,7 @@ def loss_rows(
 def _logits(
     model: Any, encoded: list[Encoded], collate: Collator, size: int, advance: Advance
 ) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
-    """Of each batch the rows' indices, their logits and their labels."""
+    """Yield each batch's row indices, logits and labels."""
     for part in longest_first([len(e.input_ids) for e in encoded], size):
         batch = to_device(model, collate([encoded[i] for i in part]))
         labels = batch.pop("labels")
@@ -101,7 +101,7 @@ def score_exact_match(asked: Asked) -> Rows:
     spec, special, rows = asked.spec, specials_of(asked.tokenizer), []
     if spec.extract:
         _warn_of_parts(asked.examples, spec.extract)
-    for example, text in zip(asked.examples, _generated(asked, asked.examples), strict=True):
+    for example, text in zip(asked.examples, _generate_answers(asked, asked.examples), strict=True):
         found = answer_in(text, spec.extract, example.target) if spec.extract else text.strip()
         expected = special.sub("", _expected(example, spec.extract) if spec.extract else example.answer)
         row = {
@@ -125,7 +125,7 @@ def answer_in(text: str, extract: str, target: str) -> str:
 
 
 def part_in(text: str, extract: str) -> str:
-    """What the pattern takes of ``text`` if that is less than the words it stands in, as "4" of "3/4"; else ""."""
+    """Return the pattern's match in ``text`` if it is only a part of a word or number, as "4" of "3/4"; else ""."""
     match = _pattern(extract).search(text)
     if match is None:
         return ""
@@ -177,12 +177,12 @@ def _warn_of_parts(examples: list[Example], extract: str) -> None:
 
 
 def score_texts(asked: Asked) -> Rows:
-    """One greedy text for each different prompt, with all answers to this prompt as references."""
+    """Generate one greedy text for each different prompt, with all its answers as references."""
     references: dict[tuple[str, str], list[Example]] = {}  # of several test sets each has its own
     for example in asked.examples:
         key = example.part, asked.prompter.prompt_text(example.prompt, example.tools)
         references.setdefault(key, []).append(example)
-    texts, special = _generated(asked, [group[0] for group in references.values()]), specials_of(asked.tokenizer)
+    texts, special = _generate_answers(asked, [group[0] for group in references.values()]), specials_of(asked.tokenizer)
     return [
         {"predicted": text.strip(), "references": [special.sub("", e.answer) for e in group]}
         | ({"part": group[0].part} if group[0].part else {})
@@ -190,8 +190,8 @@ def score_texts(asked: Asked) -> Rows:
     ]
 
 
-def _generated(asked: Asked, examples: list[Example]) -> list[str]:
-    """What the model writes after each example's prompt, by the search that the recipe wants."""
+def _generate_answers(asked: Asked, examples: list[Example]) -> list[str]:
+    """Generate the text after each example's prompt, with the recipe's search."""
     prompts, spec = [asked.prompter.prompt_ids(e.prompt, e.tools) for e in examples], asked.spec
     if longer := sum(len(asked.prompter.answer_ids(e.answer)) > spec.max_new_tokens + 1 for e in examples):
         warn(
@@ -204,7 +204,7 @@ def _generated(asked: Asked, examples: list[Example]) -> list[str]:
 
 
 def class_rows(asked: Asked) -> Rows:
-    """Of each text the probabilities of the classes, in their order; of a regression its value."""
+    """Return each text's class probabilities, in the classes' order; for a regression, its value."""
     rows: Rows = [{}] * len(asked.examples)
     label = "0" if list(asked.classes) == [VALUE] else asked.classes[0]  # any: it is not looked at
     unlabelled = replace(asked, examples=[replace(example, label=label) for example in asked.examples])
@@ -250,26 +250,26 @@ def same_answer(found: str, expected: str, compare: str) -> bool:
         return unicodedata.normalize("NFC", found) == unicodedata.normalize("NFC", expected)
     try:
         normal = (unicodedata.normalize("NFC", text) for text in (found, expected))
-        return _alike(*(json.loads(_uncut(text), object_pairs_hook=_object) for text in normal))
+        return _equal_json(*(json.loads(_without_commas(text), object_pairs_hook=_unique_object) for text in normal))
     except (ValueError, RecursionError):  # no JSON, a number of thousands of digits, thousands of brackets
         return False
 
 
-def _uncut(text: str) -> str:
+def _without_commas(text: str) -> str:
     """A number without the commas between its thousands; any other text as it is."""
     return text.replace(",", "") if _THOUSANDS.fullmatch(text.strip()) else text
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(dict(pairs)) < len(pairs):
         raise ValueError("The same name twice.")
     return dict(pairs)
 
 
-def _alike(a: Any, b: Any) -> bool:
+def _equal_json(a: Any, b: Any) -> bool:
     """Equality of JSON's values: true is not 1, as it is in Python; 1 and 1.0 are one number."""
     if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_alike(a[key], b[key]) for key in a)
+        return a.keys() == b.keys() and all(_equal_json(a[key], b[key]) for key in a)
     if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(map(_alike, a, b))
+        return len(a) == len(b) and all(map(_equal_json, a, b))
     return isinstance(a, bool) == isinstance(b, bool) and bool(a == b)

@@ -21,7 +21,7 @@ SEAL = "seal.json"
 
 
 def key_file() -> Path:
-    """Where the key lies."""
+    """Return the path of the key."""
     return cached("checkpoint.key")
 
 
@@ -29,7 +29,7 @@ def seal(checkpoint: Path) -> None:
     """Sign a checkpoint that was just written. Warns where the key cannot be kept: training goes on without a seal."""
     try:
         _make_key()
-        write_json(checkpoint / SEAL, {"seal": _signed(checkpoint, _key())})
+        write_json(checkpoint / SEAL, {"seal": _signature(checkpoint, _key())})
     except (OSError, ValueError) as error:
         if is_disk_full(error):
             raise
@@ -40,7 +40,7 @@ def check_seal(checkpoint: Path) -> None:
     """Raise UserError unless this user's own run wrote the checkpoint, and nobody changed it since."""
     try:
         told = read_object(checkpoint / SEAL).get("seal")
-        if isinstance(told, str) and hmac.compare_digest(told.encode(), _signed(checkpoint, _key()).encode()):
+        if isinstance(told, str) and hmac.compare_digest(told.encode(), _signature(checkpoint, _key()).encode()):
             return
     except (OSError, ValueError):
         pass
@@ -69,7 +69,7 @@ def _key() -> bytes:
     return key.encode()
 
 
-def _signed(checkpoint: Path, key: bytes) -> str:
+def _signature(checkpoint: Path, key: bytes) -> str:
     whole = hmac.new(key, digestmod="sha256")
     for file in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
         name = file.relative_to(checkpoint).as_posix()

@@ -23,7 +23,7 @@ from dual_lora.verify.callback import VerifyAdapter
 
 @dataclass(frozen=True)
 class Session:
-    """What was asked for. main: this process is the one that writes."""
+    """A requested run. main: whether this is the process that writes."""
 
     recipe: Recipe
     asked: Recipe  # with `auto` where it says so
@@ -49,7 +49,7 @@ class Begun:
 
 @dataclass(frozen=True)
 class Fitted:
-    """What training has left."""
+    """The results of training, before they are saved."""
 
     trainer: Trainer
     watch: Watch

@@ -32,12 +32,18 @@ from dual_lora.lab.run.checkpoint import check_checkpoint, keep_settings
 from dual_lora.lab.run.failures import Diverged as Diverged
 from dual_lora.lab.run.failures import clear_failures, note_failure
 from dual_lora.lab.run.keep import RunResult as RunResult
-from dual_lora.lab.run.keep import finished, keep
+from dual_lora.lab.run.keep import finished_result, keep
 from dual_lora.lab.run.loop import build_trainer, check_names, check_patterns, check_precision
 from dual_lora.lab.run.prepare import Prepared, prepare, show_gradients, wants_gradients
 from dual_lora.lab.run.record import Record, reset_peak, surroundings
 from dual_lora.lab.run.reporting import check_reports, reported
-from dual_lora.lab.run.resume import check_same_inputs, recipe_of_run, same_recipe, same_rows_at_once, same_sharding
+from dual_lora.lab.run.resume import (
+    check_same_batch_size,
+    check_same_inputs,
+    check_same_recipe,
+    check_same_sharding,
+    recipe_of_run,
+)
 from dual_lora.lab.run.session import Begun, Fitted, Session, begin, seconds_before
 from dual_lora.lab.run.watch import RankAllocation, Watch
 from dual_lora.verify.callback import VerifyAdapter
@@ -77,12 +83,16 @@ def run(
     try:
         if resume and folder.is_run:
             before = recipe_of_run(folder.path)
-            recipe = asked = precision.settled_as(recipe, before)
-            same_recipe(recipe, folder)
-            if folder.result is not None and not longer.changed(recipe, before) and (before_us := finished(folder)):
+            recipe = asked = precision.with_precision_of(recipe, before)
+            check_same_recipe(recipe, folder)
+            if (
+                folder.result is not None
+                and not longer.has_other_length(recipe, before)
+                and (before_us := finished_result(folder))
+            ):
                 return before_us
-        recipe = precision.settled_here(recipe)
-        if precision.leaves_open(asked) and progress and main:
+        recipe = precision.with_device_precision(recipe)
+        if precision.is_auto(asked) and progress and main:
             console.print(str(precision.fast_precision()))
         with clear_failures(folder, recipe):
             task, name = names or (recipe.name, f"{recipe.method['name']}/seed-{recipe.train.seed}")
@@ -105,7 +115,7 @@ def _train(session: Session, callbacks: Sequence[TrainerCallback], reports: dict
 
 
 def _check(session: Session) -> None:
-    """Refuse what is wrong in the recipe before data and model are read: the folder stays empty."""
+    """Raise UserError for errors in the recipe, before data and model are read; the folder stays empty."""
     recipe = session.recipe
     config = method_config(recipe.method, recipe.model.head, steps=10**6, fresh=[])  # with any number of steps
     check_names(recipe.train)
@@ -129,7 +139,7 @@ def _begin(session: Session) -> Begun:
     start, checkpoint = folder.last_checkpoint()
     known = longer.ends_of(folder.recorded()) if checkpoint else []
     ready = prepare(recipe, session.progress, known)
-    config, model = _adapted(recipe, ready)
+    config, model = _with_method(recipe, ready)
     if checkpoint:
         longer.check_longer(folder, ready.steps, start, plain_config(config))
     if checkpoint and is_kind(config, "ADALORA"):
@@ -143,7 +153,7 @@ def _begin(session: Session) -> Begun:
     ends = [end for end in known if end < ready.steps]
     record = _record(session, ready, config, model, ends)
     if checkpoint:
-        same_rows_at_once(folder, recipe.train.batch_size, record.processes)
+        check_same_batch_size(folder, recipe.train.batch_size, record.processes)
         check_same_inputs(folder, record.made_of, ", or begin anew with --overwrite or in another --out")
     earlier = seconds_before(folder, start)
     if session.main:
@@ -153,7 +163,7 @@ def _begin(session: Session) -> Begun:
     return Begun(ready, config, model, record, start, checkpoint, ends, earlier)
 
 
-def _adapted(recipe: Recipe, ready: Prepared) -> tuple[Any, Any]:
+def _with_method(recipe: Recipe, ready: Prepared) -> tuple[Any, Any]:
     """The method's configuration (None for full fine-tuning), and the model with it."""
     loaded, part = ready.loaded, recipe.train
     config = method_config(recipe.method, recipe.model.head, ready.steps, loaded.fresh)
@@ -201,12 +211,12 @@ def _fit(session: Session, begun: Begun, more: Sequence[TrainerCallback], report
         checks = [] if begun.config is None else [VerifyAdapter(tokenizer=ready.loaded.tokenizer)]
         callbacks = [*_callbacks_of(begun.config), *checks, *more]
         callbacks += [longer.Longer(begun.ends[-1], shown)] if begun.ends else []
-        with _clear_beginning(watch, begun.checkpoint, part.arguments):
+        with _clear_start_errors(watch, begun.checkpoint, part.arguments):
             build = build_trainer if recipe.objective.name == "sft" else build_aligned
             trainer = build(begun.model, recipe, folder, ready, watch, [best] if best else [], callbacks, reports)
             for noisy in (PrinterCallback, ProgressCallback):
                 trainer.remove_callback(noisy)
-            same_sharding(begun.checkpoint, trainer)
+            check_same_sharding(begun.checkpoint, trainer)
             if begun.checkpoint and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
                 check_checkpoint(begun.checkpoint, begun.start, begun.model, trainer.args)
                 keep_settings(trainer, begun.checkpoint, bool(begun.ends))
@@ -216,7 +226,7 @@ def _fit(session: Session, begun: Begun, more: Sequence[TrainerCallback], report
 
 
 @contextmanager
-def _clear_beginning(watch: Watch, checkpoint: Path | None, arguments: Iterable[str]) -> Iterator[None]:
+def _clear_start_errors(watch: Watch, checkpoint: Path | None, arguments: Iterable[str]) -> Iterator[None]:
     """Errors before the first step: the checkpoint was not what it should be, or a further argument."""
     try:
         yield
@@ -238,7 +248,7 @@ def _clear_beginning(watch: Watch, checkpoint: Path | None, arguments: Iterable[
 
 
 def _callbacks_of(config: Any) -> list[TrainerCallback]:
-    """What a method needs to be told while it trains."""
+    """Return the callbacks that a method needs while it trains."""
     if is_kind(config, "DUAL_LORA"):
         from dual_lora import DualLoraCallback
 

@@ -55,7 +55,7 @@ class Watch(TrainerCallback):
         return (self._end or time.perf_counter()) - self._start - self._paused
 
     def _pause(self) -> None:
-        """What has passed since the step's end, or since the last such pause, was no training."""
+        """Exclude the time since the step's end, or since the last pause, from the training time."""
         now = time.perf_counter()
         self._paused += now - self._step_ended
         self._step_ended = now
@@ -117,7 +117,7 @@ class Watch(TrainerCallback):
         if not logs or "train_runtime" in logs:
             return
         if "loss" in logs:
-            logs = {**logs, "loss": self._of_all_steps(logs["loss"])}
+            logs = {**logs, "loss": self._mean_loss_of_run(logs["loss"])}
         if not self.main:
             return
         if "eval_loss" in logs:
@@ -127,13 +127,13 @@ class Watch(TrainerCallback):
         with self.folder.metrics.open("a", encoding="utf-8") as file:
             file.write(json_text(line) + "\n")
 
-    def _of_all_steps(self, loss: float) -> float:
+    def _mean_loss_of_run(self, loss: float) -> float:
         """Trainer's mean over this session's steps since the last line, with those of earlier sessions in it."""
         (total, before), (_, steps) = self._before, self._since
         self._since = self._before = 0.0, 0
         return (total + loss * (steps - before)) / steps if before else loss
 
-    def _since_line(self, args: Any) -> tuple[float, int]:
+    def _losses_since_line(self, args: Any) -> tuple[float, int]:
         """The sum of losses, over the rows of all processes, of the steps since the last line."""
         (before, _), (total, steps) = self._before, self._since
         own, processes = total - before, process_count()
@@ -148,7 +148,7 @@ class Watch(TrainerCallback):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.barrier()  # every process has written its part
         self._pause()
-        since_line = self._since_line(args)
+        since_line = self._losses_since_line(args)
         if self.main:
             checkpoint = self.folder.checkpoints / f"checkpoint-{state.global_step}"
             known: dict[str, Any] = {"seconds": round(self.earlier + self.seconds(), 3), "since_line": since_line}

@@ -44,7 +44,7 @@ class Ranks(NamedTuple):
 
 def improvement(scores: Scores, method: str, reference: str, confidence: float = 0.95, seed: int = 0) -> Interval:
     """P(a run of the method beats one of the reference), the mean over tasks; ties count half."""
-    tasks = [_two(task, own, method, reference) for task, own in scores.items()]
+    tasks = [_scores_of_both(task, own, method, reference) for task, own in scores.items()]
     better = [0.5 + 0.5 * np.sign(a[:, None] - b) for a, b in tasks]  # of each pair of runs
     random = np.random.default_rng(seed)
     # How often each run is drawn: of its pairs no draw has to be made.
@@ -53,7 +53,7 @@ def improvement(scores: Scores, method: str, reference: str, confidence: float =
         for (a, b), won in zip(tasks, better, strict=True)
     ]
     value = float(np.mean([won.mean() for won in better]))
-    return Interval(value, *_ends(np.asarray(np.mean(each, axis=0)), confidence))
+    return Interval(value, *_percentile_interval(np.asarray(np.mean(each, axis=0)), confidence))
 
 
 def profile(
@@ -67,8 +67,11 @@ def profile(
     def above(runs: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
         return np.asarray(np.mean([(own[..., None] > thresholds).mean(-2) for own in runs], axis=0))
 
-    again, value = above([_drawn(own, random) for own in tasks]), above(tasks)
-    return [Interval(float(v), *_ends(draws, confidence)) for v, draws in zip(value, again.T, strict=True)]
+    again = above([own[_resampled_indices(len(own), random)] for own in tasks])
+    value = above(tasks)
+    return [
+        Interval(float(v), *_percentile_interval(draws, confidence)) for v, draws in zip(value, again.T, strict=True)
+    ]
 
 
 def ranks(scores: Scores, level: float = 0.05) -> Ranks:
@@ -97,7 +100,7 @@ def ranks(scores: Scores, level: float = 0.05) -> Ranks:
     return Ranks({methods[i]: float(mean[i]) for i in order}, p, float(critical), groups)
 
 
-def _two(
+def _scores_of_both(
     task: str, own: Mapping[str, ArrayLike], method: str, reference: str
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     if missing := [name for name in (method, reference) if name not in own]:
@@ -105,21 +108,17 @@ def _two(
     return np.asarray(own[method], np.float64), np.asarray(own[reference], np.float64)
 
 
-def _drawn(runs: NDArray[np.float64], random: np.random.Generator) -> NDArray[np.float64]:
-    return runs[_picked(len(runs), random)]
-
-
 def _shares(runs: int, random: np.random.Generator) -> NDArray[np.float64]:
-    """Of each draw of so many runs the share of every run, [DRAWS, runs]."""
-    places = _picked(runs, random) + runs * np.arange(DRAWS)[:, None]
+    """Return the share of every run in each bootstrap draw, [DRAWS, runs]."""
+    places = _resampled_indices(runs, random) + runs * np.arange(DRAWS)[:, None]
     return np.bincount(places.ravel(), minlength=DRAWS * runs).reshape(DRAWS, runs) / runs
 
 
-def _picked(runs: int, random: np.random.Generator) -> NDArray[np.int64]:
+def _resampled_indices(runs: int, random: np.random.Generator) -> NDArray[np.int64]:
     """Runs by their numbers, [DRAWS, runs]; whole numbers are drawn alike on every machine."""
     return random.integers(0, runs, (DRAWS, runs))
 
 
-def _ends(draws: NDArray[np.float64], confidence: float) -> tuple[float, float]:
+def _percentile_interval(draws: NDArray[np.float64], confidence: float) -> tuple[float, float]:
     low, high = np.quantile(draws, ((1 - confidence) / 2, (1 + confidence) / 2))
     return float(low), float(high)

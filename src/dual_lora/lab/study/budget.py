@@ -95,7 +95,7 @@ class Scale:
         frozen: Iterable[str] = (),
         named: Mapping[str, Iterable[str]] | None = None,
     ) -> Size:
-        """What would train under the recipe. frozen: regular expressions of parameters that never move.
+        """Count what would train under the recipe. frozen: regular expressions of parameters that never move.
 
         named: field -> its regular expressions, which have to fit a trainable parameter. Raises UserError otherwise.
         """
@@ -168,7 +168,7 @@ def solve_rank(size: Callable[[int], int], target: float, step: int, top: int, f
 
     low, upper, high = 1, None, max(1, top // step)
     rising = at(min(2, high)) >= at(1)
-    guess = _crossing(1, at(1), min(2, high), at(min(2, high)), target)
+    guess = _interpolated_rank(1, at(1), min(2, high), at(min(2, high)), target)
     while low < high and (upper is None or upper - low > 1) and target not in known.values():
         # Sizes are nearly linear in the rank, so the line through two of them almost always hits; halving never fails.
         middle = (low + (upper or high)) // 2 if len(known) > 8 else guess
@@ -178,12 +178,12 @@ def solve_rank(size: Callable[[int], int], target: float, step: int, top: int, f
             low = tried
         else:
             upper = tried
-        guess = _crossing(1, at(1), tried, at(tried), target)
+        guess = _interpolated_rank(1, at(1), tried, at(tried), target)
     return min(known, key=lambda rank: (abs(known[rank] - target), rank))
 
 
-def _crossing(a: int, size_a: int, b: int, size_b: int, target: float) -> int:
-    """Where the line through two sizes meets the target."""
+def _interpolated_rank(a: int, size_a: int, b: int, size_b: int, target: float) -> int:
+    """Return the rank where the line through two sizes meets the target."""
     return b if size_a == size_b else round(a + (target - size_a) * (b - a) / (size_b - size_a))
 
 
@@ -242,12 +242,12 @@ def set_rank(cell: Cell, rank: int | None, scale: Scale | None = None) -> Size:
     """Give the cell its method at this rank, and return its size."""
     method = {"name": cell.entry.name, **fields_at(cell.entry, rank)}
     cell.recipe, cell.rank = cell.recipe.replaced(method=method), rank
-    cell.size = counted(scale or Scale(), cell, cell.recipe)
+    cell.size = size_of_cell(scale or Scale(), cell, cell.recipe)
     return cell.size
 
 
-def counted(scale: Scale, cell: Cell, recipe: Recipe) -> Size:
-    """What would train under the recipe, with what the cell holds still from the start left out."""
+def size_of_cell(scale: Scale, cell: Cell, recipe: Recipe) -> Size:
+    """Count the parameters that would train in the cell, without those that are frozen from the start."""
     frozen = [pattern for pattern, share in cell.entry.freeze.items() if share == 0]
     return scale.size(recipe, cell.classes, frozen)
 
@@ -261,7 +261,7 @@ def match_by_probes(study: Study, cells: Sequence[Cell], measure: Measure) -> No
     probed = {cell.at: cell for cell in [*like, *matched]}
     outcomes = measure([probe_job(study, cell) for cell in probed.values()])
     memory, warm = study.budget.match == "memory", all(outcome.step_seconds for outcome in outcomes)
-    costs = [_peak(outcome) if memory else _a_step(outcome, warm) for outcome in outcomes]
+    costs = [_peak(outcome) if memory else _step_seconds(outcome, warm) for outcome in outcomes]
     cost_of = dict(zip(probed, costs, strict=True))
     for cell in matched:
         target = study.budget.value
@@ -274,7 +274,7 @@ def match_by_probes(study: Study, cells: Sequence[Cell], measure: Measure) -> No
             _fit_steps(study, cell, cost_of[cell.at], target)
 
 
-def _a_step(outcome: Outcome, warm: bool) -> float:
+def _step_seconds(outcome: Outcome, warm: bool) -> float:
     """Seconds of a step. warm: without the first ones, which also warm up; not known of an earlier version's probes."""
     training = outcome.training or Training()
     seconds = outcome.step_seconds if warm else (training.seconds or 0.0) / training.steps

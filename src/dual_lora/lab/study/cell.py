@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dual_lora.lab.recipe.read import changed
-from dual_lora.lab.recipe.schema import Recipe, spelled
+from dual_lora.lab.recipe.schema import Recipe, normalised_name
 from dual_lora.lab.study import metrics
 from dual_lora.lab.study.job import Job, Kind, Outcome, Settings, Split, cell_name, data_digest
 from dual_lora.lab.study.rank_rule import rank_rule
-from dual_lora.lab.study.search import beyond, choose, dotted
+from dual_lora.lab.study.search import choose, dotted, next_beyond_grid
 from dual_lora.lab.study.study import MethodEntry, Study
 
 # The field that sets a method's size, where it is not "r".
@@ -95,7 +95,7 @@ def rank_field(method: str) -> str | None:
     """The field of a method that sets its size, None if it has none."""
     from dual_lora.lab.model.methods import method_fields
 
-    field = RANK_FIELDS.get(spelled(method), "r")
+    field = RANK_FIELDS.get(normalised_name(method), "r")
     return field if field in method_fields(method) else None
 
 
@@ -123,7 +123,7 @@ def trial_jobs(study: Study, cell: Cell, outcome: Callable[[Job], Outcome | None
     jobs = [job for point in points for job in at(point)]
     for _ in range(search.extend):
         best = choose([(job, outcome(job)) for job in jobs], search.decide)
-        further = beyond(best, points) if best else None
+        further = next_beyond_grid(best, points) if best else None
         if further is None:
             break
         points.append(further)
@@ -143,7 +143,7 @@ def final_jobs(study: Study, cell: Cell, settings: Settings) -> list[Job]:
 
 
 def probe_job(study: Study, cell: Cell, rank: int | None = None) -> Job:
-    """A few steps, to learn what a step costs; with another rank than the cell's if given."""
+    """Make a job of a few steps that measures the cost of a step, at the cell's rank or the given one."""
     over: dict[str, Any] = {"train": {"steps": PROBE_STEPS}}
     if rank is not None:
         over["method"] = fields_at(cell.entry, rank)
@@ -151,7 +151,7 @@ def probe_job(study: Study, cell: Cell, rank: int | None = None) -> Job:
 
 
 def pace_job(study: Study, cell: Cell) -> Job:
-    """A few steps and a few validation records, to learn what a whole run costs.
+    """Make a job of a few steps and validation records that measures the cost of a whole run.
 
     It logs, so that its first steps, which warm up, can be left out.
     """

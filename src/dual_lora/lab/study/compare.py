@@ -33,7 +33,7 @@ from dual_lora.lab.study.job import (
     read_outcome,
     task_name,
 )
-from dual_lora.lab.study.perform import KEPT, DiskFull, retire
+from dual_lora.lab.study.perform import KEPT, DiskFull, set_aside
 from dual_lora.lab.study.plan import Plan, lay_out, settled_plan
 from dual_lora.lab.study.read import read_study
 from dual_lora.lab.study.results import build_results
@@ -94,7 +94,7 @@ def compare(
 
 
 def _recipes(plan: Plan) -> dict[str, Any]:
-    """What every task is, without its method; recipes are files of their own, and so are their data."""
+    """Describe every task without its method: recipes are separate files, and so are their data."""
     return {
         f"{task_name(model, task)} {part}": value
         for (model, task), recipe in plan.recipes.items()
@@ -130,35 +130,35 @@ class Runner:
         if self.options.progress:
             self.times.estimates = estimates(self.study, self.cells, Speed())
         bases = base_jobs(self.cells)
-        self._one_base([*bases, *(job for cell in self.cells for job in trial_jobs(self.study, cell))])
+        self._check_same_base([*bases, *(job for cell in self.cells for job in trial_jobs(self.study, cell))])
         self.later = [job for cell in self.cells for job in final_jobs(self.study, cell, {})] + bases
         while (trials := {c.at: trial_jobs(self.study, c, self._outcome) for c in self.cells}) != self.trials:
             self.trials = trials  # a best rate at the end of its grid makes another trial
-            self._do("tuning", _in_turns(trials.values()))
+            self._run_jobs("tuning", _in_turns(trials.values()))
         decide = self.study.search.decide if self.study.search else "mean"
         for cell in self.cells:
             self.chosen[cell.at] = settings = choose(self._ended(trials[cell.at]), decide)
             self.finals[cell.at] = final_jobs(self.study, cell, settings) if settings is not None else []
         self.later = []
         finals = _in_turns(self.finals.values())
-        self._one_base([*bases, *finals])
+        self._check_same_base([*bases, *finals])
         self.folder.begin_finals(sum(self._outcome(job) is not None for job in finals))
-        self._do("runs", [*bases, *finals])
-        if self._made_on_other_weights([*bases, *finals, *_in_turns(self.trials.values())]):
+        self._run_jobs("runs", [*bases, *finals])
+        if self._runs_on_other_weights([*bases, *finals, *_in_turns(self.trials.values())]):
             raise UserError(
                 "The weights of a base have changed while the study went on, so its runs are of several. Put the "
                 "first ones back and start the study again, or give another --out."
             )
         return self._results()
 
-    def _do(self, what: str, jobs: Sequence[Job]) -> None:
+    def _run_jobs(self, what: str, jobs: Sequence[Job]) -> None:
         """Make sure that every job has an outcome or a recorded error."""
         jobs = list({job.key: job for job in jobs}.values())
         if not jobs:
             return
-        self._one_base(jobs)
+        self._check_same_base(jobs)
         self.folder.plan(jobs)
-        self._one_version(jobs)
+        self._check_same_version(jobs)
         left = {job.key: job for job in jobs if self._outcome(job) is None and job.key not in self.failed}
         for job in left.values():
             if why := damage(self.runs, job.key):
@@ -179,16 +179,16 @@ class Runner:
                 if time.monotonic() - self._written > WRITE_SECONDS and self.trials:
                     self._results()
 
-    def _made_on_other_weights(self, jobs: Sequence[Job]) -> list[str]:
+    def _runs_on_other_weights(self, jobs: Sequence[Job]) -> list[str]:
         """Keys of runs that were made on other weights of their base, as far as they tell."""
         other = on_other_weights(self.runs)
         return [job.key for job in jobs if other(job)]
 
-    def _one_base(self, jobs: Iterable[Job]) -> None:
+    def _check_same_base(self, jobs: Iterable[Job]) -> None:
         """Refuse the study's own runs on other weights of their base; do those of another study, which shares the
         folder, and unfinished ones again."""
         there = [job for job in jobs if (self.runs / job.key).exists() or self._outcome(job) is not None]
-        if old := self._made_on_other_weights(there):
+        if old := self._runs_on_other_weights(there):
             finished = [key for key in old if key in self.folder.before and read_outcome(self.runs, key)]
             if finished:
                 raise UserError(
@@ -199,11 +199,11 @@ class Runner:
             self._print(f"{len(old)} runs on other weights of the base are done again; the old ones are kept.")
             for key in old:
                 outcome = read_outcome(self.runs, key)
-                retire(self.runs, key, outcome.code if outcome else "unfinished")
+                set_aside(self.runs, key, outcome.code if outcome else "unfinished")
                 self.done.pop(key, None)
 
-    def _one_version(self, jobs: Sequence[Job]) -> None:
-        """Refuse to compare runs of two versions of the code."""
+    def _check_same_version(self, jobs: Sequence[Job]) -> None:
+        """Raise UserError for runs of two versions of the code."""
         now, old = code_version(), list[Outcome]()
         paired = [job for job in jobs if job.kind != "base"]
         for scenario in dict.fromkeys(job.scenario for job in paired):
@@ -227,7 +227,7 @@ class Runner:
     def _warn(self, job: Job, outcome: Outcome) -> None:
         """Say each warning once a task, whichever run and process it comes from, and whatever numbers it has there."""
         for message in outcome.warnings:
-            if (said := (job.scenario, notes.form(message))) not in self.warnings:
+            if (said := (job.scenario, notes.without_numbers(message))) not in self.warnings:
                 self._print(f"warning: {message}")
             self.warnings.add(said)
 
@@ -255,7 +255,7 @@ class Runner:
         return [(job, self._outcome(job)) for job in jobs]
 
     def _results(self) -> Results:
-        """What the study says so far, also in results.json."""
+        """Build the results so far, and write them to results.json."""
         finished = [
             Finished(c, self._ended(self.trials[c.at]), self.chosen.get(c.at), self._ended(self.finals.get(c.at, [])))
             for c in self.cells
@@ -283,7 +283,7 @@ class Runner:
         return results
 
     def _measure(self, jobs: Sequence[Job]) -> list[Outcome]:
-        self._do("probes", jobs)
+        self._run_jobs("probes", jobs)
         outcomes = []
         for job, outcome in self._ended(jobs):
             if outcome is None or outcome.status != "done":

@@ -12,8 +12,8 @@ from dual_lora.lab.study.study import Study
 Methods = dict[tuple[str, str, str], MethodRow]  # (model, task, method) -> as in results.json
 
 
-class Said(NamedTuple):
-    """What follows from pairs and methods alone, and so from a results.json as well as from runs."""
+class PairNotes(NamedTuple):
+    """Notes and rows that follow from pairs and methods alone, so from a results.json as well as from runs."""
 
     comparisons: list[ComparisonRow]
     false_alarm: float | None  # chance of any, with the noise of these runs
@@ -27,7 +27,7 @@ def conclude(
     untrained: Sequence[UntrainedRow],
     amendments: Sequence[AmendmentRow] = (),
     missing: int = 0,
-) -> Said:
+) -> PairNotes:
     """Judge the pairs together, each as far as its methods' runs allow.
 
     missing: pairs that the study will have when it is complete; a look at the first ones is no smaller study.
@@ -43,11 +43,11 @@ def conclude(
     false_alarm = verdicts.false_alarm(judged, study.level, missing)
 
     def said(c: verdicts.Comparison) -> ComparisonRow:
-        verdict, learned = _learned(c, unlearned)
-        doubts = [_searched_to_an_end(c, ends), *_failing(c, failing)]
-        return _plain(_noted(c, _settings(c, at), learned, *doubts, late, verdict=verdict))
+        verdict, learned = _verdict_if_learned(c, unlearned)
+        doubts = [_unfinished_search_note(c, ends), *_failed_tuning_notes(c, failing)]
+        return _comparison_row(_with_note(c, _settings(c, at), learned, *doubts, late, verdict=verdict))
 
-    return Said(
+    return PairNotes(
         [said(c) for c in judged],
         false_alarm,
         [
@@ -76,12 +76,12 @@ def about_pairs(study: Study, scenario: tuple[str, str], metric: str) -> dict[st
     }
 
 
-def _noted(c: verdicts.Comparison, *parts: str, **changes: Any) -> verdicts.Comparison:
+def _with_note(c: verdicts.Comparison, *parts: str, **changes: Any) -> verdicts.Comparison:
     """The comparison with these sentences as its note."""
     return dataclasses.replace(c, note=" ".join(part for part in parts if part), **changes)
 
 
-def _lost(method: MethodRow) -> int | None:
+def _diverged_runs(method: MethodRow) -> int | None:
     """How many final runs diverged; None if all did."""
     everything = method["diverged_in_search"] or method["diverged"] == len(method["seeds"])
     return None if everything else method["diverged"]
@@ -92,24 +92,24 @@ def _without_unearned_p(c: verdicts.Comparison, at: Methods) -> verdicts.Compari
 
     The score that a diverged run counts with says only that it is no better than that: no ground for equivalence.
     """
-    lost = {name: _lost(at[(*c.scenario, name)]) for name in (c.candidate, c.reference)}
+    lost = {name: _diverged_runs(at[(*c.scenario, name)]) for name in (c.candidate, c.reference)}
     silent: dict[str, Any] = {"p": None, "p_same": None, "visible": None}
     gone = [name for name, n in lost.items() if n is None]
     if gone:
         note = f"No run of {' or '.join(gone)} came to an end with a score."
-        return _noted(c, note, verdict=verdicts.Verdict.DIVERGED, **silent)
+        return _with_note(c, note, verdict=verdicts.Verdict.DIVERGED, **silent)
     whole = at[(*c.scenario, c.candidate)].get("whole")  # the score of a whole test set, made elsewhere
     if c.items == 1 and c.seeds > 1 and not whole:
         return dataclasses.replace(c, verdict=verdicts.Verdict.ONE_ITEM, **silent)
     some = [f"{n} of {name}" for name, n in lost.items() if n]
     if some and c.seeds > 1:
         claimed = "." if c.margin is None else ": equivalence is not claimed."
-        return _noted(c, f"Of {c.seeds} runs each, {' and '.join(some)} diverged{claimed}", p_same=None)
+        return _with_note(c, f"Of {c.seeds} runs each, {' and '.join(some)} diverged{claimed}", p_same=None)
     return c
 
 
-def _plain(c: verdicts.Comparison) -> ComparisonRow:
-    """As results.json has it, without the figures that there are none of."""
+def _comparison_row(c: verdicts.Comparison) -> ComparisonRow:
+    """Return a comparison as in results.json, without figures that do not exist."""
     sign = metrics.direction(c.better)
     model, task = c.scenario
     spread = dataclasses.asdict(c.spread)
@@ -146,7 +146,9 @@ def _plain(c: verdicts.Comparison) -> ComparisonRow:
     }
 
 
-def _learned(c: verdicts.Comparison, unlearned: dict[tuple[str, str, str], str]) -> tuple[verdicts.Verdict, str]:
+def _verdict_if_learned(
+    c: verdicts.Comparison, unlearned: dict[tuple[str, str, str], str]
+) -> tuple[verdicts.Verdict, str]:
     """The verdict, and its note. A method that did not learn the task is like another in nothing that anybody asked
     about."""
     why = {name: unlearned[key] for name in (c.candidate, c.reference) if (key := (*c.scenario, name)) in unlearned}
@@ -174,14 +176,14 @@ def _settings(c: verdicts.Comparison, at: Methods) -> str:
     return f"Both at {mine}." if mine == other else f"At {mine or 'its settings'} against {other or 'its settings'}."
 
 
-def _searched_to_an_end(c: verdicts.Comparison, ends: dict[tuple[str, str, str], str]) -> str:
+def _unfinished_search_note(c: verdicts.Comparison, ends: dict[tuple[str, str, str], str]) -> str:
     """A verdict on a method that was not searched to its best says so."""
     loser = {verdicts.Verdict.WORSE: c.candidate, verdicts.Verdict.BETTER: c.reference}.get(c.verdict)
     end = ends.get((*c.scenario, loser)) if loser else None
     return f"{loser} did best with {end}." if end else ""
 
 
-def _failing(c: verdicts.Comparison, failing: dict[tuple[str, str, str], str]) -> list[str]:
+def _failed_tuning_notes(c: verdicts.Comparison, failing: dict[tuple[str, str, str], str]) -> list[str]:
     """A verdict on a method of which tuning runs failed says so: the seeds of a study need not show its failures."""
     if c.verdict is verdicts.Verdict.DIVERGED:
         return []

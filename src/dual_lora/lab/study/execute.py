@@ -23,7 +23,7 @@ from dual_lora.lab import permission
 from dual_lora.lab.errors import UserError, described, suggest
 from dual_lora.lab.interrupt import exit_status, on_signals, stop_at_once
 from dual_lora.lab.study.job import Job, Outcome, check_data, read_outcome
-from dual_lora.lab.study.perform import DiskFull, perform, retire
+from dual_lora.lab.study.perform import DiskFull, perform, set_aside
 from dual_lora.lab.terminal import guarded
 
 Executor = Literal["serial", "process", "ray"]
@@ -67,7 +67,7 @@ def check_executor(executor: str) -> None:
 
 
 def runs_side_by_side(executor: str, workers: int | None) -> int:
-    """How many runs go on at a time: as many as were asked for, else one a GPU, else one a core."""
+    """Return how many runs go on at a time: the requested number, else one per GPU, else one per core."""
     return 1 if executor == "serial" else workers or torch.cuda.device_count() or os.cpu_count() or 1
 
 
@@ -78,7 +78,7 @@ def do(job: Job, runs: Path, keep: str, at_a_time: int) -> Outcome:
     try:
         check_data(job)
     except UserError:
-        retire(runs, outcome.key, outcome.code)
+        set_aside(runs, outcome.key, outcome.code)
         raise
     return outcome
 
@@ -113,7 +113,7 @@ def _in_processes(options: Options, jobs: Sequence[Job], runs: Path, at_a_time: 
         while waiting or any(worker.key for worker in team):
             if waiting and len(team) < at_a_time and all(worker.key for worker in team):
                 slot = min(set(range(at_a_time)) - {worker.slot for worker in team})
-                team.append(_hire(runs, options, at_a_time, slot))
+                team.append(_start_worker(runs, options, at_a_time, slot))
             for worker in team:
                 if waiting and worker.key is None:
                     job = waiting.pop(0)
@@ -133,7 +133,7 @@ def _in_processes(options: Options, jobs: Sequence[Job], runs: Path, at_a_time: 
                         team.remove(worker)
                 except (EOFError, OSError):
                     worker.process.join()
-                    error, full = _last_words(worker.process.exitcode), False
+                    error, full = _process_error(worker.process.exitcode), False
                     team.remove(worker)
                 if full:
                     raise DiskFull(error)
@@ -146,12 +146,12 @@ def _in_processes(options: Options, jobs: Sequence[Job], runs: Path, at_a_time: 
             worker.process.join()
 
 
-def _hire(runs: Path, options: Options, at_a_time: int, slot: int) -> _Worker:
+def _start_worker(runs: Path, options: Options, at_a_time: int, slot: int) -> _Worker:
     """A new process with its share of the machine."""
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()
     process = spawn.Process(target=_work, args=(theirs, runs, options.keep, at_a_time), daemon=False)
-    share = _share(slot, options.workers)
+    share = _worker_environment(slot, options.workers)
     before = {name: os.environ.get(name) for name in share}
     os.environ.update(share)
     try:
@@ -166,7 +166,7 @@ def _hire(runs: Path, options: Options, at_a_time: int, slot: int) -> _Worker:
     return _Worker(process, ours, slot)
 
 
-def _share(slot: int, workers: int) -> dict[str, str]:
+def _worker_environment(slot: int, workers: int) -> dict[str, str]:
     """What the environment says to the worker in this slot: how many cores it uses, and which GPU, in turn; and that it
     imports nothing from the folder that the command is given in."""
     cores = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // workers))
@@ -201,7 +201,7 @@ def _work(line: Connection, runs: Path, keep: str, at_a_time: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """An orphan would go on for hours on a machine that somebody wants to use: end when the runner is gone."""
+    """End this process when the runner is gone; an orphan would go on for hours."""
     parent = multiprocessing.parent_process()
 
     def watch() -> None:
@@ -212,7 +212,7 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _last_words(code: int | None) -> str:
+def _process_error(code: int | None) -> str:
     killed = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with code {code}"
     return f"Its process {killed}; too little memory is the usual reason."
 

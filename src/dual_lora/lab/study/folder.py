@@ -27,7 +27,7 @@ from pydantic import BaseModel
 from dual_lora.lab import yaml_text
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.files.write import hold, remove_remains, write_atomically, write_json
-from dual_lora.lab.model.weights import is_another, other_settings, short_digest, tensor_digests, warn_of_doubt
+from dual_lora.lab.model.weights import is_other_base, other_settings, short_digest, tensor_digests, warn_of_doubt
 from dual_lora.lab.read import read_json, unlinked
 from dual_lora.lab.study.job import Job, Kind, Settings, read_outcome, run_file
 from dual_lora.lab.study.read import values_in
@@ -52,12 +52,12 @@ class Amendment(BaseModel):
 
 
 def changes(before: dict[str, Any], now: dict[str, Any], inside: Iterable[str] = ("search",)) -> Changes:
-    """What differs, field by field `inside` some. One that was not known is none of them."""
+    """Return the differing fields, for some (`inside`) field by field. Fields that were not known do not count."""
     pairs: Changes = {}
     for name in sorted(before.keys() & now.keys()):
         old, new = before[name], now[name]
         if name.endswith(WEIGHTS):
-            if is_another(old, new) or other_settings(old, new):  # one change, however many tensors tell of it
+            if is_other_base(old, new) or other_settings(old, new):  # one change, however many tensors tell of it
                 pairs[name] = short_digest(old), short_digest(new)
             else:
                 warn_of_doubt(old, new, "the study was begun with")
@@ -68,8 +68,8 @@ def changes(before: dict[str, Any], now: dict[str, Any], inside: Iterable[str] =
     return pairs
 
 
-def _still_known(before: Plain, now: Plain) -> Plain:
-    """Prints of bases that are not here at the moment (the hub's, and an empty cache): the same ones' from before."""
+def _with_known_bases(before: Plain, now: Plain) -> Plain:
+    """Keep digests of bases that are not here (the hub's, with an empty cache): the same ones' from before."""
 
     def base(recipes: Plain, name: str) -> list[Any]:
         model = recipes.get(f"{name.removesuffix(WEIGHTS)} model") or {}
@@ -99,7 +99,7 @@ class Planned(BaseModel):
 
 
 class Known(BaseModel):
-    """What study.json holds."""
+    """The content of study.json."""
 
     format: Literal["dual-lora study"] = "dual-lora study"
     study: Plain = {}
@@ -150,7 +150,7 @@ class StudyFolder:
         return self
 
     def runs(self, asked: str | Path | None) -> Path:
-        """Where the runs lie: inside the folder, or where the user says. A file can name no other folder."""
+        """Return the folder of the runs: inside this folder, or the user's. A file cannot name another folder."""
         if asked is not None:
             return Path(asked)
         inside, elsewhere = self.path / "runs", self.known.runs
@@ -168,7 +168,7 @@ class StudyFolder:
             before.setdefault("extend", 0)  # what an earlier version did
         changed = changes(known.study, study)
         subject = "study has" if changed else "study's recipes or data have"
-        recipes = recipes | _still_known(known.recipes, recipes)
+        recipes = recipes | _with_known_bases(known.recipes, recipes)
         changed |= changes(known.recipes, recipes, recipes)
         if changed.keys() - (LONGER if longer else set()):
             raise UserError(

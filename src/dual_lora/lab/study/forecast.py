@@ -67,7 +67,7 @@ class Speed:
 
     @property
     def basis(self) -> str:
-        """What estimates follow from, in words."""
+        """Say in words what the estimates are based on."""
         if self.card:
             return self.card.basis
         if self.known:
@@ -85,7 +85,7 @@ class Speed:
         return next((cost for cost in found if cost is not None), None) or self.rough
 
     def records(self, data: DataSection, split: str) -> Records:
-        """What is to be known of a set; it is read once."""
+        """Return the counts and lengths of a set of records, which is read once."""
         asked = data.model_dump_json(), split
         if asked not in self._records:
             self._records[asked] = _records(data, split)
@@ -143,19 +143,21 @@ class RunTimes:
 
     def __init__(self, estimates: dict[tuple[str, str, str, str], float] | None = None):
         self.estimates = estimates or {}
-        self._seen: dict[tuple[str, ...], list[float]] = {}
+        self._seconds_by_key: dict[tuple[str, ...], list[float]] = {}
         self._off: list[float] = []  # seconds that a run took, over its estimate
 
     def learn(self, job: Job, seconds: float) -> None:
-        """A run took so long."""
-        for key in _likes(job):
-            self._seen.setdefault(key, []).append(seconds)
+        """Record the duration of a run."""
+        for key in _similarity_keys(job):
+            self._seconds_by_key.setdefault(key, []).append(seconds)
         if estimate := self._estimate(job):
             self._off.append(seconds / estimate)
 
     def expect(self, job: Job) -> float | None:
         """Seconds that the job will take, by the most similar runs known."""
-        if seen := next((self._seen[key] for key in _likes(job) if key in self._seen), None):
+        if seen := next(
+            (self._seconds_by_key[key] for key in _similarity_keys(job) if key in self._seconds_by_key), None
+        ):
             return statistics.fmean(seen)
         estimate = self._estimate(job)
         return estimate * statistics.median(self._off) if estimate and self._off else estimate
@@ -170,8 +172,8 @@ class RunTimes:
         return sum(known) / max(1, min(workers, len(known))) if len(known) == len(expected) else None
 
 
-def _likes(job: Job) -> list[tuple[str, ...]]:
-    """What runs that take as long have in common, the most alike first."""
+def _similarity_keys(job: Job) -> list[tuple[str, ...]]:
+    """Return the keys by which runs of similar duration are grouped, the most specific first."""
     return [(job.kind, *job.scenario, job.method), (job.kind, *job.scenario)]
 
 

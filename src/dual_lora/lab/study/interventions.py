@@ -60,7 +60,7 @@ class Round(TrainerCallback):
 
 
 class StepTimes(TrainerCallback):
-    """How long each step took. The first ones also warm up: kernels are compiled, buffers and threads made."""
+    """Measures the time of each step. The first ones also warm up: kernels are compiled, buffers and threads made."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []

@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.files.folder import RunFolder
 from dual_lora.lab.files.write import write_json
-from dual_lora.lab.model.weights import is_another, weights_digest
+from dual_lora.lab.model.weights import is_other_base, weights_digest
 from dual_lora.lab.read import read_json, unlinked
 from dual_lora.lab.recipe.read import identity
 from dual_lora.lab.recipe.schema import Recipe
@@ -89,7 +89,7 @@ class Training(BaseModel):
 
 
 class Outcome(BaseModel):
-    """What came of a run. A run that diverged has an outcome, one that stopped with an error has none."""
+    """The outcome of a run. A run that diverged has an outcome, one that stopped with an error has none."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -116,7 +116,7 @@ class Outcome(BaseModel):
 
 
 def run_file(runs: Path, key: str, what: Literal["", "scores", "forgetting", "error"] = "") -> Path:
-    """Where the outcome of a run lies, its items' scores, its losses on other text, or why it stopped."""
+    """Return the path of a run's outcome, its items' scores, its losses on other text, or why it stopped."""
     return run_folder(runs, key).with_name(f"{key}.{what}.json" if what else f"{key}.json")
 
 
@@ -158,7 +158,7 @@ def on_other_weights(runs: Path) -> Callable[[Job], bool | None]:
     def other(job: Job) -> bool | None:
         if job.scenario not in now:
             now[job.scenario] = weights_digest(job.recipe.model)
-        return is_another(made_on(job.key), now[job.scenario])
+        return is_other_base(made_on(job.key), now[job.scenario])
 
     return other
 
@@ -170,7 +170,7 @@ def outcomes_here(runs: Path) -> Callable[[Job], Outcome | None]:
 
 
 def damage(runs: Path, key: str) -> str:
-    """What is wrong with the files of a run that was finished, in a sentence; "" if nothing is."""
+    """Say what is wrong with the files of a finished run; "" if nothing is."""
     found = _read_outcome(runs, key)
     return found if isinstance(found, str) else ""
 
@@ -192,17 +192,17 @@ def _read_outcome(runs: Path, key: str) -> Outcome | str | None:
         return f"{own} is damaged or missing."
     if scores is not None and len(scores) != outcome.items:
         return f"{own} is damaged or missing."
-    if scores is not None and not _gives(scores, outcome.metric, outcome.score):
+    if scores is not None and not _scores_give_value(scores, outcome.metric, outcome.score):
         return f"{own} does not give the {outcome.metric} that {file.name} says."
     forgotten = (outcome.figures or {}).get("forgetting")
     with contextlib.suppress(OSError, ValueError):  # without it, forgetting is not compared
-        if not _gives(read_scores(runs, key, "forgetting"), "forgetting", forgotten):
+        if not _scores_give_value(read_scores(runs, key, "forgetting"), "forgetting", forgotten):
             return f"{run_file(runs, key, 'forgetting')} does not give the forgetting that {file.name} says."
     return outcome
 
 
-def _gives(scores: NDArray[np.float64], metric: str | None, score: float | None) -> bool:
-    """Whether the items' scores give the run's: they may be those of another run."""
+def _scores_give_value(scores: NDArray[np.float64], metric: str | None, score: float | None) -> bool:
+    """Whether the items' scores give the run's score; files of another run would not."""
     if metric is None or score is None:
         return True  # of an earlier version
     try:
@@ -234,7 +234,7 @@ def data_digest(recipe: Recipe) -> dict[str, str]:
     prints = {}
     for split, source in (sources | {"forgetting": recipe.evaluate.forgetting}).items():
         files = [name for name in joined(source or "") if name and not name.startswith("hub:")]
-        if found := [_file_print(find(name)) for name in files]:
+        if found := [_file_digest(find(name)) for name in files]:
             prints[split] = "+".join(found)
     return prints
 
@@ -252,7 +252,7 @@ def check_data(job: Job) -> None:
 _prints: dict[tuple[Path, int, int], str] = {}
 
 
-def _file_print(path: Path) -> str:
+def _file_digest(path: Path) -> str:
     from dual_lora.lab.data.records import stamp
 
     at = stamp(path)

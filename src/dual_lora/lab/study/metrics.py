@@ -69,16 +69,16 @@ def direction(better: str) -> int:
 
 
 def better(metric: str) -> str:
-    """Of which there should be, "more" or "less"."""
+    """Return "more" if a higher value of the metric is better, else "less"."""
     return "more" if sign(metric) > 0 else "less"
 
 
-def counted(metric: str) -> bool:
+def is_right_or_wrong(metric: str) -> bool:
     """Whether items are right or wrong."""
     return METRICS[metric].items != "measured"
 
 
-def a_share(metric: str) -> bool:
+def is_share(metric: str) -> bool:
     """Whether it is the share of right answers."""
     return METRICS[metric].items == "share"
 
@@ -94,7 +94,7 @@ def evaluation(metric: str, head: str) -> str:
 
 
 def default_metric(tasks: Sequence[str], head: str) -> str:
-    """By what a recipe is compared if the study does not say."""
+    """Return the metric by which a recipe is compared by default."""
     first = tasks[0] if tasks else ("loss" if head == "causal" else head)
     return {"classification": "accuracy", "nlg": "bleu", "regression": "pearson"}.get(first, first)
 
@@ -146,7 +146,7 @@ def value(metric: str, means: Table, items: int) -> float:
 
 def score_table(metric: str, runs: Sequence[Any]) -> Table:
     """Item shares [S, N] of the runs' features [S, N, K], with the sign turned so that more is better."""
-    if a_share(metric):
+    if is_share(metric):
         runs = [np.asarray(run)[:, :1] for run in runs]  # without the weights, which older runs do not have
     features = np.asarray(runs, dtype=np.float64)
     return sign(metric) * pseudo_values(metric, features)
@@ -159,9 +159,9 @@ def reach(metric: str, runs: Sequence[Any]) -> float | None:
     several test sets the features have it in a second column. Matthews' correlation and F1 move most where a class is
     rare: the largest step from the mean confusion matrix.
     """
-    if not counted(metric):
+    if not is_right_or_wrong(metric):
         return None
-    if a_share(metric):
+    if is_share(metric):
         return float(max(np.max(run) for run in runs)) or 1.0
     mean, items = np.mean([np.mean(run, axis=0) for run in runs], axis=0), len(runs[0])
     k = math.isqrt(mean.size)
@@ -177,7 +177,7 @@ def reach(metric: str, runs: Sequence[Any]) -> float | None:
 
 def usual_reach(metric: str) -> float | None:
     """The same for one test set and classes of like size, where the runs are not at hand."""
-    return (2.0 if metric == "matthews" else 1.0) if counted(metric) else None
+    return (2.0 if metric == "matthews" else 1.0) if is_right_or_wrong(metric) else None
 
 
 def _ngrams(text: str, references: Sequence[str]) -> list[float]:

@@ -43,7 +43,7 @@ def end_of_search(method: MethodRow) -> str:
 
 
 def _means(method: MethodRow) -> list[tuple[Settings, float]]:
-    """What a method's search tried, with the scores that it chose by."""
+    """Return the settings that a method's search tried, with their mean scores."""
     return mean_scores((t["settings"], t["score"]) for t in method["trials"])
 
 
@@ -58,7 +58,7 @@ def level(false_alarm: float | None, allowed: float) -> Iterator[str]:
 
 
 def level_here(false_alarm: float | None, allowed: float) -> Iterator[str]:
-    """The same of scores that were made elsewhere."""
+    """Say the level of a comparison of scores from elsewhere."""
     if false_alarm is not None:
         most = percent(allowed)
         yield f"Chance of any false alarm here: {false_alarm:.1%} with the noise of these runs, {most} at most."
@@ -104,7 +104,7 @@ def level_searches(methods: Sequence[MethodRow]) -> Iterator[str]:
 
 
 def why_unlearned(method: MethodRow, untrained: Sequence[UntrainedRow]) -> str:
-    """By what a method has not learned its task; "" if it has, or if there is nothing to measure it by."""
+    """Say why a method has not learned its task; "" if it has, or if there is nothing to measure it by."""
     done = [seed["figures"] for seed in method["seeds"] if seed["status"] == "done"]
     return why_unlearned_in(method, method["score"], done, untrained)
 
@@ -115,7 +115,7 @@ def why_unlearned_in(
     runs: Sequence[Mapping[str, float | None] | None],
     untrained: Sequence[UntrainedRow],
 ) -> str:
-    """The same of some of its runs, by their score and the figures of each."""
+    """Say why some runs of a method have not learned the task, by their score and figures; "" if they have."""
     figures = [run or {} for run in runs]
     if figures and all(f.get("matthews") == 0 for f in figures):
         return "every run is right as often as one that gives every item the same answer (Matthews 0)"
@@ -236,7 +236,7 @@ def shared_machine(methods: Sequence[MethodRow]) -> Iterator[str]:
     """Times of runs that shared the machine differ from times of runs that had it for themselves."""
     found = numbers_at_a_time(methods)
     if len(found) > 1:
-        _, listed = _grouped(
+        _, listed = _group_by_words(
             (" and ".join("unknown" if n is None else str(n) for n in numbers), _cell(m))
             for m in methods
             if (numbers := m["measured_beside"])
@@ -253,7 +253,7 @@ def shared_machine(methods: Sequence[MethodRow]) -> Iterator[str]:
 
 def devices(finished: Sequence[Finished]) -> Iterator[str]:
     """Runs of a study that went on elsewhere: times of two machines do not compare."""
-    found, listed = _grouped((o.device, str(f.cell)) for f in finished for _, o in f.finals if o and o.device)
+    found, listed = _group_by_words((o.device, str(f.cell)) for f in finished for _, o in f.finals if o and o.device)
     if len(found) > 1:
         yield f"Times and speeds are not comparable: the runs were done on different devices. {listed}."
 
@@ -261,15 +261,15 @@ def devices(finished: Sequence[Finished]) -> Iterator[str]:
 def precisions(finished: Sequence[Finished]) -> list[str]:
     """In which precision the runs were done: figures of two do not compare."""
     recipes = [(f.cell.recipe, str(f.cell)) for f in finished]
-    found, listed = _grouped(
+    found, listed = _group_by_words(
         (f"{r.model.dtype} weights{'' if r.train.autocast == 'none' else f' with {r.train.autocast} autocast'}", cell)
         for r, cell in recipes
     )
     return [f"Runs differ in precision. {listed}."] if len(found) > 1 else [f"All runs: {words}." for words in found]
 
 
-def _grouped(pairs: Iterable[tuple[str, str]]) -> tuple[list[str], str]:
-    """From what holds of a cell, and the cell: each of the first, and in words which cells it holds of."""
+def _group_by_words(pairs: Iterable[tuple[str, str]]) -> tuple[list[str], str]:
+    """Group pairs (text, cell) by the text. Returns the texts, and a sentence with the cells of each."""
     groups: dict[str, dict[str, None]] = {}
     for words, cell in pairs:
         groups.setdefault(words, {})[cell] = None
@@ -295,7 +295,7 @@ def warned(ended: Iterable[Ended]) -> list[str]:
     texts: dict[tuple[str, str], dict[str, list[str]]] = {}
     for job, outcome in ended:
         for text in outcome.warnings if outcome else ():
-            alike = texts.setdefault(job.scenario, {}).setdefault(form(text), [])
+            alike = texts.setdefault(job.scenario, {}).setdefault(without_numbers(text), [])
             if text not in alike:
                 alike.append(text)
     return [
@@ -306,6 +306,6 @@ def warned(ended: Iterable[Ended]) -> list[str]:
     ]
 
 
-def form(warning: str) -> str:
-    """A warning without its numbers, which differ from run to run. Digits of names stay."""
+def without_numbers(warning: str) -> str:
+    """Remove the numbers of a warning, which differ from run to run. Digits in names stay."""
     return _NUMBER.sub("#", warning)

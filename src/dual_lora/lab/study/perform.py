@@ -47,7 +47,7 @@ def perform(job: Job, runs: Path, keep: str = "adapters", at_a_time: int | None 
     start, code, said = time.monotonic(), code_version(), list[str]()
     try:
         runs.mkdir(parents=True, exist_ok=True)
-        with _held(runs / job.key), _kept_warnings(said):
+        with _locked(runs / job.key), _kept_warnings(said):
             if (done := read_outcome(runs, job.key)) is not None:
                 return done  # an orphan finished it while we waited
             try:
@@ -76,7 +76,7 @@ def perform(job: Job, runs: Path, keep: str = "adapters", at_a_time: int | None 
 
 
 @contextlib.contextmanager
-def _held(folder: Path) -> Iterator[None]:
+def _locked(folder: Path) -> Iterator[None]:
     """Hold a lock next to the run's folder, so that nobody else runs the same job. The folder may be no link."""
     if folder.is_symlink():
         raise UserError(f"{folder} is a link to {folder.readlink()}, expected a run's own folder: remove the link.")
@@ -85,10 +85,10 @@ def _held(folder: Path) -> Iterator[None]:
         yield
 
 
-def retire(runs: Path, key: str, code: str | None) -> None:
+def set_aside(runs: Path, key: str, code: str | None) -> None:
     """Put the files of a run aside under the name of the code that did it, so that it is done again."""
     aside = f"{key}.by-{(code or 'unknown').partition(',')[0][:20]}"
-    with _held(runs / key):
+    with _locked(runs / key):
         # The scores first: without them the run is damaged, whatever is left by a kill, and done again.
         for name in (".scores.json", ".forgetting.json", "", ".json"):
             if (old := runs / f"{key}{name}").exists():
@@ -109,7 +109,7 @@ def _trained(job: Job, runs: Path, keep: str) -> Figures:
     callbacks += [timed] if job.split == "none" else []
     names = job.task, f"{job.method}/seed-{job.seed}"
     more: dict[str, Any] = {"report_to": job.report_to, "names": names} if job.report_to else {}
-    more["passing"] = not _stays(job, keep)
+    more["passing"] = not _keeps_adapter(job, keep)
     result = run(recipe, folder, resume=True, progress=False, callbacks=callbacks, **more)
     if result.state != "finished":
         raise Stopped(result.stopped_by)
@@ -143,11 +143,15 @@ def _base(job: Job, runs: Path) -> Figures:
     examples = load_split(recipe.data, job.split)
     tuned = Tuned(loaded.model, loaded.tokenizer, recipe.model.path)
     measured = evaluate(tuned, recipe.data, recipe.evaluate, examples=examples, variants=["base"], progress=False)
-    return _scored(job, runs, measured, examples, []) | _constant(job.metric, examples) | {"weights": weights}
+    return (
+        _scored(job, runs, measured, examples, [])
+        | _constant_answer_scores(job.metric, examples)
+        | {"weights": weights}
+    )
 
 
-def _constant(metric: str, examples: list[Any]) -> dict[str, float]:
-    """How often one answer to everything is right, the best of them, where being right is what counts."""
+def _constant_answer_scores(metric: str, examples: list[Any]) -> dict[str, float]:
+    """Return the best accuracy of one constant answer, for metrics of right and wrong."""
     if metric not in ("choice", "exact_match"):
         return {}
     parts: dict[str, Counter[str]] = {}
@@ -163,9 +167,9 @@ def _scored(job: Job, runs: Path, measured: Any, examples: list[Any], classes: l
     other = [item for item in measured.items if item.get("task") == "forgetting"]
     own = [item for item in measured.items if item.get("task") != "forgetting"]
     shares = metrics.features(job.metric, own, labels, classes, prompts)
-    counts = _counts(examples, len(shares))
+    counts = _item_weights(examples, len(shares))
     shares = [[count * x for x in row] for count, row in zip(counts, shares, strict=True)]
-    if metrics.a_share(job.metric) and len(set(counts)) > 1:
+    if metrics.is_share(job.metric) and len(set(counts)) > 1:
         shares = [[*row, count] for count, row in zip(counts, shares, strict=True)]  # for `metrics.reach`
     score = metrics.value(job.metric, np.asarray(shares, dtype=np.float64).mean(0), len(shares))
     (figures,) = measured.metrics.values()
@@ -178,8 +182,8 @@ def _scored(job: Job, runs: Path, measured: Any, examples: list[Any], classes: l
     return {"score": score, "metric": job.metric, "figures": figures, "items": len(shares)}
 
 
-def _counts(examples: list[Any], items: int) -> list[float]:
-    """How often each item counts, 1 in the mean. Of several test sets each counts alike, however large it is."""
+def _item_weights(examples: list[Any], items: int) -> list[float]:
+    """Return the items' weights, with mean 1: each of several test sets has the same weight, whatever its size."""
     sizes = Counter(example.part for example in examples)
     if len(sizes) == 1:
         return [1.0] * items
@@ -216,10 +220,10 @@ def _tidy(job: Job, folder: Path, keep: str) -> None:
     if keep == "all":
         return
     shutil.rmtree(folder / "model", ignore_errors=True)
-    if not _stays(job, keep):
+    if not _keeps_adapter(job, keep):
         shutil.rmtree(folder / "adapter", ignore_errors=True)
 
 
-def _stays(job: Job, keep: str) -> bool:
+def _keeps_adapter(job: Job, keep: str) -> bool:
     """Whether the run's adapter is kept once it is scored."""
     return keep == "all" or (keep != "nothing" and job.kind == "final")

@@ -17,14 +17,14 @@ from dual_lora.lab.model.precision import (
     Fast,
     Short,
     fast_precision,
-    leaves_open,
-    settled,
-    settled_here,
+    is_auto,
+    with_device_precision,
+    with_precision,
 )
 from dual_lora.lab.recipe.read import changed, recipe_values, recipe_with
 from dual_lora.lab.recipe.schema import Recipe, TrainSection
 from dual_lora.lab.study import metrics
-from dual_lora.lab.study.budget import UNKNOWN, Scale, classes_of, counted, fit_parameters, set_rank, written_rank
+from dual_lora.lab.study.budget import UNKNOWN, Scale, classes_of, fit_parameters, set_rank, size_of_cell, written_rank
 from dual_lora.lab.study.cell import Cell, trial_jobs
 from dual_lora.lab.study.folder import StudyFolder
 from dual_lora.lab.study.job import Settings
@@ -47,8 +47,10 @@ class Plan:
     def read(cls, study: Study) -> "Plan":
         """The plan of a study in its own precision, or in the one that this device is fast in."""
         short = None if study.precision == AUTO else study.precision
-        recipes = _written(study)
-        return cls(study, {at: settled(r, short) if short else settled_here(r) for at, r in recipes.items()})
+        recipes = _recipes_of(study)
+        return cls(
+            study, {at: with_precision(r, short) if short else with_device_precision(r) for at, r in recipes.items()}
+        )
 
 
 def lay_out(plan: Plan, scale: Scale | None = None) -> list[Cell]:
@@ -66,14 +68,24 @@ def lay_out(plan: Plan, scale: Scale | None = None) -> list[Cell]:
         classes = classes_of(base)
         target, at = _target(study, scale, base, classes)
         for name, entry in entries.items():
-            cell = Cell(model, task, name, entry, _trained_by(entry, base), metric, UNKNOWN, classes, overlap=overlap)
+            cell = Cell(
+                model,
+                task,
+                name,
+                entry,
+                _with_training_settings(entry, base),
+                metric,
+                UNKNOWN,
+                classes,
+                overlap=overlap,
+            )
             fit_parameters(study, scale, cell, target, at)
             _check_training(study, scale, cell)
             cells.append(cell)
     return cells
 
 
-def _written(study: Study) -> dict[Scenario, Recipe]:
+def _recipes_of(study: Study) -> dict[Scenario, Recipe]:
     """The recipe of every model with every task, with `auto` where it says so."""
     _check_size(study)
     recipes = {}
@@ -130,13 +142,13 @@ def _resolved(name: str, entry: MethodEntry) -> MethodEntry:
     return MethodEntry.model_validate(values)
 
 
-def _trained_by(entry: MethodEntry, base: Recipe) -> Recipe:
+def _with_training_settings(entry: MethodEntry, base: Recipe) -> Recipe:
     """The recipe with the method's settings of the training loop; its fields follow with its rank."""
     return changed(base, {"train": entry.train, "name": "run", "about": ""}, "the study's recipe")
 
 
 def _metric(study: Study, task: str, recipe: Recipe) -> str:
-    """What judges the task. Refuses a search that goes by something else and does not say why."""
+    """Return the task's metric. Raises UserError for a search by another metric that does not say why."""
     head, search = recipe.model.head, study.search
     metric = study.tasks[task].metric or metrics.default_metric(recipe.evaluate.tasks, head)
     tuned_by = (search and search.metric) or metric
@@ -145,7 +157,7 @@ def _metric(study: Study, task: str, recipe: Recipe) -> str:
             metrics.evaluation(name, head)
         except UserError as error:
             raise UserError(f"tasks.{task}: {error}") from None
-    if (metrics.counted(metric) or metric == "pearson") and (margin := study.margin.get(metric, 0.0)) >= 1:
+    if (metrics.is_right_or_wrong(metric) or metric == "pearson") and (margin := study.margin.get(metric, 0.0)) >= 1:
         raise UserError(
             f"tasks.{task}: the margin for {metric} is {margin:g}, and it is never above 1: nearly everything would be "
             "equivalent. Give it in the metric's unit: 0.01 is one point of a hundred."
@@ -159,12 +171,12 @@ def _metric(study: Study, task: str, recipe: Recipe) -> str:
 
 
 def _keep_test_apart(study: Study, task: str, recipe: Recipe, metric: str) -> str:
-    """Refuse records that stand in two sets. Returns what has to be said of those that the recipe declares."""
+    """Raise UserError for records in two sets. Returns a note on overlaps that the recipe declares."""
     from dual_lora.lab.data.overlap import shared, undeclared
     from dual_lora.lab.data.records import find, hub_split, same_records
 
     data = recipe.data
-    if data.tests and not metrics.a_share(metric):
+    if data.tests and not metrics.is_share(metric):
         raise UserError(
             f"tasks.{task}: the recipe has several test sets ({', '.join(data.tests)}), and {metric} has no "
             "mean over them: make each a task of its own, "
@@ -228,7 +240,7 @@ def _target(study: Study, scale: Scale, base: Recipe, classes: int | None) -> tu
         return budget.value, None
     assert budget.like is not None
     entry = _resolved(budget.like, study.methods[budget.like])
-    cell = Cell("", "", budget.like, entry, _trained_by(entry, base), "", UNKNOWN, classes)
+    cell = Cell("", "", budget.like, entry, _with_training_settings(entry, base), "", UNKNOWN, classes)
     rank = written_rank(entry)
     return set_rank(cell, rank, scale).trainable, rank
 
@@ -267,7 +279,7 @@ def _check_training(study: Study, scale: Scale, cell: Cell) -> None:
                     "`search` of its own, with the same number of trials."
                 )
         held = match != "none" and not cell.entry.unmatched
-        resized = held and varied and counted(scale, cell, recipe) != cell.size
+        resized = held and varied and size_of_cell(scale, cell, recipe) != cell.size
         relengthed = held and match == "time" and set(settings) & set(_LENGTH)
         if resized or relengthed:
             raise UserError(
@@ -282,13 +294,15 @@ def settled_plan(study: Study, folder: StudyFolder, elsewhere: Short | None = No
     A study that was begun in `folder` keeps its choice, by `precision` in its study.yaml. Nothing is chosen where the
     study leaves nothing open. elsewhere: what another machine would choose, on which the study would begin.
     """
-    for name, values in _varied(study):
+    for name, values in _varied_settings(study):
         if name.removeprefix("train.") == "autocast" and AUTO in values:
             raise UserError(f"{name}: auto is one choice for the whole study; write bf16 and none to compare the two.")
-    recipes = _written(study)
+    recipes = _recipes_of(study)
     if study.precision != AUTO:
-        return _filled_in(study, recipes, study.precision, {"asked": study.precision, "precision": study.precision})
-    if not any(map(leaves_open, recipes.values())) and not any(_auto_in(_laid_over(study.model_dump(mode="json")))):
+        return _with_precision(
+            study, recipes, study.precision, {"asked": study.precision, "precision": study.precision}
+        )
+    if not any(map(is_auto, recipes.values())) and not any(_auto_in(_override_parts(study.model_dump(mode="json")))):
         return Plan(study, recipes)
     before: Any = folder.known.study.get("precision") if folder.known.study else AUTO
     if before not in (AUTO, *DTYPES):
@@ -300,32 +314,32 @@ def settled_plan(study: Study, folder: StudyFolder, elsewhere: Short | None = No
         found = Fast(before, "as the study was begun")
     else:
         found = Fast(elsewhere, "as on the card") if elsewhere else fast_precision()
-    return _filled_in(study, recipes, found.precision, {"asked": AUTO, **asdict(found)})
+    return _with_precision(study, recipes, found.precision, {"asked": AUTO, **asdict(found)})
 
 
-def _varied(study: Study) -> Iterator[tuple[str, list[Any]]]:
-    """Every setting that the study varies, with its values."""
+def _varied_settings(study: Study) -> Iterator[tuple[str, list[Any]]]:
+    """Yield every setting that the study varies, with its values."""
     yield from study.sweep.items()
     spaces = [study.search.space] if study.search else []
     for space in [*spaces, *(entry.search for entry in study.methods.values())]:
         yield from ((name, values) for name, values in space.items() if isinstance(values, list))
 
 
-def _filled_in(study: Study, recipes: dict[Scenario, Recipe], short: Short, said: dict[str, Any]) -> Plan:
+def _with_precision(study: Study, recipes: dict[Scenario, Recipe], short: Short, said: dict[str, Any]) -> Plan:
     """The plan with the precision `short` instead of every `auto` of the study and of its recipes."""
     values = study.model_dump(mode="json")
-    for part, name, laid in _auto_in(_laid_over(values)):
+    for part, name, laid in _auto_in(_override_parts(values)):
         laid[part][name] = FIELDS[part, name][short]
-    chosen = {at: settled(recipe, short) for at, recipe in recipes.items()}
+    chosen = {at: with_precision(recipe, short) for at, recipe in recipes.items()}
     return Plan(Study.model_validate(values | {"precision": short}), chosen, said)
 
 
-def _laid_over(values: dict[str, Any]) -> list[dict[str, Any]]:
-    """Everything that a written study lays over its recipes."""
+def _override_parts(values: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return all parts of a written study that override its recipes."""
     return [values["overrides"], *values["models"].values(), *values["tasks"].values(), *values["methods"].values()]
 
 
 def _auto_in(laid_over: list[dict[str, Any]]) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Each `auto` there: the part of a recipe, its field, and what holds them."""
+    """Yield each `auto`: the part of a recipe, its field, and the mapping that has it."""
     for laid in laid_over:
         yield from ((part, name, laid) for part, name in FIELDS if (laid.get(part) or {}).get(name) == AUTO)

@@ -31,8 +31,8 @@ def read_study(source: str | Path | Study) -> Study:
     path = _study_file(str(source), Path(source))
     values = values_in(path)
     if not {"tasks", "methods", "extends"} & set(values) and {"model", "method", "data"} & set(values):
-        raise UserError(_is_a_recipe(str(source)))
-    values = _extended(values, path, [path.resolve()])
+        raise UserError(_recipe_hint(str(source)))
+    values = _with_extended(values, path, [path.resolve()])
     study = build_study(values, str(path))
     for task in study.tasks.values():  # a recipe may lie in the study's folder
         if not Path(task.recipe).is_file() and (beside := path.parent / task.recipe).is_file():
@@ -48,19 +48,19 @@ def _study_file(name: str, path: Path) -> Path:
     if name in shipped:
         return shipped[name]
     if name in shipped_recipes():
-        raise UserError(_is_a_recipe(name))
+        raise UserError(_recipe_hint(name))
     raise UserError(f"There is no study {name!r}.{suggest(name, shipped, LISTING)}")
 
 
 def values_in(path: Path) -> dict[str, Any]:
-    """What a YAML file holds. Raises UserError where it is none, or no mapping."""
+    """Read a YAML file. Raises UserError if it is none, or no mapping."""
     values = parse_yaml(read_yaml_text(path), str(path))
     if not isinstance(values, dict):
         raise UserError(f"{path} holds {type(values).__name__}, expected a mapping with name, tasks and methods.")
     return values
 
 
-def _extended(values: dict[str, Any], path: Path, seen: list[Path]) -> dict[str, Any]:
+def _with_extended(values: dict[str, Any], path: Path, seen: list[Path]) -> dict[str, Any]:
     """The values over those of the study that `extends` names (a file in its folder, or a shipped study).
 
     A field replaces the other study's; only `methods` are merged, entry by entry and field by field.
@@ -73,7 +73,7 @@ def _extended(values: dict[str, Any], path: Path, seen: list[Path]) -> dict[str,
         raise UserError(f"{path} extends {name}, which extends {path.name} in turn: leave one of them out.")
     if len(seen) > MOST_EXTENDED:
         raise UserError(f"{path} is the end of a row of more than {MOST_EXTENDED} studies that extend each other.")
-    below = _extended(values_in(base), base, [*seen, base.resolve()])
+    below = _with_extended(values_in(base), base, [*seen, base.resolve()])
     over = {key: value for key, value in values.items() if key != "extends"}
     theirs, ours = below.get("methods"), over.get("methods")
     if isinstance(theirs, dict) and isinstance(ours, dict):
@@ -83,8 +83,8 @@ def _extended(values: dict[str, Any], path: Path, seen: list[Path]) -> dict[str,
     return below | over
 
 
-def _is_a_recipe(name: str) -> str:
-    """What to do with a recipe that was given for a study."""
+def _recipe_hint(name: str) -> str:
+    """Return a hint for a file that is a recipe and not a study, else ""."""
     using = [study for study in shipped_studies() if name in read_study(study).recipes]
     shipped = f" The shipped studies {', '.join(using)} use it." if using else ""
     return (

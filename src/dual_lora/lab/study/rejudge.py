@@ -22,7 +22,7 @@ from dual_lora.lab.study import statistics as stats
 from dual_lora.lab.study.conclude import Methods, about_pairs, conclude
 from dual_lora.lab.study.job import task_name
 from dual_lora.lab.study.read import build_study
-from dual_lora.lab.study.results import RESULTS_FORMAT, wanted
+from dual_lora.lab.study.results import RESULTS_FORMAT, wanted_pairs
 from dual_lora.lab.study.rows import AmendmentRow, ComparisonRow, MethodRow, Results
 from dual_lora.lab.study.study import Study
 
@@ -67,7 +67,7 @@ def rejudge(results: Results) -> Results:
 
 def _missing(study: Study, pairs: list[verdicts.Comparison]) -> int:
     """How many pairs the whole study has beyond these; twice as many where forgetting is measured as well."""
-    planned = len(wanted(study, list(study.variants()))) * len(study.tasks) * max(1, len(study.models))
+    planned = len(wanted_pairs(study, list(study.variants()))) * len(study.tasks) * max(1, len(study.models))
     forgetting = sum(pair.metric == "forgetting" for pair in pairs)
     return max(0, planned - (len(pairs) - forgetting)) * (2 if forgetting else 1)
 
@@ -111,7 +111,7 @@ def _by_seed(among: list[MethodRow], two: list[MethodRow]) -> list[stats.Table]:
     """The scores of two methods' runs, better is more; lost ones have the worst score of all runs `among` these."""
     sign = metrics.direction(two[0]["better"])
     tables = [np.array([[math.nan if s["score"] is None else sign * s["score"]] for s in m["seeds"]]) for m in among]
-    return [table[:, 0] for table, m in zip(stats.with_lost(*tables), among, strict=True) if m in two]
+    return [table[:, 0] for table, m in zip(stats.with_lost_runs(*tables), among, strict=True) if m in two]
 
 
 def _seed_error(pair: list[stats.Table], error: float) -> float:

@@ -149,14 +149,14 @@ def _pairs(
         about["reach"] = reaches.get(scenario)
         pairs += [
             verdicts.compare_pair(
-                *stats.with_lost(tables[(*scenario, a)], tables[(*scenario, b)]), names=(a, b), **about
+                *stats.with_lost_runs(tables[(*scenario, a)], tables[(*scenario, b)]), names=(a, b), **about
             )
-            for a, b in wanted(study, [cell.method for cell in here])
+            for a, b in wanted_pairs(study, [cell.method for cell in here])
         ]
     return pairs
 
 
-def wanted(study: Study, names: Sequence[str]) -> list[tuple[str, str]]:
+def wanted_pairs(study: Study, names: Sequence[str]) -> list[tuple[str, str]]:
     """Candidates and references, of these methods of one scenario."""
     if study.pairs == "all":
         return [(a, b) for i, b in enumerate(names) for a in names[i + 1 :]]
@@ -170,7 +170,7 @@ def _missing(study: Study, finished: Sequence[Finished]) -> int:
         here = [f for f in finished if f.cell.scenario == scenario]
         whole = {f.cell.method for f in here if f.complete}
         forgetting = {f.cell.method for f in here if f.cell.recipe.evaluate.forgetting is not None}
-        for pair in wanted(study, [f.cell.method for f in here]):
+        for pair in wanted_pairs(study, [f.cell.method for f in here]):
             if not whole.issuperset(pair):
                 count += 1 + forgetting.issuperset(pair)
     return count
@@ -184,7 +184,7 @@ def _method(study: Study, f: Finished, table: stats.Table | None, reference: sta
     diverged = sum(outcome is not None and outcome.status == "diverged" for _, outcome in f.finals)
     scored = not f.diverged_in_search and diverged < len(f.finals)
     known = [t for t in (table, reference) if t is not None]
-    means = sign * stats.with_lost(*known)[0].mean(1) if table is not None and scored else None
+    means = sign * stats.with_lost_runs(*known)[0].mean(1) if table is not None and scored else None
     grid = study.search.points(cell.entry.search or None) if study.search and f.trials else []
     return {
         "model": cell.model,

@@ -137,10 +137,10 @@ def _spread_points(space: dict[str, Axis], wanted: int) -> list[dict[str, Any]]:
         unit = np.linspace(0, 1, wanted)[:, None] if wanted > 1 else np.array([[0.5]])
     else:
         unit = qmc.Halton(len(space), rng=0).random(wanted)
-    return [{name: _at(axis, u) for (name, axis), u in zip(space.items(), row, strict=True)} for row in unit]
+    return [{name: _value_at(axis, u) for (name, axis), u in zip(space.items(), row, strict=True)} for row in unit]
 
 
-def _at(axis: Axis, u: float) -> Any:
+def _value_at(axis: Axis, u: float) -> Any:
     if isinstance(axis, list):
         return axis[min(int(u * len(axis)), len(axis) - 1)]
     if axis.scale == "linear":
@@ -178,7 +178,7 @@ def mean_scores(
     return found
 
 
-def beyond(best: Settings, tried: Sequence[Settings]) -> Settings | None:
+def next_beyond_grid(best: Settings, tried: Sequence[Settings]) -> Settings | None:
     """The best settings with the next learning rate, where theirs is the first or the last of three or more tried.
 
     The step is that of the grid's end: after 3e-4 and 1e-3 comes 3.3e-3. None where the best rate lies inside.

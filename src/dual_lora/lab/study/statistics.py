@@ -77,7 +77,7 @@ def table(scores: ArrayLike) -> Table:
     return t
 
 
-def with_lost(*methods: Table) -> list[Table]:
+def with_lost_runs(*methods: Table) -> list[Table]:
     """Tables [S, N] whose lost runs (NaN) have the worst score of all runs of these methods; 0 where no run has one.
 
     Of the two that are compared, and of no third: another method's failure would decide how bad this one's is.
@@ -94,10 +94,10 @@ def error_parts(d: Table) -> tuple[Table, Table, Table]:
     seeds, items = N * rows.var(-1, ddof=1), S * columns.var(-1, ddof=1)
     left = d - rows[..., :, None] - columns[..., None, :] + mean[..., None, None]
     rest = (left**2).sum((-2, -1)) / ((S - 1) * (N - 1))
-    return mean, *errors(seeds, items, rest, S, N)
+    return mean, *standard_errors(seeds, items, rest, S, N)
 
 
-def errors(seeds: Table, items: Table, rest: Table, S: int, N: int) -> tuple[Table, Table]:
+def standard_errors(seeds: Table, items: Table, rest: Table, S: int, N: int) -> tuple[Table, Table]:
     """The standard error and the seeds' part of it, from mean squares."""
     # Seeds whose means are all the same are no sign of less noise than single answers have.
     seeds = np.where(seeds <= 1e-20 * (items + rest), rest, seeds)
@@ -224,8 +224,8 @@ def corrected(p: ArrayLike, p_same: ArrayLike) -> tuple[Table, Table]:
 
 
 @functools.cache
-def _luck(seeds: int) -> Table:
-    """What the seeds' part of the error is seen to be for a true part of 1: the quantiles over studies."""
+def _seed_error_quantiles(seeds: int) -> Table:
+    """Return the quantiles, over studies, of the estimated seed error for a true seed error of 1."""
     points = (np.arange(1000) + 0.5) / 1000
     return np.asarray(np.sqrt(stats.chi2.ppf(points, seeds - 1) / (seeds - 1)))
 
@@ -233,7 +233,7 @@ def _luck(seeds: int) -> Table:
 def power(difference: float, s: Spread, level: float) -> float:
     """Chance that a true difference of this size is significant, with the right sign, if the two parts of the error are
     in truth what they were seen to be. With a difference of 0 it is half of the chance of a false alarm."""
-    half = half_width(level, s.seed_error * _luck(s.seeds), s.item_error, s.seeds, s.items)
+    half = half_width(level, s.seed_error * _seed_error_quantiles(s.seeds), s.item_error, s.seeds, s.items)
     return float(stats.norm.cdf((abs(difference) - half) / s.error).mean())
 
 

@@ -22,13 +22,13 @@ from torch import Tensor
 from dual_lora.lab.errors import UserError, described
 from dual_lora.lab.model.load import quiet
 from dual_lora.lab.model.opened import Tuned
-from dual_lora.lab.model.weights import folder_digest, have_changed
+from dual_lora.lab.model.weights import folder_digest, weights_changed
 from dual_lora.lab.progress import console
 from dual_lora.lab.read import regular
 from dual_lora.lab.verify.diagnose import Known
 from dual_lora.lab.verify.guesses import FOUR_BITS, FOUR_BITS_MERGED, ModelGuesses, adapted_layers, known_of, parts
 from dual_lora.lab.verify.logprobs import Probe, Text, base_parameters, rows_of, text_of_token
-from dual_lora.lab.verify.prompts import both, built_in_probes, most_apart
+from dual_lora.lab.verify.prompts import base_and_adapter_scores, built_in_probes, by_difference
 from dual_lora.lab.verify.texts import hash_of_template, hash_of_tokenizer, plain_counts
 
 FILE = "fingerprint.json"
@@ -119,7 +119,7 @@ def make(tuned: Tuned) -> Fingerprint:
     """The fingerprint of a model that is loaded, with its adapter."""
     config = tuned.model.peft_config["default"]
     found = built_in_probes(tuned)
-    probes = _telling(found, *both(tuned, found))
+    probes = _most_different_tokens(found, *base_and_adapter_scores(tuned, found))
     known, guesses = known_of(tuned, probes), ModelGuesses(tuned.model, probes)
     columns = {"base": known.base, "tuned": known.tuned}
     if adapted_layers(tuned.model):
@@ -133,7 +133,7 @@ def make(tuned: Tuned) -> Fingerprint:
         base_sample=hash_of_base(tuned.model),
         tokenizer=hash_of_tokenizer(tuned.tokenizer),
         chat_template=hash_of_template(tuned.tokenizer),
-        probes=[_stored(probe, tuned.tokenizer) for probe in probes],
+        probes=[_with_texts(probe, tuned.tokenizer) for probe in probes],
         columns={name: [round(float(x), 6) for x in column] for name, column in columns.items()},
         rounding=known.rounding,
         rounded_strength=max(-10.0, min(10.0, known.rounded_strength)),
@@ -142,7 +142,7 @@ def make(tuned: Tuned) -> Fingerprint:
     )
 
 
-def leave(tuned: Tuned, folder: Path) -> None:
+def write_for_run(tuned: Tuned, folder: Path) -> None:
     """Write the fingerprint of what was just trained into its folder, where it can be made; never fail for it."""
     if not can_be_made(tuned):
         return
@@ -175,7 +175,7 @@ def read(folder: Path) -> Fingerprint | None:
 
 def check_is_of(saved: Fingerprint | None, folder: Path | None) -> None:
     """Raise UserError where the adapter next to a fingerprint is another one by now."""
-    if saved is not None and folder is not None and have_changed(saved.weights, folder_digest(folder)):
+    if saved is not None and folder is not None and weights_changed(saved.weights, folder_digest(folder)):
         raise UserError(
             f"{folder / FILE} is the fingerprint of other weights than the folder holds now (`dual-lora verify` "
             "without another option compares the two): put them back, or remove the fingerprint to go by the weights."
@@ -204,9 +204,9 @@ def hash_of_base(model: Any) -> str:
     return total.hexdigest()
 
 
-def _telling(probes: list[Probe], base: Tensor, tuned: Tensor) -> list[Probe]:
+def _most_different_tokens(probes: list[Probe], base: Tensor, tuned: Tensor) -> list[Probe]:
     """Of few prompts those tokens on which the two differ most, and a third on which they agree."""
-    prompts = sorted(most_apart(probes, base, tuned)[:PROMPTS])
+    prompts = sorted(by_difference(probes, base, tuned)[:PROMPTS])
     each = TOKENS // max(1, len(prompts))
     apart = (tuned - base).abs().split([len(probe.places) for probe in probes])
     chosen = []
@@ -218,6 +218,6 @@ def _telling(probes: list[Probe], base: Tensor, tuned: Tensor) -> list[Probe]:
     return chosen
 
 
-def _stored(probe: Probe, tokenizer: Any) -> Probe:
+def _with_texts(probe: Probe, tokenizer: Any) -> Probe:
     texts = tuple(text_of_token(tokenizer, token)[:512] for token in probe.ids)
     return replace(probe, texts=texts, first=texts[probe.start] if 0 < probe.start < len(texts) else None)

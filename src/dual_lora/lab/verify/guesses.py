@@ -47,11 +47,11 @@ class ModelGuesses:
             return score(self.model, self.probes)
 
     def coarse(self) -> dict[str, Tensor]:
-        if not _may_be_copied(self.model):
+        if not _fits_a_copy(self.model):
             return {}
         with as_int4(self.model):
             found = {FOUR_BITS: score(self.model, self.probes)}
-        if _may_be_copied(self.model, LARGEST_COPIED // 3):  # what a method keeps for its unmerging is a copy, too
+        if _fits_a_copy(self.model, LARGEST_COPIED // 3):  # what a method keeps for its unmerging is a copy, too
             with contextlib.suppress(Exception), merged(self.model):  # whatever it has against a merge
                 for name, least in FOUR_BITS_MERGED.items():
                     with as_int4(self.model, least):
@@ -86,7 +86,7 @@ def known_of(tuned: Any, probes: list[Probe], before: tuple[Tensor, Tensor] | No
     )
 
 
-def _may_be_copied(model: Any, largest: int = LARGEST_COPIED) -> bool:
+def _fits_a_copy(model: Any, largest: int = LARGEST_COPIED) -> bool:
     """Not for a base that is packed in few bits already, nor for one too large."""
     held = list(base_parameters(model).values())
     size = sum(p.numel() * p.element_size() for p in held)
@@ -147,13 +147,13 @@ def parts(model: Any) -> dict[str, set[str]]:
 
 def strength_notes(tuned: Any) -> list[str]:
     """What an adapter says of its own strength."""
-    factors = [float(layer.warmup_factor("default").min()) for layer in (_warming(tuned) if tuned else [])]
+    factors = [float(layer.warmup_factor("default").min()) for layer in (_warming_layers(tuned) if tuned else [])]
     if factors and min(factors) < 1:
         return [f"it was saved during its warm-up: λ is {min(factors):.2f}"]
     return []
 
 
-def _warming(tuned: Any) -> list[Any]:
+def _warming_layers(tuned: Any) -> list[Any]:
     """The layers whose adapter has the paper's warm-up, and with it a λ that may be below 1."""
     layers = adapted_layers(tuned.model).values()
     return [m for m in layers if isinstance(m, DualLoraLayer) and m.states["default"].warmup]

@@ -59,9 +59,11 @@ def find_probes(tuned: Tuned, prompts: str | None = None) -> tuple[list[Probe], 
         examples, where = _own_records(data)
         questions = [] if examples else list(BUILT_IN)
     chance = random.Random(0)
-    found = [p for e in chance.sample(examples, min(len(examples), 4 * ASKED)) if (p := _answered(prompter, e))][:ASKED]
+    found = [p for e in chance.sample(examples, min(len(examples), 4 * ASKED)) if (p := _probe_of_answer(prompter, e))][
+        :ASKED
+    ]
     if questions:
-        found = _continued(tuned, prompter, questions[:ASKED])
+        found = _with_continuations(tuned, prompter, questions[:ASKED])
     if not found:
         raise UserError(
             f"None of the prompts ({where}) has an answer within {LONGEST} tokens: give others by --prompts FILE."
@@ -72,24 +74,24 @@ def find_probes(tuned: Tuned, prompts: str | None = None) -> tuple[list[Probe], 
 def built_in_probes(tuned: Tuned) -> list[Probe]:
     """Probes that need no data and tell nothing of it but what the adapter answers to everybody."""
     prompter = Prompter(tuned.tokenizer, tuned.recipe.data.template if tuned.recipe else "auto")
-    return _continued(tuned, prompter, list(BUILT_IN))
+    return _with_continuations(tuned, prompter, list(BUILT_IN))
 
 
 def choose(probes: list[Probe], base: Tensor, tuned: Tensor) -> list[int]:
     """Indices of the probes that are kept: where the two differ most, and where they agree."""
     if len(probes) <= DIFFERING + AGREEING:
         return list(range(len(probes)))
-    order = most_apart(probes, base, tuned)
+    order = by_difference(probes, base, tuned)
     return sorted(order[:DIFFERING] + order[-AGREEING:])
 
 
-def most_apart(probes: list[Probe], base: Tensor, tuned: Tensor) -> list[int]:
+def by_difference(probes: list[Probe], base: Tensor, tuned: Tensor) -> list[int]:
     """Indices of the probes by the mean distance of adapter and base on their tokens, the largest first."""
     apart = (tuned - base).abs().split([len(probe.places) for probe in probes])
     return sorted(range(len(probes)), key=lambda i: -float(apart[i].mean()))
 
 
-def both(tuned: Tuned, probes: list[Probe]) -> tuple[Tensor, Tensor]:
+def base_and_adapter_scores(tuned: Tuned, probes: list[Probe]) -> tuple[Tensor, Tensor]:
     """Log-probabilities of base and adapter."""
     found = []
     for variant in ("base", "tuned"):
@@ -122,7 +124,7 @@ def _from_file(path: str, data: DataSection) -> tuple[list[Example], list[str]]:
     return ([], bare) if len(bare) == len(records) else (read_examples(path, data), [])
 
 
-def _answered(prompter: Prompter, example: Example) -> Probe | None:
+def _probe_of_answer(prompter: Prompter, example: Example) -> Probe | None:
     encoded = prompter.encode(example)
     places = [i for i, label in enumerate(encoded.labels) if label != IGNORED and i]
     last = example.messages[-1:]
@@ -134,7 +136,7 @@ def _answered(prompter: Prompter, example: Example) -> Probe | None:
     return Probe(tuple(encoded.input_ids), tuple(kept), start=start, messages=tuple(messages))
 
 
-def _continued(tuned: Tuned, prompter: Prompter, questions: list[str]) -> list[Probe]:
+def _with_continuations(tuned: Tuned, prompter: Prompter, questions: list[str]) -> list[Probe]:
     """The prompts with what the adapter writes after them."""
     asked = [({"role": "user", "content": question},) for question in questions]
     whole = [prompter.prompt_ids(messages) for messages in asked]

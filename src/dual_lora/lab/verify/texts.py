@@ -75,7 +75,11 @@ def compare_server(
     answer with another first token had another prompt.
     """
     said = {i: (theirs, texts[i]) for i, theirs in answer.written.items() if i in texts and theirs.strip()}
-    differing = [pair for pair in said.values() if _bare(pair[0]) != _bare(pair[1]) and not _is_number(pair[0])]
+    differing = [
+        pair
+        for pair in said.values()
+        if _without_blanks(pair[0]) != _without_blanks(pair[1]) and not _is_number(pair[0])
+    ]
     if len(differing) > OTHERWISE * len(said):
         theirs, ours = differing[0]
         return Finding(
@@ -97,7 +101,7 @@ def compare_server(
             ), []
         if conversation.first is not None and entries:
             asked += 1
-            otherwise += _bare(entries[0].token) != _bare(conversation.first)
+            otherwise += _without_blanks(entries[0].token) != _without_blanks(conversation.first)
     if right and asked and otherwise > asked / 2:
         return Finding(
             TEMPLATE, f"it begins {otherwise} of {asked} answers otherwise, though its weights are right"
@@ -108,7 +112,7 @@ def compare_server(
     return None, [f"the adapter's prompts {why}: no chat template was checked"]
 
 
-def _bare(text: str) -> str:
+def _without_blanks(text: str) -> str:
     """A token without the blanks around it, which servers write in several ways."""
     return text.translate(SPACES).strip()
 

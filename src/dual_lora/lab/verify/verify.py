@@ -21,7 +21,7 @@ from dual_lora.lab.verify.endpoint import Endpoint
 from dual_lora.lab.verify.fingerprint import Fingerprint, StoredGuesses
 from dual_lora.lab.verify.guesses import ModelGuesses, known_of, strength_notes
 from dual_lora.lab.verify.logprobs import Probe, base_parameters, score, text_of_token
-from dual_lora.lab.verify.prompts import both, choose, find_probes
+from dual_lora.lab.verify.prompts import base_and_adapter_scores, choose, find_probes
 from dual_lora.lab.verify.texts import (
     OTHER,
     PLAIN,
@@ -114,13 +114,13 @@ def verify(
     if endpoint is not None and model is not None:
         server = Endpoint(endpoint, model, timeout)
         own = _from_fingerprint(saved) if saved and prompts is None else _from_model(str(source), prompts, base, dtype)
-        report = _of_server(str(source), own, server)
+        report = _verify_server(str(source), own, server)
     elif against is None and adapter is None:
-        report = _of_itself(str(source), saved, prompts, base, dtype)
+        report = _verify_itself(str(source), saved, prompts, base, dtype)
     else:
         candidate = str(against or adapter)
         own = _reference(str(source), saved, prompts, base, dtype)
-        report = _of_files(str(source), own, candidate, folder, adapter is not None, base)
+        report = _verify_files(str(source), own, candidate, folder, adapter is not None, base)
     report.seconds = time.perf_counter() - began
     return report
 
@@ -158,7 +158,7 @@ def _reference(
 def _from_model(source: str, prompts: str | None, base: str | None, dtype: str | None) -> Reference:
     tuned = _opened(source, base, dtype)
     probes, where = find_probes(tuned, prompts)
-    pair = both(tuned, probes)
+    pair = base_and_adapter_scores(tuned, probes)
     kept = choose(probes, *pair)
     numbers = torch.arange(sum(len(p.places) for p in probes)).split([len(p.places) for p in probes])
     picked = torch.cat([numbers[i] for i in kept])
@@ -186,12 +186,12 @@ def _from_fingerprint(saved: Fingerprint) -> Reference:
     return Reference(saved.probes, *told, "the fingerprint's", exact, saved=saved)
 
 
-def _of_itself(
+def _verify_itself(
     source: str, saved: Fingerprint | None, prompts: str | None, base: str | None, dtype: str | None
 ) -> Report:
     """By its fingerprint; if that agrees and prompts are given, or if there is none, by what it changes of its base."""
     if saved is not None:
-        report = _loaded_anew(source, saved, base, dtype)
+        report = _verify_reloaded(source, saved, base, dtype)
         if prompts is None or not report.good:
             return report
     own = _from_model(source, prompts, base, dtype)
@@ -202,7 +202,7 @@ def _of_itself(
     return Report(source, "the adapter itself", own.where, finding, notes + strength_notes(own.tuned))
 
 
-def _loaded_anew(source: str, saved: Fingerprint, base: str | None, dtype: str | None) -> Report:
+def _verify_reloaded(source: str, saved: Fingerprint, base: str | None, dtype: str | None) -> Report:
     tuned = _opened(source, base, dtype or (saved.dtype if saved.dtype in PRECISIONS else None))
     own = _from_fingerprint(saved)
     with tuned.as_variant("tuned") as model:
@@ -211,13 +211,13 @@ def _loaded_anew(source: str, saved: Fingerprint, base: str | None, dtype: str |
     same_base = fingerprints.hash_of_base(tuned.model) == saved.base_sample
     finding = judge(found, own.known, own.guesses, exact, unpacked=exact and same_base)
     notes = strength_notes(tuned)
-    finding = _with_words(finding, _words(own, tuned.tokenizer), notes)
+    finding = _with_text_differences(finding, _text_differences(own, tuned.tokenizer), notes)
     if not finding.good and not same_base:
         finding.cause += f"; the base's weights are not those that it was trained on ({saved.base or 'unnamed'})"
     return Report(source, "the adapter itself, loaded anew", own.where, finding, notes)
 
 
-def _of_files(
+def _verify_files(
     source: str, own: Reference, candidate: str, folder: Path | None, adapter: bool, base: str | None
 ) -> Report:
     if adapter:
@@ -226,7 +226,7 @@ def _of_files(
             raise UserError(f"{candidate} holds no adapter: a merged model is given by --against.")
         tokenizer, notes = other.tokenizer, strength_notes(other)
     else:
-        other, tokenizer = _plain(candidate)
+        other, tokenizer = _load_plain(candidate)
         notes = []
     exact = own.exact and _dtype_of(other.model) == torch.float32
     unpacked = adapter and exact and fingerprints.hash_of_base(other.model) == own.base_sample
@@ -234,7 +234,7 @@ def _of_files(
         found = score(model, _in_vocabulary(own.probes, model, candidate))
     del other, model
     finding = judge(found, own.known, own.guesses, exact, unpacked=unpacked)
-    finding = _with_words(finding, _words(own, tokenizer), notes)
+    finding = _with_text_differences(finding, _text_differences(own, tokenizer), notes)
     if adapter and not finding.good and folder is not None:
         finding.cause = "; ".join([finding.cause, *_config_differences(folder, _adapter_folder(Path(candidate)))])
         if finding.word == "other scale" and any("warm-up" in note for note in notes):
@@ -265,7 +265,7 @@ def _ordered(value: Any) -> Any:
     return sorted(value) if isinstance(value, list) and all(isinstance(each, str) for each in value) else value
 
 
-def _with_words(finding: Finding, wrong: Finding | None, notes: list[str], first: bool = False) -> Finding:
+def _with_text_differences(finding: Finding, wrong: Finding | None, notes: list[str], first: bool = False) -> Finding:
     """The verdict where the words may be wrong as well: on them if the weights are right, else they are a note.
 
     first: they count before wrong weights.
@@ -278,21 +278,21 @@ def _with_words(finding: Finding, wrong: Finding | None, notes: list[str], first
     return finding
 
 
-def _words(own: Reference, tokenizer: Any) -> Finding | None:
+def _text_differences(own: Reference, tokenizer: Any) -> Finding | None:
     if tokenizer is None:
         return None
     if own.tuned is not None:
-        return compare_tokenizers(own.tuned.tokenizer, tokenizer, [*PLAIN, *_samples(own)], own.conversations)
+        return compare_tokenizers(own.tuned.tokenizer, tokenizer, [*PLAIN, *_sample_texts(own)], own.conversations)
     assert own.saved is not None
     return compare_hashes((own.saved.tokenizer, own.saved.chat_template), tokenizer, bool(own.conversations))
 
 
-def _samples(own: Reference) -> list[str]:
+def _sample_texts(own: Reference) -> list[str]:
     assert own.tuned is not None
     return [own.tuned.tokenizer.decode(p.ids, skip_special_tokens=True) for p in own.probes[:4]]
 
 
-def _of_server(source: str, own: Reference, server: Endpoint) -> Report:
+def _verify_server(source: str, own: Reference, server: Endpoint) -> Report:
     answer = server.score(own.probes, own.texts)
     finding = judge(answer.found, own.known, own.guesses, kept=answer.kept, floors=answer.floors)
     notes = (
@@ -301,11 +301,11 @@ def _of_server(source: str, own: Reference, server: Endpoint) -> Report:
         else [f"the server does not echo prompts: {len(answer.kept)} tokens were asked for one by one"]
     )
     wrong, more = compare_server(server, answer, own.texts, own.plain, own.conversations, finding.good)
-    finding = _with_words(finding, wrong, notes, first=wrong is not None and wrong.word == OTHER)
+    finding = _with_text_differences(finding, wrong, notes, first=wrong is not None and wrong.word == OTHER)
     return Report(source, f"{server.model} at {server.url}", own.where, finding, notes + more)
 
 
-def _plain(path: str) -> tuple[Tuned, Any]:
+def _load_plain(path: str) -> tuple[Tuned, Any]:
     """A merged model in its own precision, and its tokenizer, None if it has none."""
     from transformers import AutoConfig
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core import dispatch
-from ...core.compose_op import recomposing
+from ...core.compose_op import recompose_in_backward
 from ...core.dispatch import refuse_meta
 from ...core.reference import Adapter, Factors
 from ..config import DualLoraConfig
@@ -47,7 +47,7 @@ class MultiheadAttention(DualLoraLayer):
                 "are not called one by one, so that the adapter cannot see another input."
             )
         out, name = self._base.out_proj, f"{key}.out_proj"
-        is_first = not isinstance(out, ReadLinear)  # else it may have an adapter that the attention has not
+        is_first = not isinstance(out, ReadLinear)  # the projection may have adapters that the attention lacks
         if is_first:
             self._base.out_proj = ReadLinear(out, adapter_name, config=config, warned=self.warned, key=name, **ranks)
         super().update_layer(adapter_name, config=config, key=key, **ranks)
@@ -70,8 +70,8 @@ class MultiheadAttention(DualLoraLayer):
         return sum(O for O, _ in shapes), max(I for _, I in shapes)
 
     def _parts(self, adapter: Adapter) -> dict[str, Adapter]:
-        """An adapter's share of every input projection."""
-        adapter = adapter.whole()
+        """Cut an adapter into one for each input projection."""
+        adapter = adapter.with_mean_square()
         parts, start = {}, 0
         for name, weight in self._merge_parameters().items():
             O, I = weight.shape
@@ -130,7 +130,7 @@ class MultiheadAttention(DualLoraLayer):
             )
         self._check_forward_args(query)
         names = self._adapters_to_add()
-        if (out_merged := self._present(self._out.merged_adapters)) != self.merged_adapters:
+        if (out_merged := self._known_names(self._out.merged_adapters)) != self.merged_adapters:
             raise ValueError(
                 f"The output projection has {out_merged} merged, the attention itself "
                 f"{self.merged_adapters}: merge and unmerge the attention, which does both."
@@ -138,19 +138,19 @@ class MultiheadAttention(DualLoraLayer):
         if not names:
             return self.base_layer(query, *args, **kwargs)
         for weight in (*self._merge_parameters().values(), self._out.get_base_layer().weight):
-            sharded.refuse(self._base, weight)
+            sharded.refuse_sharded(self._base, weight)
             refuse_meta(query, weight)
         parts = {n: self._parts(adapter) for n, adapter in self._adapters(names).items()}
-        keeps = self._base._qkv_same_embed_dim  # of three, a layer could keep one alone
+        keeps = self._base._qkv_same_embed_dim  # the cache holds one weight a layer, not three
         ins = {
             name: self._composed(weight, {n: p[name] for n, p in parts.items()}, weight, keeps)
             for name, weight in self._merge_parameters().items()
         }
-        with recomposing(*ins.values()), replaced(self._base, {name: c.result for name, c in ins.items()}):
+        with recompose_in_backward(*ins.values()), replaced(self._base, {name: c.result for name, c in ins.items()}):
             return self.base_layer(query, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        """As nn.Module; what encoder layers read off an attention is the base's."""
+        """As nn.Module; attributes that encoder layers read are the base's."""
         if name in READ_BY_ENCODERS:
             return self._out.get_base_layer() if name == "out_proj" else getattr(self._base, name)
         return super().__getattr__(name)

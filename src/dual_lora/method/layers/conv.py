@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...core.compose_op import recomposing
+from ...core.compose_op import recompose_in_backward
 from ...core.dispatch import in_dtype_of
 from ...core.sampled import Geometry, with_sampled_gradient
 from ...core.tokens import EXACT
@@ -36,16 +36,16 @@ class _Conv(MapLayer):
         x = in_dtype_of(base.weight, x)
         weight, bias = (base.weight, base.bias) if with_base else (None, None)
         composed = self._composed(weight, self._adapters(names), x)
-        W, share = self._from_matrix(composed.result), self._share(names)
-        with recomposing(composed):
+        W, share = self._from_matrix(composed.result), self._token_share(names)
+        with recompose_in_backward(composed):
             if share == EXACT or not torch.is_grad_enabled():
                 return base._conv_forward(x, W, bias)
-            seen, geometry = _seen(base, x)
+            seen, geometry = _input_and_geometry(base, x)
             return with_sampled_gradient(lambda W: base._conv_forward(x, W, bias), seen, W, share, geometry=geometry)
 
 
-def _seen(base: Any, x: Tensor) -> tuple[Tensor, Geometry]:
-    """What the kernel moves over, and how; a padding other than with zeros on both sides is there already."""
+def _input_and_geometry(base: Any, x: Tensor) -> tuple[Tensor, Geometry]:
+    """Return the convolution's input and geometry, with other padding than zeros on both sides applied to the input."""
     if base.padding_mode == "zeros" and not isinstance(base.padding, str):
         return x, Geometry(base.stride, base.padding, base.dilation)
     mode = "constant" if base.padding_mode == "zeros" else base.padding_mode

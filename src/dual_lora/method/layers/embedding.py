@@ -24,7 +24,7 @@ class Embedding(MapLayer):
 
     takes_dropout = False
     forwards: tuple[Any, ...] = (nn.Embedding.forward,)
-    takes_parts = True  # transformers' plans give whole rows, to which the adapter's own are added
+    supports_sharded_weight = True  # transformers' plans give whole rows, to which the adapter's own are added
 
     def __init__(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> None:
         if isinstance(base_layer, nn.Embedding) and hasattr(base_layer, "embed_scale"):  # Gemma's: rows times it
@@ -71,8 +71,8 @@ class Embedding(MapLayer):
             )
         if sharded.is_sharded(base.weight):
             if "forward" not in vars(base):
-                sharded.refuse(base, base.weight)
-            sharded.agree(base.weight, self._stored(name))
+                sharded.refuse_sharded(base, base.weight)
+            sharded.broadcast_factors(base.weight, self._stored_factors(name))
         return super()._adapter_branch(x, name)
 
     def _map(self, x: Tensor, names: list[str], with_base: bool) -> Tensor:

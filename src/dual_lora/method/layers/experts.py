@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...core.compose_op import Composed, also_recompose, dual_lora_weight, of_expert, recomposing
+from ...core.compose_op import Composed, adapters_of_expert, dual_lora_weight, recompose_in_backward, track_composed
 from ...core.reference import Adapter
 from ...core.sampled import SampledProducts
 from ..config import DualLoraConfig
@@ -37,7 +37,7 @@ class ParamWrapper(DualLoraLayer):
         self, base_layer: nn.Module, adapter_name: str, parameter_name: str, config: DualLoraConfig, **kwargs: Any
     ) -> None:
         self.parameter_name = parameter_name
-        self._part: dict[str, Tensor] = {}  # which experts took part since an adapter's last step, int32 [E]
+        self._routed_experts: dict[str, Tensor] = {}  # by adapter: experts with tokens since its last step, int32 [E]
         for field in ("dropout", "fan_in_fan_out"):
             if getattr(config, field):
                 raise ValueError(
@@ -122,16 +122,16 @@ class ParamWrapper(DualLoraLayer):
             return self.base_layer(*args, **kwargs)
 
         base, name, parameter = self.get_base_layer(), self.parameter_name, self.get_param()
-        sharded.refuse(base, parameter)
+        sharded.refuse_sharded(base, parameter)
         weight = self._matrix(parameter)
         adapters = [self.adapter(n) for n in names]
         scale = loss_scale(parameter.device)
         routing = self._routing(base, args, kwargs)
-        self._note_part(names, routing)
-        products = SampledProducts(self._share(names))
+        self._note_routed_experts(names, routing)
+        products = SampledProducts(self._token_share(names))
         if routing is not None and _loops_over_experts(base):
             experts = _Experts(weight, adapters, scale, self.fan_in_fan_out, products)
-            with recomposing(), replaced(base, {name: experts}), products.entered():
+            with recompose_in_backward(), replaced(base, {name: experts}), products.context():
                 return self.base_layer(*args, **kwargs)
         routed = None if routing is None else torch.unique(routing)
         if routed is not None:
@@ -139,27 +139,29 @@ class ParamWrapper(DualLoraLayer):
         W = dual_lora_weight(weight, adapters, scale, routed=routed)
         products.add(W)
         composed = Composed(W, weight, adapters, routed)
-        with recomposing(composed), replaced(base, {name: self._from_matrix(W)}), products.entered():
+        with recompose_in_backward(composed), replaced(base, {name: self._from_matrix(W)}), products.context():
             return self.base_layer(*args, **kwargs)
 
-    # The paper's warm-up, of each expert for itself.
+    # The paper's warm-up, separate for each expert.
 
-    def _note_part(self, names: list[str], routing: Tensor | None) -> None:
-        """Remember which experts take part in this pass, as long as an adapter warms up and gradients are wanted."""
+    def _note_routed_experts(self, names: list[str], routing: Tensor | None) -> None:
+        """Record which experts get tokens in this pass, if an adapter has a warm-up and gradients are enabled."""
         for name in names if torch.is_grad_enabled() and not is_traced() else ():
             if self.states[name].warmup and routing is not None:
-                part = self._part.get(name)
+                part = self._routed_experts.get(name)
                 if part is None:
-                    part = self._part[name] = torch.zeros(self.num_experts, dtype=torch.int32, device=routing.device)
+                    part = self._routed_experts[name] = torch.zeros(
+                        self.num_experts, dtype=torch.int32, device=routing.device
+                    )
                 chosen = routing.flatten()
                 part.index_fill_(0, chosen[(chosen >= 0) & (chosen < self.num_experts)].long(), 1)
 
-    def _taking_part(self, adapter: str) -> Tensor | int:
-        part = self._part.pop(adapter, None)
+    def _got_gradient(self, adapter: str) -> Tensor | int:
+        part = self._routed_experts.pop(adapter, None)
         return 1 if part is None else part.to(self.left(adapter).device)
 
     def _routing(self, base: nn.Module, args: Any, kwargs: Any) -> Tensor | None:
-        """The experts of every token, where the module is told them; None if all have to be composed."""
+        """Return the argument with the experts of every token; None if there is none, and all have to be composed."""
         if len(self._stored_shape()) == 2 or is_traced():
             return None
         arguments = dict(zip(inspect.signature(base.forward).parameters, args, strict=False)) | kwargs
@@ -170,7 +172,7 @@ class ParamWrapper(DualLoraLayer):
         return None
 
     def extra_repr(self) -> str:
-        """The parameter, and its shape as a matrix."""
+        """Print the parameter's name, and its shape as a matrix."""
         return f"parameter_name={self.parameter_name!r}, {super().extra_repr()}"
 
 
@@ -197,7 +199,7 @@ class _Experts:
 
     def __getitem__(self, expert: Any) -> Tensor:
         e = int(expert)
-        adapters, weight = of_expert(self.adapters, e), self.weight[e]
-        W = also_recompose(Composed(dual_lora_weight(weight, adapters, self.scale), weight, adapters))
+        adapters, weight = adapters_of_expert(self.adapters, e), self.weight[e]
+        W = track_composed(Composed(dual_lora_weight(weight, adapters, self.scale), weight, adapters))
         self.products.add(W)
         return W.t() if self.transposed else W

@@ -35,27 +35,27 @@ from ..config import DualLoraConfig
 from ..layer import Linear, is_exporting
 from .quantized_rows import row_source, undo_packing_for_cpu
 
-# Where PEFT finds no `get_apply_tensor_subclass` (the model was quantised without transformers), there is no merge.
+# Stands for a missing `get_apply_tensor_subclass` (the model was quantised without transformers): then no merge.
 _UNKNOWN = object()
 
 
 class QuantizedLinear(Linear):
     """Dual LoRA on a linear layer that a quantisation library has made."""
 
-    reads_codes = True
+    reads_foreign_tensors = True
 
-    takes_parts = False
+    supports_sharded_weight = False
 
     def __init__(self, base_layer: nn.Module, *args: Any, quantization_backend: Any, **kwargs: Any) -> None:
         super().__init__(base_layer, *args, **kwargs)
         self.quantization_backend: Any = quantization_backend
         self.merge_error: float | None = None  # ‖requantised - exact‖ / ‖ΣΔW‖ of what is merged
-        self._kept: Any = None
+        self._quantised_original: Any = None
         self._handle = self._new_handle()
 
     @torch.inference_mode(False)
     def _new_handle(self) -> Handle:
-        """For the weight as it is at the time of a pass: libraries repack and replace what the base layer holds."""
+        """Make a handle that opens the weight at each pass, because libraries repack and replace it."""
         base: Any = self.base_layer
         return handle(partial(row_source, base, self.quantization_backend), (base.out_features, base.in_features))
 
@@ -99,7 +99,7 @@ class QuantizedLinear(Linear):
         return named or "Activation" in type(weight).__name__
 
     def _pre_scale(self) -> Tensor | None:
-        """What torchao multiplies x by before its product (SmoothQuant)."""
+        """Return the factor by which torchao multiplies x before its product (SmoothQuant)."""
         return getattr(getattr(self.base_layer, "weight", None), "act_pre_scale", None)
 
     def _map(self, x: Tensor, names: list[str], with_base: bool) -> Tensor:
@@ -116,9 +116,9 @@ class QuantizedLinear(Linear):
         return y if autocast is not None else y.to(given)
 
     def _base_call(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base's forward; with the dequantised weight's gradient where the library's own stops.
+        """Call the base's forward; where the library has no backward, x gets the dequantised weight's gradient.
 
-        Raises RuntimeError where the gradient would stop in silence.
+        Raises RuntimeError where the gradient would stop without an error.
         """
         base: Any = self.base_layer
         if self._quantises_activations() and torch.is_grad_enabled() and x.requires_grad:
@@ -142,7 +142,9 @@ class QuantizedLinear(Linear):
 
     def _write_merged(self, names: list[str], safe_merge: bool) -> None:
         backend: Any = self.quantization_backend
-        if self._kept is None and find_backend(self.get_base_layer(), _UNKNOWN) is None:  # `model.dequantize()`
+        if (
+            self._quantised_original is None and find_backend(self.get_base_layer(), _UNKNOWN) is None
+        ):  # `model.dequantize()`
             super()._write_merged(names, safe_merge)
             return
         if names and (not backend.supports_merge or self._pre_scale() is not None):
@@ -153,9 +155,9 @@ class QuantizedLinear(Linear):
             )
         composed_weights.drop(self)
         torch.autograd.graph.increment_version(self._handle.number)  # a graph that waits for its backward would read on
-        kept = _Kept.of(self) if self._kept is None else self._kept
+        kept = _Original.of(self) if self._quantised_original is None else self._quantised_original
         kept.restore(self)
-        self._kept, self.merge_error = None, None
+        self._quantised_original, self.merge_error = None, None
         if names:
             with torch.no_grad():
                 weight = self._weight()
@@ -172,11 +174,11 @@ class QuantizedLinear(Linear):
                 kept.repair(self)
                 lost = self._weight().float() - exact
                 self.merge_error = float(lost.norm() / moved) if moved else 0.0
-            self._kept = kept
+            self._quantised_original = kept
         self.merged_adapters = names
 
     def _weight(self) -> Tensor:
-        """The dequantised weight as forward reads it; whole matrices are misread by bitsandbytes on some CPUs."""
+        """Return the dequantised weight, read by rows as in forward (bitsandbytes misreads matrices on some CPUs)."""
         return row_source(self.get_base_layer(), self.quantization_backend).rows(0, self._matrix_shape()[0])
 
     def extra_repr(self) -> str:
@@ -184,8 +186,8 @@ class QuantizedLinear(Linear):
         return ", ".join(filter(None, (super().extra_repr(), quantization_extra_repr(self))))
 
 
-class _Kept(NamedTuple):
-    """What a merge overwrites: the quantised weight itself, never a copy that was quantised again."""
+class _Original(NamedTuple):
+    """The state that a merge overwrites: the quantised weight itself, never one that was quantised again."""
 
     base: nn.Module
     weight: Any
@@ -194,7 +196,7 @@ class _Kept(NamedTuple):
     quant_state: Any  # of bitsandbytes, which has it on the layer as well
 
     @classmethod
-    def of(cls, layer: QuantizedLinear) -> _Kept:
+    def of(cls, layer: QuantizedLinear) -> _Original:
         base: Any = layer.get_base_layer()
         if isinstance(layer.quantization_backend, Bnb4bitBackend):
             undo_packing_for_cpu(base)
@@ -204,7 +206,7 @@ class _Kept(NamedTuple):
         return cls(base, weight, attributes, state, quant_state)
 
     def restore(self, layer: QuantizedLinear) -> None:
-        """Put everything back as it was."""
+        """Restore the quantised weight."""
         base: Any = self.base
         if self.weight is None:
             layer.base_layer = base
@@ -219,7 +221,7 @@ class _Kept(NamedTuple):
             base.quant_state = self.quant_state
 
     def repair(self, layer: QuantizedLinear) -> None:
-        """Undo what PEFT's backend does to the old weight, and add what it forgets on the new layer."""
+        """Restore the old weight's attributes, which PEFT's backend changes, and the bias of HQQ's new layer."""
         if self.weight is not None:
             vars(self.weight).clear()
             vars(self.weight).update(self.attributes)
@@ -228,7 +230,7 @@ class _Kept(NamedTuple):
 
 
 def find_backend(base: nn.Module, get_apply_tensor_subclass: Any = None) -> QuantizationBackend | None:
-    """PEFT's backend for a quantised layer, or None for a plain one."""
+    """Return PEFT's backend for a quantised layer, None for a plain one."""
     backend = resolve_quantization_backend(base, get_apply_tensor_subclass=get_apply_tensor_subclass or _UNKNOWN)
     if isinstance(backend, TorchaoBackend) and get_apply_tensor_subclass is None:
         backend.supports_merge = False

@@ -10,7 +10,7 @@ from ...core.blocked import RowSource
 
 
 def row_source(base: Any, backend: QuantizationBackend) -> RowSource:
-    """The base's weight, dequantised some rows at a time."""
+    """Return a reader of the base's weight that dequantises some rows at a time."""
     if isinstance(backend, Bnb4bitBackend):
         return _FourBitRows(base)
     if isinstance(backend, HqqBackend) and _HqqRows.can_read(base):
@@ -56,7 +56,7 @@ class _FourBitRows:
 
 
 def _scales(state: Any, first: int, last: int) -> Tensor:
-    """The scales of the blocks first…last, fp32."""
+    """Return the scales of the blocks first…last, fp32."""
     import bitsandbytes.functional as F
 
     if not state.nested:
@@ -72,8 +72,8 @@ def _scales(state: Any, first: int, last: int) -> Tensor:
 def keep_unpacked(model: nn.Module) -> None:
     """Keep bitsandbytes from repacking 4-bit weights of the model for inference, as it does on CPUs with bf16 units.
 
-    A repacked layer, adapted or not, passes no gradient to its input in later training, and says nothing; and each way
-    back rounds the scales once more.
+    A repacked layer, adapted or not, passes no gradient to its input in later training, without an error. Undoing it
+    rounds the scales each time.
     """
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):

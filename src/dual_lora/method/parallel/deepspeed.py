@@ -1,8 +1,8 @@
-"""What DeepSpeed hides from a layer: its optimizer steps, its loss scale, and (ZeRO-3) the parameters themselves.
+"""DeepSpeed's optimizer steps, loss scale and (ZeRO-3) gathered parameters, which layers cannot see by themselves.
 
-ZeRO's optimizers hold flattened copies, so that no optimizer holds a factor of ours and the warm-up would count no
-step. DeepSpeed has no hook for a step, so its engine's methods are wrapped. ZeRO-3 gathers a module's own parameters
-before that module is called; a ParameterDict never is, so the factors are registered with the layer that uses them.
+ZeRO's optimizers hold flattened copies instead of factors, so the warm-up would count no step. DeepSpeed has no hook
+for a step, so its engine's methods are wrapped. ZeRO-3 gathers a module's own parameters before that module is called;
+a ParameterDict is never called, so the factors are registered with the layer that uses them.
 """
 
 import functools
@@ -20,7 +20,7 @@ def connect() -> None:
 
 
 def wrap(engine: Any) -> None:
-    """Wrap the methods of a class of engines that are told of here."""
+    """Wrap three methods of an engine class: `__init__`, `backward` and `_take_model_step`."""
     for name, around in {"__init__": _init, "backward": _backward, "_take_model_step": _step}.items():
         setattr(engine, name, _wrapped(getattr(engine, name), around))
 
@@ -43,13 +43,13 @@ def _init(engine: Any, init: Any, *args: Any, **kwargs: Any) -> None:
 
 def _backward(engine: Any, backward: Any, loss: Any, *args: Any, **kwargs: Any) -> Any:
     if engine.fp16_enabled():
-        scaler.tell(loss, float(engine.optimizer.cur_scale))
+        scaler.announce_loss_scale(loss, float(engine.optimizer.cur_scale))
     return backward(engine, loss, *args, **kwargs)
 
 
 def _step(engine: Any, step: Any, *args: Any, **kwargs: Any) -> Any:
-    before = warmup.countings
+    before = warmup.counted_steps
     result = step(engine, *args, **kwargs)
-    if engine.was_step_applied() and warmup.countings == before:  # else torch's optimizer holds the factors
+    if engine.was_step_applied() and warmup.counted_steps == before:  # else torch's optimizer holds the factors
         warmup.count_training(engine.module)
     return result

@@ -1,8 +1,9 @@
-"""Modules that read the weights off their children and leave the children's forward out.
+"""Modules that read their children's weights and do not call the children.
 
-An adapter below them would be the base, without a warning, until it is merged. PyTorch's encoder layers do so in
-inference alone: that is switched off while an adapter is below them. The others are given the composed weight to read:
-PyTorch's attention and fused loss, and every module whose code reads the weight of a module below it (`read_weights`).
+An adapter on such a child would have no effect until it is merged, without a warning. PyTorch's encoder layers read
+weights only on their fast path in inference, which is switched off while an adapter is below them. The others read the
+composed weight: PyTorch's attention and fused loss, and every module whose code reads the weight of a module below it
+(`read_weights`).
 """
 
 from typing import Any
@@ -10,18 +11,18 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from ...core.compose_op import also_recompose
+from ...core.compose_op import track_composed
 from ..layer import DualLoraLayer, Linear
 from ..layers.conv import Conv1d, Conv2d, Conv3d
-from .read_weights import fits, weights_read_by
+from .read_weights import matches, weights_read_by
 
-# What each module looks at before it takes its fast path, and nowhere else.
+# The attribute that each module checks before it takes its fast path, and uses nowhere else.
 _SWITCHES = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}
 _READERS = tuple(getattr(nn, name) for name in ("MultiheadAttention", "LinearCrossEntropyLoss") if hasattr(nn, name))
 
 
 def set_fast_paths(model: nn.Module) -> None:
-    """Switch fast paths off above adapted layers, and on again where there is none any more."""
+    """Switch fast paths off above adapted layers, and on again where there is no adapted layer any more."""
     for module in model.modules():
         for kind, switch in _SWITCHES.items():
             if isinstance(module, kind):
@@ -32,7 +33,7 @@ def set_fast_paths(model: nn.Module) -> None:
 
 
 def is_read(model: nn.Module, key: str, layer: nn.Module) -> bool:
-    """Whether a module above the one named `key` reads its weight, in place of calling it or besides."""
+    """Whether a module above the one named `key` reads its weight, instead of calling it or in addition."""
     if type(layer) not in READ_LAYERS:
         return False
     above, parts = model, key.split(".")
@@ -41,16 +42,16 @@ def is_read(model: nn.Module, key: str, layer: nn.Module) -> bool:
         if isinstance(above, _READERS):
             if len(path) == 1:
                 return type(layer) in (nn.Linear, NonDynamicallyQuantizableLinear)
-        elif any(fits(path, read) for read in weights_read_by(type(above))):  # type: ignore[arg-type]
+        elif any(matches(path, read) for read in weights_read_by(type(above))):  # type: ignore[arg-type]
             return True
         above = getattr(above, part)
     return False
 
 
 class ReadLayer(DualLoraLayer):
-    """Dual LoRA on a layer whose weight is read: what is read is W + ΣΔW."""
+    """Dual LoRA on a layer whose weight is read: its `weight` is W + ΣΔW."""
 
-    takes_no_reads = False  # in a batch of several adapters, of which one weight would be none
+    takes_no_reads = False  # set in a batch of several adapters, for which there is no single weight
 
     @property
     def weight(self) -> Tensor:
@@ -60,15 +61,15 @@ class ReadLayer(DualLoraLayer):
                 "A layer whose weight is read and not called (an attention's out_proj, a fused loss's linear layer) "
                 "does not support mixed adapter batches: run the samples of each adapter as a batch of their own."
             )
-        names = self._adapters_to_add()  # first: it may take a merged update out of the weight
+        names = self._adapters_to_add()  # first, because it may unmerge
         weight: Any = self.get_base_layer().weight
         if not names:
             return weight
-        composed = also_recompose(self._composed(weight, self._adapters(names), weight))
+        composed = track_composed(self._composed(weight, self._adapters(names), weight))
         return self._from_matrix(composed)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Not: a LoRA layer in this place would be the base, for nobody calls it."""
+        """Return False: a LoRA layer in this place would have no effect, because it is not called."""
         return False
 
 

@@ -1,6 +1,7 @@
-"""Factors that accelerate keeps on a CPU or a disk, away from the device that they are used on.
+"""Factors that accelerate has offloaded to a CPU or a disk.
 
-Its hooks bring a module's parameters for the time of that module's forward. A ParameterDict has none: it is asked for.
+Its hooks load a module's parameters for the module's forward. A ParameterDict has no forward, so factors are loaded
+here.
 """
 
 from typing import Any
@@ -9,8 +10,8 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 
-def present(factors: nn.ParameterDict | BufferDict, adapter: str) -> Tensor:
-    """The factor of an adapter; from where accelerate has put it, if it left a meta tensor in its place."""
+def load(factors: nn.ParameterDict | BufferDict, adapter: str) -> Tensor:
+    """Return the factor of an adapter, loaded from accelerate's storage if there is a meta tensor in its place."""
     factor: Tensor = factors[adapter]
     hook: Any = getattr(factors, "_hf_hook", None) if factor.is_meta else None
     for one in getattr(hook, "hooks", [hook]):
@@ -23,6 +24,6 @@ def present(factors: nn.ParameterDict | BufferDict, adapter: str) -> Tensor:
 def _read(kept: Any, adapter: str) -> Tensor:
     try:
         return kept[adapter]
-    except KeyError:  # PEFT writes an adapter of a base on the disk under names that are made for LoRA's
+    except KeyError:  # for a base on the disk, PEFT writes an adapter under other names, made for LoRA's
         layer, _, letter = kept.prefix.removesuffix(".").rpartition(".")
         return kept.dataset[f"{layer}.{adapter}.{letter}"]

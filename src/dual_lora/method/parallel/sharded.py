@@ -6,9 +6,8 @@
 Every process holds the whole factors, r (O + I) numbers, and composes its own part of the weight alone; the gradients
 of the factors are summed over the processes. So the adapter is saved, loaded and resumed on any number of them.
 
-Whoever sharded the base (torch's `parallelize_module`, sequence parallelism included, or transformers' `tp_plan`)
-brings its inputs and outputs into their layouts by hooks. Those stay in charge: only the product between them is
-replaced.
+The library that sharded the base (torch's `parallelize_module`, sequence parallelism included, or transformers'
+`tp_plan`) redistributes inputs and outputs by hooks. The hooks stay: only the product between them is replaced.
 """
 
 import sys
@@ -40,13 +39,13 @@ def is_sharded(weight: Any) -> bool:
 
 
 def local(tensor: Any) -> Tensor:
-    """What this process holds of a tensor: all of it, unless it is a DTensor."""
+    """Return the part of a tensor that this process holds: all of it, unless it is a DTensor."""
     held: Tensor = tensor.to_local() if is_sharded(tensor) else tensor
     return held
 
 
-def everywhere(here: bool, tensors: Iterable[Any]) -> bool:
-    """Whether something holds in every process that shares one of the tensors; they all have to ask."""
+def all_processes(here: bool, tensors: Iterable[Any]) -> bool:
+    """Whether `here` is true in every process that shares one of the tensors. A collective: all have to call it."""
     for mesh in dict.fromkeys(t.device_mesh for t in tensors if is_sharded(t)):  # in the same order everywhere
         for group in mesh.get_all_groups():
             holds = torch.tensor(int(here), device=mesh.device_type)
@@ -59,9 +58,9 @@ _gathered: tuple[list[int], weakref.WeakSet[nn.Module]] = ([], weakref.WeakSet()
 
 
 def is_gathered(layer: nn.Module) -> bool:
-    """Whether FSDP2 shards the layer and gathers it for each forward, with a version that no write to a shard moves.
+    """Whether FSDP2 shards the layer and gathers it for each forward; gathered tensors do not show writes to shards.
 
-    FSDP2 says of no tensor that it has gathered it; it is asked which modules it manages, once they have changed.
+    A gathered tensor has no mark, so FSDP2's internal state is read for the modules that it manages.
     """
     global _gathered
     known = getattr(sys.modules.get("torch.distributed._composable_state"), "_module_state_mapping", {})
@@ -81,8 +80,8 @@ def takes_product(base: nn.Module) -> bool:
     return is_sharded(getattr(base, "weight", None)) and type(base).forward is nn.Linear.forward
 
 
-def refuse(base: nn.Module, weight: Any) -> None:
-    """Raise ValueError if the weight is sharded: for layers that cannot work with a part of theirs."""
+def refuse_sharded(base: nn.Module, weight: Any) -> None:
+    """Raise ValueError if the weight is sharded; called by layers that need the whole weight."""
     if is_sharded(weight):
         raise ValueError(
             f"Dual LoRA cannot work on this {type(base).__name__}, whose weight is sharded "
@@ -92,7 +91,7 @@ def refuse(base: nn.Module, weight: Any) -> None:
 
 
 def refuse_bare_parts(base: nn.Module) -> None:
-    """Raise ValueError for a weight that was cut without a trace of the whole: transformers before 5.17, quantised."""
+    """Raise ValueError for a plain tensor that is a part of the weight (transformers before 5.17, or quantised)."""
     if getattr(base, "_hf_quantized_needs_local_tp", False) and getattr(base, "_is_hooked", False):
         raise ValueError(
             f"Dual LoRA cannot work on a quantised {type(base).__name__} under tensor parallelism: shard the "
@@ -115,15 +114,15 @@ class LocalPart(NamedTuple):
     mesh_dim: int
 
     def of(self, adapter: Adapter) -> Adapter:
-        """The adapter of this part, from whole factors."""
-        adapter, mine = adapter.whole(), slice(self.start, self.stop)
+        """Cut an adapter with whole factors to this part."""
+        adapter, mine = adapter.with_mean_square(), slice(self.start, self.stop)
         A, B, C, D = adapter.factors
         factors = (A, B[mine], C, D[mine]) if self.dim == 0 else (A[:, mine], B, C[:, mine], D)
         return adapter._replace(factors=Factors(*factors))
 
 
 def part_of(weight: DTensor) -> LocalPart:
-    """Which rows or columns of the weight are here; ValueError for a layout that is neither."""
+    """Return which rows or columns of the weight this process holds. Raises ValueError for other layouts."""
     cuts = [(k, p) for k, p in enumerate(weight.placements) if not isinstance(p, Replicate)]
     if len(cuts) != 1 or type(cuts[0][1]) is not Shard or weight.ndim != 2:
         raise ValueError(
@@ -140,19 +139,19 @@ def part_of(weight: DTensor) -> LocalPart:
 
 
 def product(layer: Any, x: Tensor, names: list[str], with_base: bool = True) -> Tensor:
-    """f(x; W + ΣΔW) of a sharded linear layer, or f(x; ΣΔW), through the hooks that its base has."""
+    """Compute f(x; W + ΣΔW) of a sharded linear layer, or f(x; ΣΔW), through the hooks of its base."""
     base = layer.get_base_layer()
     if not takes_product(base):
-        refuse(base, base.weight)
+        refuse_sharded(base, base.weight)
     for name in names:
-        agree(base.weight, layer._stored(name))
+        broadcast_factors(base.weight, layer._stored_factors(name))
     values = {"weight": _StandIn(layer, names, with_base)} | ({} if with_base else {"bias": None})
     with replaced(base, values):
         return layer.base_layer(x)
 
 
-def agree(weight: DTensor, factors: Iterable[Tensor]) -> None:
-    """Give every process of the weight the first one's factors, once: each has drawn its own random start."""
+def broadcast_factors(weight: DTensor, factors: Iterable[Tensor]) -> None:
+    """Broadcast the first process's factors to all that share the weight, once: each process drew its own start."""
     for factor in factors:
         if not getattr(factor, "_dual_lora_agreed", False):
             group = weight.device_mesh.get_group(part_of(weight).mesh_dim)
@@ -161,7 +160,7 @@ def agree(weight: DTensor, factors: Iterable[Tensor]) -> None:
 
 
 class _StandIn:
-    """Stands for a sharded weight: `linear(x, it, bias)` is the product with this process's part of W + ΣΔW."""
+    """Stands in for a sharded weight: `linear(x, it, bias)` is the product with this process's part of W + ΣΔW."""
 
     def __init__(self, layer: Any, names: list[str], with_base: bool):
         self.layer, self.names, self.with_base = layer, names, with_base
@@ -213,7 +212,7 @@ class _StandIn:
 
 
 class _SumGradients(torch.autograd.Function):
-    """The factors as they are; backward sums their gradients over the processes, in one message."""
+    """The identity on factors, whose backward sums their gradients over the processes in one all-reduce."""
 
     @staticmethod
     def forward(ctx, group, *factors):
@@ -231,17 +230,17 @@ class _SumGradients(torch.autograd.Function):
         return None, *(next(sums).view_as(g) if needed else None for g, needed in given)
 
 
-# Merging into a part. FSDP2 gathers from the memory that it has set aside, so that memory itself is written to.
+# Merging into a part. FSDP2 gathers from its own memory, so the merge writes there in place.
 
 
 def merged_part(weight: DTensor, original: Tensor, adapters: list[Adapter]) -> Tensor:
-    """This process's part of W + ΣΔW, for the part `original` of W; the other processes' parts are not composed.
+    """Compose this process's part of W + ΣΔW, from its part `original` of W.
 
-    FSDP2 shards the factors as well: they are gathered for the moment.
+    Factors that FSDP2 has sharded are gathered for it.
     """
     part, factors = part_of(weight), [f for a in adapters for f in a.factors]
     if not any(map(is_sharded, factors)):
-        agree(weight, factors)
+        broadcast_factors(weight, factors)
     whole = (f.full_tensor() if isinstance(f, DTensor) else f for f in factors)
     adapters = [a._replace(factors=Factors(*islice(whole, 4))) for a in adapters]
     return dispatch.compose(original, [part.of(a) for a in adapters], original.dtype)
@@ -252,18 +251,20 @@ def merged_part(weight: DTensor, original: Tensor, adapters: list[Adapter]) -> T
 # warm-up is a whole number that every process has: it stays out of that state, and where it was.
 
 
-def leave_out_counts(layer: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """After state_dict() of a layer that was emptied and sharded: without its counts."""
+def remove_counts(layer: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """After state_dict() of a layer that was emptied and sharded: remove its counts and seeds."""
     for adapter, A in layer.dual_lora_A.items():
         if A.is_meta and is_sharded(A):
             state.pop(f"{prefix}dual_lora_left.{adapter}", None)
             state.pop(f"{prefix}dual_lora_seed.{adapter}", None)
 
 
-def put_counts_in(layer: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Before load_state_dict() of factors without a count: with the layer's own, as one of its own was left out; or as
-    that of an adapter that has ended its warm-up, unless the layer is in the middle of one (averages are put in place
-    so, and taken out again)."""
+def restore_counts(layer: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Before load_state_dict() of factors without a count: add one.
+
+    It is the layer's own count for sharded factors (`remove_counts` took it out) and in the middle of a warm-up (weight
+    averages are loaded and taken out again); otherwise zero, an ended warm-up. A missing seed is the layer's own.
+    """
     for adapter, seed in layer.dual_lora_seed.items():
         if f"{prefix}dual_lora_B.{adapter}" in state:  # a file without the seed has it by the layer's name
             state.setdefault(f"{prefix}dual_lora_seed.{adapter}", seed.clone())
