@@ -10,6 +10,7 @@ from pydantic import create_model
 from dual_lora.lab.commands.card import duration, figures_table, finish
 from dual_lora.lab.commands.parameters import AutoDtype, Base, Device, Json, Source, flag_values, flags
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.model.location import check_source
 from dual_lora.lab.recipe.read import build_recipe, read_recipe
 from dual_lora.lab.recipe.schema import DataSection, EvaluateSection, Recipe
 
@@ -37,15 +38,16 @@ def evaluate(
 
     An adapter from elsewhere: `dual-lora evaluate my-adapter --recipe boolq-smollm2 --data.test-limit 200`
     """
+    # A wrong value, recipe or source shows before a library is imported.
+    overrides = flag_values(given)
+    build_recipe({"model": {"path": source}, **overrides}, "flags")
+    ground = read_recipe(recipe) if recipe else None
+    check_source(source)
     from dual_lora.lab.model.device import use_device
     from dual_lora.lab.model.opened import open_tuned
     from dual_lora.lab.run.evaluate import evaluate as run_evaluation
     from dual_lora.lab.run.evaluate import otherwise, write_result
 
-    # A wrong value or recipe shows before the model is loaded.
-    overrides = flag_values(given)
-    build_recipe({"model": {"path": source}, **overrides}, "flags")
-    ground = read_recipe(recipe) if recipe else None
     use_device(device)
     tuned = open_tuned(source, base, dtype, unsaid="auto")
     ground = ground or tuned.recipe

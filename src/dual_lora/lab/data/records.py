@@ -11,7 +11,6 @@ from typing import Any, TextIO
 from dual_lora.lab.errors import UserError, described, suggest
 from dual_lora.lab.read import delimiter_of, lines_of, not_utf8, parse_json, regular, repeated
 
-
 _SEPARATORS = {",": "a comma", ";": "a semicolon", "\t": "a tab"}  # of a .csv file
 
 

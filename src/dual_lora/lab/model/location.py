@@ -238,6 +238,18 @@ def check_here(path: str, revision: str | None = None, others: str = "") -> None
         )
 
 
+def check_source(source: str) -> None:
+    """Raise UserError for what a command is to open and cannot: a run that is not finished, or a name that nothing has.
+    Needs no library, so that a slip of the pen is said at once."""
+    from dual_lora.lab.files.folder import RunFolder, result_of
+
+    folder = RunFolder(Path(source))
+    if folder.is_run:
+        result_of(folder)
+    elif not (folder.path / "adapter_config.json").is_file():
+        check_here(source, others=", run or adapter")
+
+
 def meant(path: str, runs: bool = False) -> str:
     """A sentence that suggests a model on this machine with nearly that name; "" where there is none.
 
