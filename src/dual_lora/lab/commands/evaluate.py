@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 from pydantic import create_model
+from rich.console import Group
+from rich.text import Text
 
 from dual_lora.lab.commands.card import duration, figures_table, finish
 from dual_lora.lab.commands.parameters import AutoDtype, Base, Device, Json, Source, flag_values, flags
@@ -66,7 +68,8 @@ def evaluate(
     rows.append(["time", *(duration(s) for s in result.seconds.values())])
     cut = f", {result.cut} longer than data.max_length" if result.cut else ""
     title = f"{result.source} · {result.split}, {result.examples:,} examples{cut}"
-    finish(result.summary(), figures_table(title, ["", *columns], rows), json)
+    table = figures_table("", ["", *columns], rows)
+    finish(result.summary(), Group(Text(f" {title}", style="italic"), table), json)  # a title may be the wider one
 
 
 def _check_split(given: dict[str, Any], split: str) -> None:
