@@ -41,6 +41,9 @@ def test_formats(file):
         (file("c.tsv", "prompt\tanswer\nsky ?\tblue\n"), {}),
         (file("d.txt", "sky ? || blue\n"), {}),
         (file("e.csv", 'q,a\n"sky ?",blue\n'), {"fields": {"prompt": "q", "answer": "a"}}),
+        (file("f.csv", '"prompt";answer;"more, or less"\n"sky ?";blue;"1;2"\n'), {}),
+        (file("g.csv", "answer\tprompt\nblue\tsky ?\n"), {}),
+        (file("h.csv", "blue;sky ?\n"), {"columns": ["answer", "prompt"]}),
     ]
     for path, more in sources:
         (example,) = read_examples(path, DataSection(train=path, **more))
@@ -103,6 +106,7 @@ def test_lines_end_at_line_feeds_alone(tmp_path):
         ("a.jsonl", '{"prompt": "sky ?", "answer": "blue"}\n'),
         ("a.json", '[{"prompt": "sky ?", "answer": "blue"}]'),
         ("a.csv", "prompt,answer\nsky ?,blue\n"),
+        ("a.csv", '"prompt";"answer"\nsky ?;blue\n'),
         ("a.tsv", "prompt\tanswer\nsky ?\tblue\n"),
         ("a.txt", "sky ?||blue\n"),
     ],
@@ -208,6 +212,7 @@ CHAT = '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "c
         ("a.xml", "<a/>", "unknown kind of data file"),
         ("a.csv", "text,text,label\nx,y,1\n", "has two columns 'text'"),
         ("a.csv", 'prompt,answer\n"x\nx",y\nx\n', r"a\.csv, line 4: 1 columns"),
+        ("a.csv", 'prompt;answer\n"x"x;y\n', "line 2: .* followed by a semicolon"),
         ("a.csv", "prompt,answer\nx,y\nprompt, answer\nx,z\n", r"line 3 holds the names of the columns once more"),
         ("a.tsv", "text\tlabel\nx\ty\ntext\tlabel\n", r"line 3 holds the names of the columns once more"),
         ("a.csv", "prompt,answer\n,y\n", r"a\.csv, line 2: the cell 'prompt' is empty"),

@@ -67,6 +67,24 @@ def test_an_early_error_imports_nothing_heavy(more, message, fresh, here):
     assert not (here / "runs").exists()
 
 
+@pytest.mark.parametrize("command", ["predict {} train.jsonl", "evaluate {}", "generate {} x", "chat {} --once x",
+    "merge {} new", "export {} new --to lora --rank 4", "verify {}", "analyze {}", "card {}"])  # fmt: skip
+def test_a_misspelled_run_is_said_before_anything_heavy_is_imported(command, fresh, here):
+    """But huggingface_hub, which looks into its cache."""
+    (here / "runs" / "mine").mkdir(parents=True)
+    (here / "runs" / "mine" / "record.json").write_text("{}")
+    status, said = fresh(
+        "from dual_lora.lab.cli import main\n"
+        f"import os, sys\nos.chdir({str(here)!r})\nos.environ['HF_HUB_OFFLINE'] = '1'\n"
+        f"try: main({command.format('runs/mien').split()})\nexcept SystemExit as end: assert end.code == 1\n"
+        f"sys.exit(repr(sorted({HEAVY - {'huggingface_hub'}} & set(sys.modules)))[1:-1] or 0)"
+    )
+    said_plainly = " ".join(said.split())
+    assert "There is no" in said_plainly, said
+    assert "Did you mean ./runs/mine?" in said_plainly or "Did you mean 'mine'?" in said_plainly, said
+    assert status == 0, said
+
+
 def test_the_first_line_comes_before_the_libraries(fresh, here):
     """With everything right the next thing is the import of torch, which is kept from happening here."""
     given = ["train", "--model.path", "./my-model", "--data.train", "train.jsonl", "--out", "new"]

@@ -266,6 +266,11 @@ def test_push_asks_and_says_what_is_wrong(copy, hub, tmp_path):
     asked = push(hub, copy, "me/warm", "--base-model", "org/tiny", tmp_path=tmp_path)
     assert asked.returncode == 1
     assert "give --yes" in asked.stderr
+    look = push(hub, copy, "me/warm", "--base-model", "org/tiny", "--dry-run", "--json", tmp_path=tmp_path, token="")
+    listed = json.loads(look.stdout)
+    assert (look.returncode, listed["repo"], listed["private"]) == (0, "me/warm", False)
+    assert listed["files"]["adapter_model.safetensors"] == (copy / "adapter/adapter_model.safetensors").stat().st_size
+    assert not hub.created
     refused = push(hub, copy, "me/warm", "--base-model", "org/tiny", "--yes", tmp_path=tmp_path, token="hf_wrong")
     assert refused.returncode == 1
     assert "HF_TOKEN" in refused.stderr

@@ -104,6 +104,7 @@ def test_less_may_be_better(tmp_path):
         ("method,seed,item,score", ["a,1,1,1", "a,1,2,1", "b,1,1,1"], r"b .* seed 1, item 2 .*1 missing in all"),
         ("method,seed,item,score", ["a,1,1,1", "a,2,1,1", "b,1,1,1"], r"b has no score for seed 2, item 1"),
         ("method,seed,item,score", ["a,1,1,1"], r"one method only, a"),
+        ("method;seed;item;score", ["a;1;1;1"], r"one method only, a"),
         ("method,seed,item,score", ["a,1,1"], r"line 2: 3 columns, expected 4"),
         ("method,seed,item,score", [",1,1,1"], r"line 2: the method is empty"),
         ("method,seed,item,metric,score", ["a,1,1,acc,1", "a,1,1,f1,1"], r"2 metrics, acc, f1: choose"),

@@ -1,9 +1,10 @@
 """Read files that may come from anybody: regular ones, of a bearable size, as text, JSON or YAML."""
 
+import contextlib
+import csv
 import json
 import stat
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -41,7 +42,7 @@ def has_second_name(file: Path) -> bool:
     return file.lstat().st_nlink > 1 and not file.is_symlink()
 
 
-@contextmanager
+@contextlib.contextmanager
 def opened(file: Path, largest: int = LARGEST, linked: bool = True) -> Iterator[TextIO]:
     """A text file's lines. Raises UserError for one that is too large, not UTF-8 or no regular file. linked: whether
     it may be a link, see `unlinked`."""
@@ -51,15 +52,37 @@ def opened(file: Path, largest: int = LARGEST, linked: bool = True) -> Iterator[
     except UserError:
         raise
     except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not text in UTF-8 (byte {error.start}).") from None
+        raise UserError(not_utf8(file, error)) from None
     except ValueError as error:
         raise UserError(f"{file} cannot be read: {error}.") from None
+
+
+def not_utf8(file: Path, error: UnicodeDecodeError) -> str:
+    """What to say of a file in another encoding, most often a spreadsheet's."""
+    return (
+        f"{file} is not text in UTF-8 (byte {error.start}): save it in UTF-8 (in Excel as 'CSV UTF-8'), or convert "
+        "it, for example with iconv -f WINDOWS-1252 -t UTF-8."
+    )
 
 
 def lines_of(text: str) -> list[str]:
     """A file's lines. They end at line feeds alone: `str.splitlines` also cuts at form feeds and at Unicode's line
     separators, which stand in texts and, unescaped, in JSON strings."""
     return text.removesuffix("\n").split("\n")
+
+
+def delimiter_of(line: str, columns: int | None = None) -> str:
+    """What separates the cells of a .csv file, by its first line: comma, semicolon or tab, whichever makes most cells.
+
+    Spreadsheets of many countries write semicolons. columns: how many cells there are, where that is known.
+    """
+    found = {}
+    for separator in ",;\t":
+        with contextlib.suppress(csv.Error):  # quotes that do not fit this separator
+            found[separator] = len(next(csv.reader([line], delimiter=separator, strict=True), []))
+    if columns:
+        return next((separator for separator, count in found.items() if count == columns), ",")
+    return max(found, key=lambda separator: found[separator], default=",")
 
 
 def repeated(names: Iterable[str]) -> str | None:

@@ -23,11 +23,8 @@ Direction = Literal["sign", "identity", "frozen"]
 Sampling = float | Literal["auto"] | None
 FORMAT_VERSION = 2  # 1: the paper's start was the default, `init_weights=True`
 
-ALPHA = 4.0
-"""α / r by default. One step at LoRA's learning rate then gains as much as LoRA's does with `lora_alpha=2*r`."""
-
-EARLIER_ALPHA = 2.0
-"""The same for the paper's start, and for adapters of earlier versions."""
+ALPHA, EARLIER_ALPHA = 4.0, 2.0
+"""α / r by default, where one step gains as much as LoRA's with `lora_alpha=2*r`, and of the paper's start."""
 
 STD, OTHER_STD, EARLIER_STD = 0.04, 0.1, 0.02
 """σ by default: of the default start, with aligned signs or none, and of the paper's start and earlier versions."""
@@ -268,10 +265,7 @@ class DualLoraConfig(PeftConfig):
         vars(self).update(r=r1 + r2, r1=r1, r2=r2)
 
     def _register_custom_module(self, mapping: dict[type, type]) -> None:
-        """Use layers of the user's own: {type of the base layer: DualLoraLayer subclass}, as LoraConfig has it.
-
-        Not saved with the configuration.
-        """
+        """Use layers of the user's, {type of the base layer: DualLoraLayer subclass}, as LoraConfig does; not saved."""
         self._custom_modules = {**(self._custom_modules or {}), **mapping}
 
     @classmethod

@@ -10,6 +10,7 @@ from cyclopts import Parameter
 
 from dual_lora.lab.commands.card import finish
 from dual_lora.lab.commands.parameters import Device, Json
+from dual_lora.lab.files.folder import run_at
 from dual_lora.lab.terminal import Console, printed
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ def analyze(
 
     States are a run's checkpoints: train with `--train.checkpoint-every 20 --train.keep-checkpoints 20` to keep them.
     """
+    for run in [*runs, *([reference] if reference else [])]:
+        run_at(run)
     from dual_lora.lab.analysis.analyze import analyze as run_analysis
     from dual_lora.lab.analysis.analyze import check_free, save
     from dual_lora.lab.analysis.walk import Options

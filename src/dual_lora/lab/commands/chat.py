@@ -11,6 +11,7 @@ from cyclopts import Parameter
 from dual_lora.lab.commands.card import finish
 from dual_lora.lab.commands.parameters import AutoDtype, Base, Device, Source
 from dual_lora.lab.errors import UserError, suggest
+from dual_lora.lab.model.location import check_source
 from dual_lora.lab.progress import stage
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def chat(
         raise UserError("A conversation needs a terminal: give one question with --once TEXT, or use `generate`.")
     if once is None and json:
         raise UserError("--json goes with --once TEXT.")
+    check_source(source)
     with stage(f"loading {source}"):
         from dual_lora.lab.model.chat import Conversation
         from dual_lora.lab.model.device import use_device

@@ -6,10 +6,13 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 from pydantic import create_model
+from rich.console import Group
+from rich.text import Text
 
 from dual_lora.lab.commands.card import duration, figures_table, finish
 from dual_lora.lab.commands.parameters import AutoDtype, Base, Device, Json, Source, flag_values, flags
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.model.location import check_source
 from dual_lora.lab.recipe.read import build_recipe, read_recipe
 from dual_lora.lab.recipe.schema import DataSection, EvaluateSection, Recipe
 
@@ -37,15 +40,16 @@ def evaluate(
 
     An adapter from elsewhere: `dual-lora evaluate my-adapter --recipe boolq-smollm2 --data.test-limit 200`
     """
+    # A wrong value, recipe or source shows before a library is imported.
+    overrides = flag_values(given)
+    build_recipe({"model": {"path": source}, **overrides}, "flags")
+    ground = read_recipe(recipe) if recipe else None
+    check_source(source)
     from dual_lora.lab.model.device import use_device
     from dual_lora.lab.model.opened import open_tuned
     from dual_lora.lab.run.evaluate import changed_settings, write_result
     from dual_lora.lab.run.evaluate import evaluate as run_evaluation
 
-    # A wrong value or recipe shows before the model is loaded.
-    overrides = flag_values(given)
-    build_recipe({"model": {"path": source}, **overrides}, "flags")
-    ground = read_recipe(recipe) if recipe else None
     use_device(device)
     tuned = open_tuned(source, base, dtype, unsaid="auto")
     ground = ground or tuned.recipe
@@ -64,7 +68,8 @@ def evaluate(
     rows.append(["time", *(duration(s) for s in result.seconds.values())])
     cut = f", {result.cut} longer than data.max_length" if result.cut else ""
     title = f"{result.source} · {result.split}, {result.examples:,} examples{cut}"
-    finish(result.summary(), figures_table(title, ["", *columns], rows), json)
+    table = figures_table("", ["", *columns], rows)
+    finish(result.summary(), Group(Text(f" {title}", style="italic"), table), json)  # a title may be the wider one
 
 
 def _check_split(given: dict[str, Any], split: str) -> None:

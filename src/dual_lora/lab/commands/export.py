@@ -13,6 +13,7 @@ from cyclopts import Parameter
 from dual_lora.lab.commands.card import facts_card, figures_table, finish, size
 from dual_lora.lab.commands.parameters import Base, Device, Dtype, Json
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.model.location import check_source
 from dual_lora.lab.recipe.schema import Precision
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def merge(
 
     Example: `dual-lora merge runs/boolq-smollm2 merged --dtype bfloat16`
     """
+    check_source(source)
     from dual_lora.lab.export.export import merge as run_merge
     from dual_lora.lab.model.device import use_device
 
@@ -97,6 +99,7 @@ def export(
     if "energy" in OPTIONS[to] and (rank is None) == (energy is None):
         raise UserError("Say how much of the update to keep: --rank 64 for every layer, or --energy 0.9.")
     options |= {"base": base, "dtype": dtype}
+    check_source(source)
     from dual_lora.lab.model.device import use_device
 
     use_device(device)

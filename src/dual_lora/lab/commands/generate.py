@@ -8,6 +8,7 @@ from cyclopts import Parameter
 from dual_lora.lab.commands.card import finish
 from dual_lora.lab.commands.parameters import AutoDtype, Base, Device, Source
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.model.location import check_source
 
 
 def generate(
@@ -39,6 +40,7 @@ def generate(
     assert prompt is not None
     if not prompt.strip():
         raise UserError("The prompt is empty.")
+    check_source(source)
     from dual_lora.lab.model.device import use_device
     from dual_lora.lab.model.generate import generate as answer
     from dual_lora.lab.model.opened import open_tuned

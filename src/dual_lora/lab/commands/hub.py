@@ -46,6 +46,7 @@ def push(
     license: Licence = None,
     private: Annotated[bool, Parameter(help="Make a new repository private.")] = False,
     yes: Annotated[bool, Parameter(help="Upload without asking.")] = False,
+    dry_run: Annotated[bool, Parameter(help="Check everything and list the files, but upload nothing.")] = False,
     json: Json = False,
 ) -> None:
     """Upload a run's weights, tokenizer and card to the Hugging Face hub, after a question.
@@ -53,15 +54,21 @@ def push(
     Uploads only the files of the result, without paths of this machine. Sign in with `hf auth login` before.
 
     Example: `dual-lora push runs/boolq-smollm2 me/boolq --base-model HuggingFaceTB/SmolLM2-135M`
+
+    Look first, without a network: add `--dry-run`
     """
     from dual_lora.lab.run.push import prepared_upload, upload
 
     with prepared_upload(run, repo, base_model=base_model, licence=license) as ready:
         facts = {name: size(count) for name, count in ready.files.items()}
+        title = f"to {repo}{' (private)' if private else ', for everyone to see'}"
+        if dry_run:
+            facts["all files"] = size(sum(ready.files.values()))
+            found = {"repo": repo, "private": private, "files": ready.files}
+            return finish(found, facts_card(f"would be uploaded {title}", facts), json)
         if not yes:
             if not sys.stdin.isatty():
-                raise UserError("Nobody is there to answer whether to upload: give --yes.")
-            title = f"to {repo}{' (private)' if private else ', for everyone to see'}"
+                raise UserError("Nobody is there to answer whether to upload: give --yes, or --dry-run to look first.")
             Console(stderr=True).print(facts_card(title, facts))
             if input("Upload these files? [y/N] ").strip().lower() not in {"y", "yes"}:
                 raise UserError("Nothing was uploaded.")

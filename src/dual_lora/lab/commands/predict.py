@@ -12,8 +12,9 @@ from dual_lora.lab.commands.card import duration, facts_card, finish
 from dual_lora.lab.commands.parameters import AutoDtype, Base, Device, Json, Source, flag_values, flags
 from dual_lora.lab.data.questions import read_questions
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.files.folder import RunFolder, result_of
+from dual_lora.lab.files.folder import RunFolder
 from dual_lora.lab.files.write import held
+from dual_lora.lab.model.location import check_answers, check_source
 from dual_lora.lab.progress import stage
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.recipe.schema import DataSection, EvaluateSection, Recipe
@@ -32,7 +33,8 @@ PredictFlags: Any = create_model("PredictFlags", **_PARTS)
 def predict(
     source: Source,
     file: Annotated[
-        str, Parameter(help="Records: a .csv, .jsonl, .json or .tsv file, or a .txt file with one record a line.")
+        str,
+        Parameter(help="Records: a .csv, .jsonl, .json, .tsv or .parquet file, or a .txt file with one record a line."),
     ],
     *,
     out: Annotated[
@@ -98,12 +100,11 @@ def predict(
 
 
 def _recipe_of(source: str) -> Recipe | None:
-    """A run's or an adapter's own recipe, read before a library is imported. Raises UserError for an unfinished run."""
-    folder = RunFolder(Path(source))
-    if folder.is_run:
-        result_of(folder)
+    """A run's or an adapter's own recipe, read before a library is imported. Raises UserError for an unfinished run,
+    and for a name that nothing has."""
+    check_source(source)
+    if RunFolder(Path(source)).is_run:
         return recipe_of_run(source)
-    from dual_lora.lab.model.location import check_answers
     from dual_lora.lab.model.note import read_note
 
     check_answers(source)

@@ -9,6 +9,7 @@ from rich.panel import Panel
 
 from dual_lora.lab.commands.card import duration, facts_card, finish
 from dual_lora.lab.commands.parameters import Base, Device, Dtype, Json
+from dual_lora.lab.model.location import check_source
 
 if TYPE_CHECKING:
     from dual_lora.lab.verify.verify import Report
@@ -48,6 +49,7 @@ def verify(
     dropped, wrong chat template, other tokenizer, undecided. docs/how-to/verify.md explains each. A server's token is
     read from DUAL_LORA_API_KEY or OPENAI_API_KEY.
     """
+    check_source(source)
     from dual_lora.lab.model.device import use_device
     from dual_lora.lab.verify.verify import verify as run_verification
 

@@ -66,7 +66,8 @@ def _format(record: Record, named: Container[str]) -> str:
     raise UserError(
         f"{record.where}: fields {', '.join(map(str, record.values))} fit no format; expected messages (or "
         "conversations), or instruction and output, or prompt and answer (or completion), or text and label, or text. "
-        "Map names with data.fields: {text: sentence}."
+        "Say which field is which: --data.fields.text NAME --data.fields.label NAME, in a recipe data.fields: {text: "
+        "NAME, label: NAME}; `dual-lora recipes init` guesses them."
     )
 
 

@@ -7,6 +7,7 @@ from dual_lora.lab.data.examples import in_words, read_examples
 from dual_lora.lab.data.formats import Example
 from dual_lora.lab.data.records import Record, find, read_records
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.read import delimiter_of
 from dual_lora.lab.recipe.schema import FIELDS, DataSection
 
 NONE = "1"  # instead of an answer, which no reader of a format does without; nobody is shown it
@@ -57,7 +58,8 @@ def _has_header(source: str, data: DataSection) -> bool:
     if not data.columns or not source.endswith((".csv", ".tsv")):
         return False
     with find(source).open(encoding="utf-8-sig", errors="replace") as file:
-        first = file.readline().rstrip("\r\n").split("\t" if source.endswith(".tsv") else ",")
+        line = file.readline().rstrip("\r\n")
+    first = line.split("\t" if source.endswith(".tsv") else delimiter_of(line))
     return not {data.fields.get(name, name) for name in FIELDS}.isdisjoint(name.strip('"') for name in first)
 
 

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from dual_lora.lab.errors import UserError, described, suggest
-from dual_lora.lab.read import lines_of, parse_json, regular, repeated
+from dual_lora.lab.read import delimiter_of, lines_of, not_utf8, parse_json, regular, repeated
+
+_SEPARATORS = {",": "a comma", ";": "a semicolon", "\t": "a tab"}  # of a .csv file
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def read_records(source: str, columns: list[str] | None = None) -> list[Record]:
             else:
                 raise UserError(f"{path}: unknown kind of data file, not .json, .jsonl, .tsv, .csv, .parquet or .txt.")
         except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not text in UTF-8 (byte {error.start}).") from None
+            raise UserError(not_utf8(path, error)) from None
     if not records:
         raise UserError(f"{source} holds no records.")
     return records
@@ -135,13 +137,13 @@ def _record(value: Any, where: str) -> Record:
 
 
 def _table(path: Path, columns: list[str] | None) -> Iterator[Record]:
-    """Tab-separated files have no quoting (as in GLUE); comma-separated ones have the usual one."""
+    """A .tsv file has no quoting (as in GLUE); a .csv file has the usual one, and commas, semicolons or tabs."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows: Iterator[tuple[int, list[str]]]
         if path.suffix == ".tsv":
             rows = ((number, line.rstrip("\r\n").split("\t")) for number, line in enumerate(file, 1))
         else:
-            rows = _quoted(file, path)
+            rows = _quoted(file, path, columns)
         names = columns or next(rows, (0, []))[1]
         twice = repeated(name for name in names if not (columns and name == "_"))
         if twice is not None:
@@ -164,17 +166,19 @@ def _table(path: Path, columns: list[str] | None) -> Iterator[Record]:
             yield Record(dict(zip(names, row, strict=True)), f"{path}, line {number}", cells=True)
 
 
-def _quoted(file: TextIO, path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Rows of comma-separated values, each with the last of its lines: a cell may hold several."""
+def _quoted(file: TextIO, path: Path, columns: list[str] | None) -> Iterator[tuple[int, list[str]]]:
+    """Rows of separated values, each with the last of its lines: a cell may hold several."""
     csv.field_size_limit(10_000_000)
-    reader = csv.reader(file, strict=True)  # else a lone quote joins records
+    separator = delimiter_of(file.readline(), len(columns) if columns else None)
+    file.seek(0)
+    reader = csv.reader(file, delimiter=separator, strict=True)  # else a lone quote joins records
     try:
         for row in reader:
             yield reader.line_num, row
     except csv.Error as error:
         raise UserError(
-            f"{path}, line {reader.line_num}: {error}. A closing quote has to be followed by a comma, and a quote "
-            "within quotes has to be written twice."
+            f"{path}, line {reader.line_num}: {error}. A closing quote has to be followed by "
+            f"{_SEPARATORS[separator]}, and a quote within quotes has to be written twice."
         ) from None
 
 
@@ -190,7 +194,7 @@ def whole_text(source: str) -> list[Record]:
     try:
         text = regular(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not text in UTF-8 (byte {error.start}).") from None
+        raise UserError(not_utf8(path, error)) from None
     except ValueError as error:
         raise UserError(f"{path} cannot be read: {error}.") from None
     return [Record({"text": text}, str(path))]

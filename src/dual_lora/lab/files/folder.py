@@ -22,7 +22,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from dual_lora.lab.errors import UserError
+from dual_lora.lab.errors import UserError, suggest
 from dual_lora.lab.files.write import REMAINS, WHOLE, hold, listed_in, remove_remains, sync
 from dual_lora.lab.read import has_second_name, read_object
 
@@ -136,6 +136,10 @@ class RunFolder:
 def run_at(path: str | Path) -> RunFolder:
     """The folder of a run. Raises UserError where there is none."""
     folder = RunFolder(Path(path))
+    if not folder.path.exists():
+        beside = folder.path.parent
+        near = suggest(folder.path.name, [p.name for p in beside.iterdir() if p.is_dir()] if beside.is_dir() else [])
+        raise UserError(f"There is no run {path}.{near if near.startswith(' Did') else ''}")
     if not folder.is_run:
         raise UserError(f"{path} is not a run: it holds no recipe.yaml. Give a folder that `dual-lora train` made.")
     return folder

@@ -5,6 +5,7 @@ import math
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dual_lora.lab.errors import UserError, suggest
-from dual_lora.lab.read import opened
+from dual_lora.lab.read import delimiter_of, opened
 from dual_lora.lab.study.job import task_name
 
 BEARABLE = 1e100  # the largest score, and the inverse of the smallest that a task's largest may be
@@ -185,8 +186,9 @@ def read_table(file: Path) -> Scores:
 
 
 def _rows(file: Path, lines: Iterator[str]) -> Iterator[Score]:
-    delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)  # else a lone quote joins lines
+    first = next(lines, "")
+    delimiter = "\t" if file.suffix.lower() == ".tsv" else delimiter_of(first)
+    reader = csv.reader(chain([first], lines), delimiter=delimiter, strict=True)  # else a lone quote joins lines
     names = [name.strip() for name in next(reader, [])]
     _check_columns(file, names)
     filled: dict[str, tuple[bool, str]] = {}

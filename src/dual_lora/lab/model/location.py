@@ -240,6 +240,20 @@ def check_here(path: str, revision: str | None = None, others: str = "") -> None
         )
 
 
+def check_source(source: str) -> None:
+    """Raise UserError for a run that is not finished, or a name that nothing has.
+
+    It imports no library, so that a misspelled name is said at once.
+    """
+    from dual_lora.lab.files.folder import RunFolder, result_of
+
+    folder = RunFolder(Path(source))
+    if folder.is_run:
+        result_of(folder)
+    elif not (folder.path / "adapter_config.json").is_file():
+        check_here(source, others=", run or adapter")
+
+
 def suggest_model(path: str, runs: bool = False) -> str:
     """A sentence that suggests a model on this machine with nearly that name; "" where there is none.
 
