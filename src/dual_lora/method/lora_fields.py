@@ -99,6 +99,11 @@ def translated(options: dict[str, Any], own: set[str]) -> dict[str, Any]:
     return result
 
 
+def written(name: str, value: Any, own: set[str]) -> tuple[str, Any]:
+    """The same for one field that is written later: its name and value here."""
+    return next(iter(translated({name: value}, own).items()), (name, value))
+
+
 def keeps_base(config: Any) -> bool:
     """Whether the base of this LoRA is what it was before: PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA and KaSA change it."""
     start = getattr(config, "init_lora_weights", True)
