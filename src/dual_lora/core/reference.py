@@ -200,9 +200,12 @@ class Adapter(NamedTuple):
         here = torch.arange(B.shape[0], device=B.device) == row
         return self._replace(factors=self.factors._replace(B=B.masked_fill(here.unsqueeze(1), 0.0)))
 
-    def working(self) -> Adapter:
-        """The same with factors in the precision that P and Q are computed in: fp32, or fp64 for fp64 factors."""
-        dtype = torch.float64 if self.factors.A.dtype == torch.float64 else torch.float32
+    def working(self, wide: bool = False) -> Adapter:
+        """The same with factors in the precision that P and Q are computed in: fp32, or fp64 for fp64 factors.
+
+        wide: fp64, as another adapter of the sum has it.
+        """
+        dtype = torch.float64 if wide or self.factors.A.dtype == torch.float64 else torch.float32
         A, B, C, D = self.factors
         if dtype == A.dtype == B.dtype == self.scale.dtype and (
             dtype == C.dtype == D.dtype or not self.form.trains_direction
@@ -214,10 +217,12 @@ class Adapter(NamedTuple):
 
 
 def parts_of(adapters: Sequence[Adapter]) -> Sequence[Adapter]:
-    """The adapters, sums taken apart."""
+    """The adapters, sums taken apart, all of one precision: a model may get an adapter after it was cast to fp64."""
+    first = adapters[0].factors.A.dtype
     for adapter in adapters:
-        if adapter.form.plain:
-            return [part for a in adapters for part in a.parts()]
+        if adapter.form.plain or adapter.factors.A.dtype != first:
+            wide = any(a.factors.A.dtype == torch.float64 for a in adapters)
+            return [part.working(True) if wide else part for a in adapters for part in a.parts()]
     return adapters
 
 
