@@ -216,9 +216,8 @@ class MapLayer(DualLoraLayer):
         # somebody else's (Monte Carlo dropout) may act in eval mode too.
         held: Any = self._modules
         dropouts = held["dual_lora_dropout"]._modules
-        fused = [
-            n for n in active if type(d := dropouts[n]) is nn.Identity or (type(d) is nn.Dropout and not d.training)
-        ]
+        silent = nn.Identity, nn.Dropout  # the second in eval mode
+        fused = [n for n in active if type(dropouts[n]) in silent[: 2 - dropouts[n].training]]
         plain = not (args or kwargs) and self._is_plain()
         own = not plain and self._is_own()
         if not (plain or own):
