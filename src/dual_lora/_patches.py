@@ -79,6 +79,13 @@ PATCHES = (
         "PyTorch: `make_fallback` refuses its own operators alone",
     ),
     Patch(
+        "torch.utils.flop_counter",
+        "dual_lora.core.flops:register",
+        (),
+        "To PyTorch's counter of operations an operator that it does not know counts nothing.",
+        "PyTorch: an operator brings its formula",
+    ),
+    Patch(
         "diffusers.utils.state_dict_utils",
         "dual_lora.method.diffusers_files:connect_conversion",
         ("diffusers.utils.state_dict_utils:convert_state_dict_to_diffusers",),

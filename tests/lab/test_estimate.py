@@ -9,10 +9,11 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, RobertaConfig
 
 from dual_lora.core import blocked, scratch
+from dual_lora.core.flops import linear, linear_backward
 from dual_lora.core.reference import Adapter, Factors, Form
 from dual_lora.lab.cost import simulate as simulation
 from dual_lora.lab.cost.memory import memory_of
-from dual_lora.lab.cost.operators import MemoryTracker, inner_bytes, linear, linear_backward, register_own
+from dual_lora.lab.cost.operators import MemoryTracker, inner_bytes
 from dual_lora.lab.cost.options import StepOptions
 from dual_lora.lab.cost.simulate import empty_model, simulate
 from dual_lora.lab.errors import UserError
@@ -172,7 +173,6 @@ class TestFlops:
 @pytest.mark.parametrize(("T", "O", "I", "r"), [(64, 96, 64, 4), (128, 1024, 768, 8), (64, 3072, 1024, 8)])
 def test_workspace_of_the_blocks_is_what_they_allocate(T, O, I, r, dtype, monkeypatch):
     """The blocked operator itself, on real tensors, against the formula for what it uses inside."""
-    register_own()
     factors = [torch.randn(s) for s in ((r, I), (O, r), (r, I), (O, r))]
     x, dy, weight = (torch.randn(s).to(dtype) for s in ((T, I), (T, O), (O, I)))
     adapter = Adapter(Factors(*factors), torch.tensor(0.5), Form())
@@ -194,7 +194,6 @@ def test_workspace_of_the_blocks_is_what_they_allocate(T, O, I, r, dtype, monkey
 
 
 def test_a_quantised_weight_is_there_twice_while_a_gpu_composes_it():
-    register_own()
     factors = [torch.empty(s) for s in ((2, 64), (96, 2), (2, 64), (96, 2))]
     x, weight, number = torch.empty(5, 64), torch.empty(96, 64), torch.tensor(0)
     for on, times in (("cpu", 1), ("gpu", 2)):

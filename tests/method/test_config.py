@@ -213,12 +213,17 @@ def test_a_call_that_means_plain_lora_is_taken():
     ],
     ids=str,
 )
-@pytest.mark.parametrize("source", ["call", "file"])
+@pytest.mark.parametrize("source", ["call", "file", "later"])
 def test_a_value_that_means_another_method_raises_a_clear_error(option, meaning, source):
     (name,) = option
     saved = dataclasses.asdict(LoraConfig(r=8)) | {"peft_type": "DUAL_LORA"} | option  # LoRA's, with its type changed
+    ways = {
+        "call": lambda: DualLoraConfig(**option),
+        "file": lambda: DualLoraConfig(**saved),
+        "later": lambda: setattr(DualLoraConfig(r=8), name, option[name]),
+    }
     with pytest.raises(ValueError, match=rf"{name}=.*{re.escape(meaning)}.*another method than Dual LoRA"):
-        DualLoraConfig(**(option if source == "call" else saved))
+        ways[source]()
 
 
 def test_ranks_written_later_count(tmp_path):
@@ -375,6 +380,8 @@ def test_loras_names_can_be_read_written_and_copied():
     assert DualLoraConfig(r=8).alpha is None
     config.lora_alpha, config.lora_dropout = 64, 0.2
     assert (config.alpha, config.dropout) == (128, 0.2)
+    config.init_lora_weights, config.bias, config.use_dora = False, "lora_only", False
+    assert (config.init_weights, config.bias) == (False, "dual_lora_only")
     assert dataclasses.replace(config, alpha=8.0).lora_alpha == 4
     assert copy.deepcopy(config).lora_alpha == 64
     assert not {"lora_alpha", "lora_dropout"} & set(config.to_dict())

@@ -11,7 +11,8 @@ from quantized_layers import decoded
 from tiny import adapted, points
 from torch import nn
 from torch.autograd import forward_ad
-from torch.nn.functional import mse_loss
+from torch.nn.functional import dropout, mse_loss
+from torch.utils.flop_counter import FlopCounterMode
 
 from dual_lora import (
     DualLoraConfig,
@@ -294,6 +295,58 @@ def test_dropout_goes_by_its_own_mode():
         if isinstance(module, nn.Dropout):
             module.train()
     assert not torch.equal(model(points()), model(points()))
+
+
+class AlwaysOn(nn.modules.dropout._DropoutNd):
+    """As libraries for Bayesian models put it in the place of every nn.Dropout."""
+
+    def forward(self, x):
+        return dropout(x, self.p, training=True)
+
+
+class AlwaysOnToo(nn.Dropout):
+    forward = AlwaysOn.forward
+
+
+@pytest.mark.parametrize("kind", [AlwaysOn, AlwaysOnToo])
+def test_a_dropout_of_another_class_is_called(kind):
+    model = adapted(init_weights=False, dropout=0.5).eval()
+    for layer in [m for m in model.modules() if hasattr(m, "dual_lora_dropout")]:
+        layer.dual_lora_dropout["default"] = kind(0.5).eval()
+    assert not torch.equal(model(points()), model(points()))
+
+
+def test_a_hook_of_all_modules_is_called():
+    """Of PyTorch's own, which its counters set, a layer stays one product."""
+    model = adapted(init_weights=False, target_modules=["second"]).eval()
+    base = model.base_model.model.second.base_layer
+    before = model(points())
+    hook = nn.modules.module.register_module_forward_hook(lambda module, x, y: y + 1 if module is base else None)
+    try:
+        torch.testing.assert_close(model(points()), before + 1)
+    finally:
+        hook.remove()
+    with FlopCounterMode(display=False) as counter:
+        assert torch.equal(model(points()), before)
+    assert torch.ops.dual_lora.linear in counter.get_flop_counts()["Global"]
+    assert len(counter.get_flop_counts()["Global"]) == 2  # and the layer that is not adapted
+
+
+def test_adapters_of_two_precisions_are_added():
+    """One from before the model was cast to fp64, and one from after it."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 5))
+    model = get_peft_model(base, visible(target_modules=["0", "1"])).double()
+    model.add_adapter("other", visible(target_modules=["0", "1"]))
+    rows, summed = torch.arange(9), []
+    for name in ("default", "other"):
+        layers = [m for m in model.modules() if hasattr(m, "dual_lora_A")]
+        summed.append([layer.get_delta_weight(name).double() for layer in layers])
+    embedded, W, bias = base[0].weight, base[1].get_base_layer().weight, base[1].bias
+    want = (embedded + summed[0][0] + summed[1][0]) @ (W + summed[0][1] + summed[1][1]).T + bias
+    for order in (["default", "other"], ["other", "default"]):
+        model.base_model.set_adapter(order)
+        torch.testing.assert_close(model(rows), want, atol=1e-6, rtol=1e-6)
 
 
 def read_layer():

@@ -49,6 +49,16 @@ def test_strength_rises_with_the_steps_and_the_first_one_moves_nothing():
     assert {name.rpartition(".")[0].rpartition(".")[2] for name, _ in model.named_buffers()} == {"dual_lora_left"}
 
 
+def test_lambda_is_fp32_whatever_the_default_is():
+    model = adapted(warmup_steps=50)
+    set_left(model, 17)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert layer(model).warmup_factor("default").item() == pytest.approx(0.66, abs=1e-6)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize(
     "options", [dict(warmup_steps=0), *(dict(init_weights=v) for v in (True, False, "zero"))], ids=str
 )

@@ -195,9 +195,12 @@ class Adapter(NamedTuple):
         here = torch.arange(B.shape[0], device=B.device) == row
         return self._replace(factors=self.factors._replace(B=B.masked_fill(here.unsqueeze(1), 0.0)))
 
-    def in_working_dtype(self) -> Adapter:
-        """Return the adapter in the precision that P and Q are computed in: fp32, or fp64 for fp64 factors."""
-        dtype = torch.float64 if self.factors.A.dtype == torch.float64 else torch.float32
+    def in_working_dtype(self, wide: bool = False) -> Adapter:
+        """Return the adapter in the precision that P and Q are computed in: fp32, or fp64 for fp64 factors.
+
+        wide: fp64, as another adapter of the sum has it.
+        """
+        dtype = torch.float64 if wide or self.factors.A.dtype == torch.float64 else torch.float32
         A, B, C, D = self.factors
         if dtype == A.dtype == B.dtype == self.scale.dtype and (
             dtype == C.dtype == D.dtype or not self.form.trains_direction
@@ -209,10 +212,12 @@ class Adapter(NamedTuple):
 
 
 def parts_of(adapters: Sequence[Adapter]) -> Sequence[Adapter]:
-    """Replace each adapter that has plain ranks by its two parts."""
+    """Return the adapters, sums as their two parts, in one precision: a model may get one after a cast to fp64."""
+    first = adapters[0].factors.A.dtype
     for adapter in adapters:
-        if adapter.form.plain:
-            return [part for a in adapters for part in a.parts()]
+        if adapter.form.plain or adapter.factors.A.dtype != first:
+            wide = any(a.factors.A.dtype == torch.float64 for a in adapters)
+            return [part.in_working_dtype(True) if wide else part for a in adapters for part in a.parts()]
     return adapters
 
 

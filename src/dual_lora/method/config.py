@@ -245,7 +245,8 @@ class DualLoraConfig(PeftConfig):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set a field and keep the others consistent: a new r1 or r2 changes `r`, a new start its warm-up."""
-        if vars(self).get("_complete") and name in ("alpha", "alpha_pattern"):
+        if vars(self).get("_complete"):
+            name, value = lora_fields.written(name, value, {f.name for f in fields(self)})
             lora_fields.keep_units(self, name, value)
         if not vars(self).get("_complete") or name not in ("r", "r1", "r2", "init_weights", "init_std", "warmup_steps"):
             super().__setattr__(name, value)
@@ -297,14 +298,9 @@ class DualLoraConfig(PeftConfig):
 
     lora_alpha = property(
         lambda self: (self.default_alpha(self.r1, self.r2) if self.alpha is None else self.alpha) / LORA_ALPHA,
-        lambda self, value: setattr(self, "alpha", LORA_ALPHA * value),
         doc="LoRA's `lora_alpha` at equal strength; where each layer has its own default, that of `r`.",
     )
-    lora_dropout = property(
-        lambda self: self.dropout,
-        lambda self, value: setattr(self, "dropout", value),
-        doc="`dropout` for code that knows LoRA.",
-    )
+    lora_dropout = property(lambda self: self.dropout, doc="`dropout` for code that knows LoRA.")
 
     @property
     def form(self) -> Form:

@@ -137,7 +137,20 @@ def is_plain(base: Any, forwards: tuple[Any, ...], reads_foreign_tensors: bool =
         and (reads_foreign_tensors or not is_foreign_tensor(base._parameters.get("weight")))
         and "forward" not in base.__dict__  # accelerate's hooks sit there
         and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
+        and not (any(_OF_ALL_MODULES) and _somebody_hooks_all())
     )
+
+
+_OF_ALL_MODULES = (
+    *(nn.modules.module._global_forward_pre_hooks, nn.modules.module._global_forward_hooks),
+    *(nn.modules.module._global_backward_pre_hooks, nn.modules.module._global_backward_hooks),
+)
+
+
+def _somebody_hooks_all() -> bool:
+    """Whether a hook of all modules may change what a layer gets or gives. PyTorch's own, of its counters, look on."""
+    hooks = (hook for hooks in _OF_ALL_MODULES for hook in hooks.values())
+    return any(not getattr(hook, "__module__", "").startswith("torch.") for hook in hooks)
 
 
 class MapLayer(DualLoraLayer):
@@ -208,10 +221,12 @@ class MapLayer(DualLoraLayer):
         if adapter_names is not None:
             return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
 
-        # An adapter with dropout sees another input than the base, so that it needs a product of its own.
+        # An adapter with dropout sees another input than the base, so that it needs a product of its own. A class of
+        # somebody else's (Monte Carlo dropout) may act in eval mode too.
         held: Any = self._modules
         dropouts = held["dual_lora_dropout"]._modules
-        fused = [n for n in active if not (isinstance(dropouts[n], nn.Dropout) and dropouts[n].training)]
+        silent = nn.Identity, nn.Dropout  # the second in eval mode
+        fused = [n for n in active if type(dropouts[n]) in silent[: 2 - dropouts[n].training]]
         plain = not (args or kwargs) and self._is_plain()
         own = not plain and self._has_own_forward()
         if not (plain or own):
@@ -264,8 +279,10 @@ class Linear(MapLayer):
 
     def _map(self, x: Tensor, names: list[str], with_base: bool) -> Tensor:
         """One product with the composed weight: x (W + ΣΔW)ᵀ + bias, or x ΣΔWᵀ."""
-        if x.is_nested and x.layout == torch.jagged:
-            return nested_like(x, self._map(x.values(), names, with_base))
+        if x.is_nested:
+            if x.layout == torch.jagged:
+                return nested_like(x, self._map(x.values(), names, with_base))
+            return torch.nested.as_nested_tensor([self._map(part, names, with_base) for part in x.unbind()])
         base: Any = self.get_base_layer()
         weight = base.weight  # once: a parametrisation computes it
         if sharded.is_sharded(weight):

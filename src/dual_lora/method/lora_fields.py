@@ -101,6 +101,11 @@ def translate(options: dict[str, Any], own: set[str]) -> dict[str, Any]:
     return result
 
 
+def written(name: str, value: Any, own: set[str]) -> tuple[str, Any]:
+    """Translate one field that is written later: return its own name and value."""
+    return next(iter(translate({name: value}, own).items()), (name, value))
+
+
 def keeps_base(config: Any) -> bool:
     """Whether a LoRA leaves its base unchanged; PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA and KaSA change it."""
     start = getattr(config, "init_lora_weights", True)

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from .._warning import warn
 from ..core import dispatch
 from ..core.reference import Adapter
-from .cache import composed_weights, version_of
+from .cache import composed_weights
 from .factors import FactorsLayer
 from .parallel import sharded
 from .precision import Warned
 
 _TORCH_TYPES = nn.Parameter, Tensor
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class MergeLayer(FactorsLayer):
@@ -27,13 +28,15 @@ class MergeLayer(FactorsLayer):
         super().__init__(base_layer, warned)
         self.merged_adapters: list[str] = []
         self._original: dict[str, Tensor] | None = None  # the base weights' data while something is merged
-        self._versions: dict[str, int | None] = {}  # of the merged weights, as they were written
+        self._written: dict[str, int] = {}  # of the merged weights, by which a later change shows
         self.register_load_state_dict_pre_hook(_refuse_while_merged)
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        unchanged = self._original is not None and self._written == self._fingerprints()
         result = super()._apply(fn, recurse)
         if self._original is not None:
             self._original = {name: fn(data) for name, data in self._original.items()}
+            self._written = self._fingerprints() if unchanged else {}
         return result
 
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -62,6 +65,7 @@ class MergeLayer(FactorsLayer):
         gone = self.merged_adapters if adapter_names is None else adapter_names
         self._write_merged([name for name in self.merged_adapters if name not in gone], safe_merge=False)
 
+    @torch.inference_mode(False)  # who merges in inference mode may train the model afterwards
     def _write_merged(self, names: list[str], safe_merge: bool) -> None:
         composed_weights.drop(self)
         if self._merges_with_embedding((*names, *self.merged_adapters)):
@@ -76,7 +80,7 @@ class MergeLayer(FactorsLayer):
         if (originals := self._original) is None:
             originals = {n: p.to_local().clone() if sharded.is_sharded(p) else p.data for n, p in parameters.items()}
         else:
-            self._refuse_changed(parameters)
+            self._refuse_changed()
         merged = originals
         if names:
             merged = self._merged(originals, names)
@@ -90,7 +94,7 @@ class MergeLayer(FactorsLayer):
                 parameter.data = merged[name]
                 torch.autograd.graph.increment_version(parameter)  # a graph that waits for its backward raises an error
         self._original = originals if names else None
-        self._versions = {name: version_of(p) for name, p in parameters.items()} if names else {}
+        self._written = self._fingerprints() if names else {}
         self.merged_adapters = names
 
     def _merges_with_embedding(self, names: Iterable[str]) -> bool:
@@ -102,20 +106,18 @@ class MergeLayer(FactorsLayer):
         embeddings: list[Any] = [name in self.tied and self.tied[name].get_base_layer() for name in names]
         return all(embedding and embedding.weight is mine.weight for embedding in embeddings)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._versions = {}  # a copy's parameters have version counters of their own
+    def _fingerprints(self) -> dict[str, int]:
+        return {name: fingerprint(parameter) for name, parameter in self._merge_parameters().items()}
 
-    def _refuse_changed(self, parameters: dict[str, Any]) -> None:
-        """Raise RuntimeError for a weight that was changed while merged: unmerging would lose the change."""
-        for name, before in self._versions.items():
-            now = version_of(parameters[name])
-            if before is not None and now is not None and now != before:
-                raise RuntimeError(
-                    f"The base's {name} was changed while {self.merged_adapters} were merged (it was trained, or "
-                    "written to), and unmerging would bring back what it was before. Unmerge first, and then change "
-                    "it; or keep the merged model (`unload()` after a copy of its weights)."
-                )
+    def _refuse_changed(self) -> None:
+        """Raise RuntimeError for a weight that was written to while something is merged: its change would be lost."""
+        changed = [name for name, now in self._fingerprints().items() if now != self._written.get(name)]
+        if changed:
+            raise RuntimeError(
+                f"The base's {changed[0]} was changed while {self.merged_adapters} were merged (it was trained, or "
+                "written to), and unmerging would bring back what it was before. Unmerge first, and then change it; or "
+                "keep the merged model (`unload()` after a copy of its weights)."
+            )
 
     def _refuse_computed(self, weight: Tensor) -> None:
         """Raise ValueError for a weight that a merge cannot be written to: computed at every call, foreign, or fp8."""
@@ -168,6 +170,17 @@ class MergeLayer(FactorsLayer):
     def _compose(self, weight: Tensor | None, adapters: list[Adapter], dtype: torch.dtype) -> Tensor:
         """Compose W + ΣΔW as a matrix, by the implementation that forward uses too."""
         return dispatch.compose(weight, adapters, dtype)
+
+
+def fingerprint(weight: Any) -> int:
+    """A number of a weight's bits and their places, which other bits hardly have: no version counter tells a write
+    through `.data`, nor what was written before a copy was made."""
+    weight = sharded.local(weight).detach()
+    if weight.is_meta or not weight.numel():
+        return 0
+    bits = weight.contiguous().view(_BITS[weight.dtype.itemsize]).flatten(1)
+    sums = bits.sum(0, dtype=torch.int64), bits.sum(1, dtype=torch.int64)
+    return sum(int((s * torch.arange(1, len(s) + 1, device=s.device)).sum()) for s in sums)
 
 
 def is_foreign_tensor(weight: Any) -> bool:

@@ -48,7 +48,7 @@ class Warmup:
     def warmup_factor(self, adapter: str) -> Tensor:
         """Return λ, from 0 at the start to 1 at the end, fp32, 0-dim or [E]."""
         steps = max(1, int(self.states[adapter].warmup))
-        return 1 - self.left(adapter).clamp(0, steps) / steps
+        return 1 - self.left(adapter).clamp(0, steps).float() / steps
 
     def steps_left(self, adapter: str) -> int:
         """Return the optimizer steps before all of the adapter acts at full strength."""

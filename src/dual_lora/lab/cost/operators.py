@@ -4,8 +4,8 @@ Held bytes: each storage is seen to come and go, over tensors without data (torc
 alike. What stood before it began is not counted. A storage belongs to the phase in which it was made (activations in
 forward, workspace after it), or to the gradients once it has become some parameter's.
 
-Arithmetic: torch's own formulas, and those that it lacks. Dual LoRA's linear layer: 2·T·O·I + 2·O·I·(r1 + r2) forward,
-4·T·O·I + 6·O·I·(r1 + r2) backward (P and Q again, four small gradients); without dx or the factors' gradients, less.
+Arithmetic: the formulas in torch's table, in which this package has entered its own (`core/flops.py`), and those that
+it lacks.
 
 Memory that a dispatch mode does not see: Dual LoRA's operator on a CPU works in blocks and tiles of the weight
 (`core/blocked.py`), on a GPU it composes one whole weight at a time (`core/kernels/linear.py`). Where fp32 products go
@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from dual_lora.core.blocked import CPU
+from dual_lora.core.flops import sizes
 from dual_lora.core.product import onednn_is_faster
 
 ACTIVATIONS, WORKSPACE, GRADIENTS = "activations", "workspace", "gradients"
@@ -112,40 +113,11 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
 def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     """Floating point operations of one call, 0 for what is not a product."""
     packet = func._overloadpacket
-    own = _OURS.get(packet)
+    own = _LACKING.get(packet)
     if own is not None:
         return own(*args)
     formula: Any = flop_registry.get(packet)
     return int(formula(*args, **kwargs, out_val=out)) if formula else 0
-
-
-def linear(T: int, O: int, I: int, ranks: int) -> int:
-    """Forward of Dual LoRA's layer. ranks: r1 + r2 of all its adapters."""
-    return 2 * T * O * I + 2 * O * I * ranks
-
-
-def linear_backward(T: int, O: int, I: int, ranks: int, need_x: bool = True, need_factors: bool = True) -> int:
-    """Its backward: dx, the masked G, P and Q once more, the four small gradients."""
-    products = need_x + need_factors
-    return 2 * products * T * O * I + 2 * O * I * ranks + 4 * O * I * ranks * need_factors
-
-
-def _linear(x: Any, weight: Any, bias: Any, factors: Any, *rest: Any) -> int:
-    return linear(*_sizes(x, factors))
-
-
-def _linear_backward(
-    dy: Any, x: Any, weight: Any, factors: Any, scales: Any, mean_squares: Any, forms: Any, loss_scale: Any,
-    share: float, draw: Any, need_x: bool, need_weight: bool, need_factors: bool,
-) -> int:  # fmt: skip
-    T, O, I, ranks = _sizes(x, factors)
-    return linear_backward(T, O, I, ranks, need_x, need_factors)
-
-
-def _sizes(x: Any, factors: Any) -> tuple[int, int, int, int]:
-    """T, O, I and the sum of all ranks (every other factor is A or C, [r, I])."""
-    I = x.shape[-1]
-    return x.numel() // I, factors[1].shape[0], I, sum(f.shape[0] for f in factors[::2])
 
 
 def _attention(query: Any, key: Any, value: Any, *rest: Any) -> int:
@@ -159,18 +131,10 @@ def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *rest: Any)
     return int(2 * B * heads * T * key.shape[2] * (3 * width + 2 * value.shape[-1]))
 
 
-_OURS: dict[Any, Callable[..., int]] = {
+_LACKING: dict[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
-
-
-def register_own() -> None:
-    """Count Dual LoRA's operators, once they are defined."""
-    import dual_lora.core.op  # noqa: F401
-
-    _OURS[torch.ops.dual_lora.linear] = _linear
-    _OURS[torch.ops.dual_lora.linear_backward] = _linear_backward
 
 
 def inner_bytes(func: Any, args: Any, out: Any, on: str) -> int:
@@ -182,11 +146,15 @@ def inner_bytes(func: Any, args: Any, out: Any, on: str) -> int:
     name = func._schema.name
     if name == "dual_lora::linear":
         x, weight, factors = args[0], args[1], args[3]
-        return forward_bytes(*_sizes(x, factors)[:3], x.dtype.itemsize, on) * _copies(weight, on)
+        return forward_bytes(*sizes(x.shape, [f.shape for f in factors])[:3], x.dtype.itemsize, on) * _copies(
+            weight, on
+        )
     if name == "dual_lora::linear_backward":
         x, weight, factors, need_x, need_factors = args[1], args[2], args[3], args[10], args[12]
         scaled: int = sum(f.numel() for f in factors) * 4 * need_factors
-        inside = backward_bytes(*_sizes(x, factors)[:3], x.dtype.itemsize, on, need_x, need_factors)
+        inside = backward_bytes(
+            *sizes(x.shape, [f.shape for f in factors])[:3], x.dtype.itemsize, on, need_x, need_factors
+        )
         return inside * _copies(weight, on) + scaled
     return 0
 

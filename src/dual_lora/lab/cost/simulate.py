@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from dual_lora.lab.cost.operators import ACTIVATIONS, WORKSPACE, Bytes, MemoryTracker, bytes_of, register_own
+from dual_lora.lab.cost.operators import ACTIVATIONS, WORKSPACE, Bytes, MemoryTracker, bytes_of
 from dual_lora.lab.errors import UserError, described
 from dual_lora.lab.model.empty import adapted, become_fake, empty_base, new_modules, shortened
 from dual_lora.lab.verify.logprobs import base_parameters
@@ -154,7 +154,6 @@ def empty_model(options: StepOptions, layers: int | None = None) -> Any:
 def _run(options: StepOptions, model: Any) -> Step:
     from dual_lora.lab.model.load import quiet
 
-    register_own()
     blocks = blocks_of(model)
     parameters, buffers = list(model.parameters()), list(model.buffers())
     trained = [p for p in parameters if p.requires_grad]
