@@ -88,9 +88,10 @@ def wait_for(there, process, seconds=400):
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_any_command_ends_with_the_status_of_the_signal(number, call, monkeypatch):
+def test_any_command_ends_with_the_status_of_the_signal(number, call, monkeypatch, tmp_path):
+    (tmp_path / "adapter_config.json").touch()
     monkeypatch.setattr("dual_lora.lab.export.export.merge", lambda *_, **__: os.kill(os.getpid(), number))
-    code, _, err = call("merge", "it", "there")
+    code, _, err = call("merge", tmp_path, "there")
     assert code == 128 + number
     assert "Interrupted" in err
 

@@ -107,13 +107,14 @@ def test_commands_with_hostile_files(tmp_path, call, lm_values):
             assert not obeyed(out + err), arguments
 
 
-def test_a_model_s_answer(monkeypatch, call):
+def test_a_model_s_answer(monkeypatch, call, tmp_path):
     from dual_lora.lab.model import generate, opened
 
     monkeypatch.setattr(opened, "open_tuned", lambda *_, **__: None)
     monkeypatch.setattr(generate, "generate", lambda *_, **__: iter(HOSTILE))
-    assert not obeyed(call("generate", "run", "hello")[1])
-    assert json.loads(call("generate", "run", "hello", "--json")[1])["answer"] == HOSTILE
+    (tmp_path / "adapter_config.json").touch()
+    assert not obeyed(call("generate", tmp_path, "hello")[1])
+    assert json.loads(call("generate", tmp_path, "hello", "--json")[1])["answer"] == HOSTILE
 
 
 def test_a_line_to_be_typed_is_quoted():

@@ -92,7 +92,7 @@ def chosen(card: str) -> str:
     if os.environ.get(dispatch.SWITCH) == "plain":
         return f"PyTorch's own operations: {dispatch.SWITCH}=plain"
     try:
-        return f"kernels, with the tiles of {dispatch.triton_modules()[1].row(card)}"
+        return f"kernels, with the tiles of {dispatch.triton_modules()[1].table_row(card)}"
     except (ImportError, NotImplementedError) as reason:
         return f"PyTorch's own operations: {reason}"
 
