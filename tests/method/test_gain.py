@@ -108,6 +108,18 @@ def test_a_step_gains_what_loras_does(kind, O, I, r, start, rank):
     assert 0.67 < sum(ratios) / len(ratios) < 1.5, ratios
 
 
+@pytest.mark.parametrize("rank", [1, 4])
+def test_an_embedding_gains_no_more_than_half_more_from_low_rank(rank):
+    """The reason for its larger σ: with that of other layers it gains twice what LoRA's gains."""
+    kind = "embedding", 300, 384
+    gains = {
+        std: gain(DualLoraConfig(init_std=std, **targeted("embedding", 16)), *kind, 1, rank)
+        / gain_of_lora(*kind, 16, 1, rank)
+        for std in (None, 0.04)
+    }
+    assert 0.67 < gains[None] < 1.67 < gains[0.04], gains
+
+
 def test_random_signs_gain_less_from_a_gradient_of_low_rank():
     """The reason for the aligned start: if this fails, the page on the method is out of date."""
     options = dict(r=8, lora_alpha=16, target_modules=["0"])

@@ -85,8 +85,8 @@ class DualLoraConfig(PeftConfig):
     init_std: float | None = field(
         default=None,
         metadata={
-            "help": "Standard deviation σ of C and D, which sets how fast signs flip. With 'zero' and 'paper' also of "
-            "A, and with 'paper' of B. Default: 0.04; with 'aligned' 0.1, with 'zero' and 'paper' 0.02."
+            "help": "Standard deviation σ of C and D, which sets how fast signs flip. Default: 0.04; in embeddings and "
+            "with 'aligned' 0.1. With 'zero' (0.02) also of A, with 'paper' (0.02) of all four factors."
         },
     )
     warmup_steps: int | float | None = field(
@@ -285,12 +285,11 @@ class DualLoraConfig(PeftConfig):
         """
         return cls(**{"ste": "clip"} | options | {"init_weights": "paper", "warmup_steps": warmup_steps})
 
-    @property
-    def std(self) -> float:
-        """σ of C and D, and with an earlier start of the others: `init_std`, or what is best for the start."""
+    def std(self, default: float = STD) -> float:
+        """Return σ of C and D, and with an earlier start of the others. default: of the default start in this layer."""
         if self.init_std is not None or not self.starts_like_lora:
             return self.init_std or EARLIER_STD
-        return STD if self.init_weights is True and self.direction_activation == "sign" else OTHER_STD
+        return default if self.init_weights is True and self.direction_activation == "sign" else OTHER_STD
 
     def default_alpha(self, r1: int, r2: int) -> float:
         """Return the default α for these ranks. It is the same for `init_weights=False`, before weights are loaded."""

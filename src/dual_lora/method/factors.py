@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..core.reference import Adapter, Factors
 from ..core.tokens import EXACT
 from .cache import composed_weights
-from .config import DualLoraConfig
+from .config import STD, DualLoraConfig
 from .parallel import offloaded, sharded
 from .precision import FACTOR_DTYPES, Warned, in_fp32, mark_as_stored
 from .seeds import Seeds
@@ -35,6 +35,7 @@ class FactorsLayer(Warmup, Strength, Seeds, nn.Module, BaseTunerLayer):
     samples_tokens = False  # whether gradients can be estimated from a share of the tokens
     takes_dropout = True  # whether the adapter may have dropout, and so another input than the base
     fan_in_fan_out = False  # whether the weight is stored as [I, O]
+    start_std = STD  # of C and D with the default start
     cast_input_dtype_enabled = True  # which PEFT's `disable_input_dtype_casting` switches; inputs fit the weight anyhow
 
     adapter_layer_names: tuple[str, ...] = ("dual_lora_A", "dual_lora_B", "dual_lora_C", "dual_lora_D")
@@ -181,7 +182,7 @@ class FactorsLayer(Warmup, Strength, Seeds, nn.Module, BaseTunerLayer):
         init_weights="aligned": the same with signs of rank one. "paper": all factors from N(0, σ²). "zero": all but B.
         False: all from N(0, 0.3²), an update large enough for tests.
         """
-        std = config.std if config.init_weights else 0.3
+        std = config.std(self.start_std) if config.init_weights else 0.3
         for letter, factors in zip("ABCD", self._factor_dicts(adapter_name), strict=False):
             factor = factors[adapter_name]
             if factor.device.type == "meta":

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ...core import blocked
 from ...core.embedding_op import dual_lora_embedding
 from ...core.reference import Adapter
+from ..config import OTHER_STD
 from ..layer import MapLayer
 from ..parallel import sharded
 from ..replaced import replaced
@@ -24,6 +25,7 @@ class Embedding(MapLayer):
 
     takes_dropout = False
     forwards: tuple[Any, ...] = (nn.Embedding.forward,)
+    start_std = OTHER_STD  # with a smaller one a step gains twice what LoRA's gains
     supports_sharded_weight = True  # transformers' plans give whole rows, to which the adapter's own are added
 
     def __init__(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> None:
