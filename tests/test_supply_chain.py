@@ -23,7 +23,7 @@ BASE = {canonicalize_name(Requirement(line).name): Requirement(line) for line in
 # Import names of packages that are not called so, for those that may not be installed here.
 CALLED = {"yaml": "pyyaml", "sklearn": "scikit-learn", "rouge_score": "rouge-score"}
 # Imported only where another has brought it: the user's own loop, by a hook on its import, or cyclopts.
-BROUGHT = {"deepspeed", "diffusers", "docstring_parser"}
+BROUGHT = {"deepspeed", "diffusers", "docstring_parser", "tokenizers"}  # the last by transformers, which pins it
 
 
 def third_party(folder):
