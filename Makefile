@@ -129,7 +129,7 @@ test-next:           ## the same with their main branches (needs github.com)
 lint: $(VENV)/.ready ## style, spelling, and words that this project has better ones for (scripts/vocabulary.txt)
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
 	$(PY) -m codespell_lib -D - -D scripts/vocabulary.txt src docs benchmarks conformance examples README.md CONTRIBUTING.md CHANGELOG.md SECURITY.md THIRD_PARTY.md
-	$(PY) -m codespell_lib -D - -D scripts/vocabulary.txt -L acuracy,leaner,metods,nmae,proces,trian,unmached tests LOG.md results/log results/pages
+	$(PY) -m codespell_lib -D - -D scripts/vocabulary.txt -L acuracy,endianess,leaner,metods,nmae,proces,trian,unmached tests LOG.md results/log results/pages
 
 format: $(VENV)/.ready ## style, mended
 	$(PY) -m ruff check --fix . && $(PY) -m ruff format .
