@@ -68,7 +68,7 @@ def test_an_early_error_imports_nothing_heavy(more, message, fresh, here):
 
 
 @pytest.mark.parametrize("command", ["predict {} train.jsonl", "evaluate {}", "generate {} x", "chat {} --once x",
-    "merge {} new", "export {} new --to lora --rank 4", "verify {}", "analyze {}", "card {}"])  # fmt: skip
+    "merge {} new", "export {} new --to lora --rank 4", "verify {}", "analyze {}", "card {}", "report {}"])  # fmt: skip
 def test_a_misspelled_run_is_said_before_anything_heavy_is_imported(command, fresh, here):
     """But huggingface_hub, which looks into its cache."""
     (here / "runs" / "mine").mkdir(parents=True)

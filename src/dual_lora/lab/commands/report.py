@@ -34,6 +34,13 @@ def report(
 
     While a study runs: `dual-lora report studies/quick --watch`, and open the page, which reloads by itself.
     """
+    from dual_lora.lab.report.sources import check_sources
+
+    given: list[str | Path] = [*sources] if sources else [Path(name) for name in USUAL if Path(name).is_dir()]
+    if not given:
+        raise UserError(f"Here is none of the folders {', '.join(USUAL)}: name what the report is to be made of.")
+    check_sources(given)
+
     from dataclasses import asdict
 
     from dual_lora.lab.commands.card import facts_card, finish, size
@@ -41,10 +48,6 @@ def report(
     from dual_lora.lab.report.report import report as write_report
     from dual_lora.lab.report.report import watch as keep_writing
     from dual_lora.lab.terminal import Console
-
-    given: list[str | Path] = [*sources] if sources else [Path(name) for name in USUAL if Path(name).is_dir()]
-    if not given:
-        raise UserError(f"Here is none of the folders {', '.join(USUAL)}: name what the report is to be made of.")
 
     def say(written: Report) -> None:
         Console(stderr=True).print(f"{written.file}: {size(written.bytes)}")

@@ -1,5 +1,6 @@
 """`dual-lora report`: one HTML page that needs nothing else, from studies, analyses and the benchmark ledger.
 
+sources   whether what is named is there
 gather    finds and reads the sources, which may come from strangers
 blocks    what a page is made of: tables, charts, paragraphs; columns.csv says what a table's keys mean
 overview  several studies: the pair that most compare, every question with its answer

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dual_lora.lab.errors import UserError, described
+from dual_lora.lab.errors import described
 from dual_lora.lab.files.write import finite
 from dual_lora.lab.read import read_json, read_json_lines, unlinked
 from dual_lora.lab.report.blocks import Source
 from dual_lora.lab.report.read_run import RECORD, read_run
+from dual_lora.lab.report.sources import check_sources
 from dual_lora.lab.results import ANALYSIS, with_sizes
 from dual_lora.lab.study.folder import progress
 
@@ -55,11 +56,8 @@ def find(paths: list[str | Path], problems: list[str] | None = None) -> list[Pat
     problems: takes the folders that cannot be read. Raises UserError for a path that is not there.
     """
     files: dict[str, Path] = {}  # by where they really lie: one that is named twice is no second study
+    check_sources(paths)
     for given in paths:
-        if not os.path.lexists(given):
-            raise UserError(
-                f"There is no file or folder {given}: give runs, studies, analyses, a ledger, or a folder of them."
-            )
         inside = _inside(Path(given), [] if problems is None else problems) if Path(given).is_dir() else [Path(given)]
         runs = _runs_in(Path(given), [] if problems is None else problems)
         for file in sorted([*runs, *inside], key=lambda file: (file.is_symlink(), file)):
