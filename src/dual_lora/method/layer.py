@@ -225,8 +225,11 @@ class MapLayer(DualLoraLayer):
         # somebody else's (Monte Carlo dropout) may act in eval mode too.
         held: Any = self._modules
         dropouts = held["dual_lora_dropout"]._modules
-        silent = nn.Identity, nn.Dropout  # the second in eval mode
-        fused = [n for n in active if type(dropouts[n]) in silent[: 2 - dropouts[n].training]]
+        fused = [
+            n
+            for n in active
+            if type(dropouts[n]) is nn.Identity or (type(dropouts[n]) is nn.Dropout and not dropouts[n].training)
+        ]
         plain = not (args or kwargs) and self._is_plain()
         own = not plain and self._has_own_forward()
         if not (plain or own):

@@ -146,17 +146,18 @@ def inner_bytes(func: Any, args: Any, out: Any, on: str) -> int:
     name = func._schema.name
     if name == "dual_lora::linear":
         x, weight, factors = args[0], args[1], args[3]
-        return forward_bytes(*sizes(x.shape, [f.shape for f in factors])[:3], x.dtype.itemsize, on) * _copies(
-            weight, on
-        )
+        return forward_bytes(*_dimensions(x, factors), x.dtype.itemsize, on) * _copies(weight, on)
     if name == "dual_lora::linear_backward":
         x, weight, factors, need_x, need_factors = args[1], args[2], args[3], args[10], args[12]
         scaled: int = sum(f.numel() for f in factors) * 4 * need_factors
-        inside = backward_bytes(
-            *sizes(x.shape, [f.shape for f in factors])[:3], x.dtype.itemsize, on, need_x, need_factors
-        )
+        inside = backward_bytes(*_dimensions(x, factors), x.dtype.itemsize, on, need_x, need_factors)
         return inside * _copies(weight, on) + scaled
     return 0
+
+
+def _dimensions(x: Any, factors: Any) -> tuple[int, int, int]:
+    """T, O and I of a linear layer."""
+    return sizes(x.shape, [f.shape for f in factors])[:3]
 
 
 def _copies(weight: Any, on: str) -> int:
