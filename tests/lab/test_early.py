@@ -1,5 +1,6 @@
 """What is wrong with a run is said before a library is imported, and what goes on is said from the first moment."""
 
+import errno
 import json
 
 import pytest
@@ -159,12 +160,22 @@ def test_a_missing_model_names_the_one_beside(here, monkeypatch):
     check_here("my-modell")  # it may be on the hub
 
 
+def _caused(error, cause):
+    error.__cause__ = cause
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "said"),
     [
         (MemoryError(), "The machine's memory is full."),
         (MemoryError("Unable to allocate 3.00 GiB for an array"), "when 3.00 GiB more were asked for"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096000000 bytes."), "4.1 GB"),
+        (RuntimeError("unable to mmap 9 bytes from file <x>: Cannot allocate memory (12)"), "memory is full."),
+        (RuntimeError("can't start new thread"), "memory is full."),
+        (OSError(errno.ENOMEM, "no room"), "memory is full."),
+        (_caused(ValueError("a library's own"), MemoryError()), "memory is full."),
+        (_caused(UserError("in our words"), MemoryError()), ""),
         (RuntimeError("shapes do not fit"), ""),
         (ValueError("not so"), ""),
     ],

@@ -161,6 +161,8 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         if debug:
             _trace()
+        if memory_full(error):  # what filled it is held by the calls that the error came through
+            traceback.clear_frames(error.__traceback__)
         _fail(str(error) if isinstance(error, UserError) else _field_problems(error) or _in_a_sentence(error), given)
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # of tokenizers and other libraries in Rust, and no Exception
@@ -202,7 +204,10 @@ def _field_problems(error: BaseException | None) -> str:
 
 def _in_a_sentence(error: Exception) -> str:
     if said := memory_full(error):
-        return f"{said} Lower the batch size (--train.batch-size, --evaluate.batch-size), or take a smaller model."
+        return (
+            f"{said} What was finished is unharmed. Lower the batch size (--train.batch-size, --evaluate.batch-size), "
+            "or take a smaller model. A file from somebody else may ask for more memory than it should."
+        )
     if is_disk_full(error):
         file = getattr(error, "filename", None)
         where = f" ({file} could not be written)" if file else ""

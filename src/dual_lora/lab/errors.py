@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 
+from dual_lora.lab.memory import memory_limit
+
 
 class UserError(ValueError):
     """Wrong input or surroundings. The message says what was received, what was expected and the way out."""
@@ -18,6 +20,8 @@ class NotFinite(Exception):
 
 KEPT_OF_AN_ERROR = 2000  # characters
 CALLED = {"rank": "r"}  # a word for a field of PEFT's that is not like its name
+# torch on a CPU, a file that cannot be mapped, and a thread or process that cannot be started.
+NO_MEMORY = ("DefaultCPUAllocator", "not enough memory", "Cannot allocate memory", "can't start new thread")
 LISTED = 60  # more names than that hide the sentence that they end
 
 
@@ -42,6 +46,8 @@ def described(error: BaseException, *plain: type[BaseException], lines: int | No
     plain: kinds whose message says enough without the kind, as a UserError's does. lines: so many of the message's
     lines and no notes, of a library that goes on with lists and advice.
     """
+    if full := memory_full(error):
+        return full
     notes = getattr(error, "__notes__", []) if lines is None else []
     said = " ".join(" ".join([*str(error).strip().splitlines()[:lines], *notes]).split())
     kind = "" if said and isinstance(error, (UserError, *plain)) else type(error).__name__
@@ -49,10 +55,22 @@ def described(error: BaseException, *plain: type[BaseException], lines: int | No
 
 
 @contextmanager
+def being_read(what: object) -> Iterator[None]:
+    """Have an error of memory say what was being read."""
+    try:
+        yield
+    except Exception as error:
+        if memory_full(error):
+            error.add_note(f"{what} was being read.")
+        raise
+
+
+@contextmanager
 def damaged(what: str) -> Iterator[None]:
     """What a file that holds something else than it should makes its reader raise, in a sentence."""
     try:
-        yield
+        with being_read(what):
+            yield
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError) as error:
@@ -72,15 +90,28 @@ def is_disk_full(error: BaseException | None) -> bool:
 def memory_full(error: BaseException | None) -> str:
     """A sentence on how much memory there was no room for; "" for an error of another kind.
 
-    torch's kinds are known by their names: whoever asks may not have imported it.
+    torch's kinds are known by their names: whoever asks may not have imported it. What a library raised in its place
+    has the first one as its cause.
     """
+    while error is not None and not isinstance(error, UserError):
+        if full := _memory_full(error):
+            return full
+        error = error.__cause__
+    return ""
+
+
+def _memory_full(error: BaseException) -> str:
     text = str(error)
-    on_cpu = "DefaultCPUAllocator" in text or "not enough memory" in text
-    if not (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or on_cpu):
+    of_machine = isinstance(error, MemoryError) or any(words in text for words in NO_MEMORY)
+    of_machine = of_machine or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+    if not of_machine and type(error).__name__ != "OutOfMemoryError":
         return ""
     asked = re.search(r"[Aa]llocate (\d+ bytes|[\d.]+ \wi?B)", text)  # torch on a CPU; torch on a device, numpy
     more = f" when {_amount(asked[1])} more were asked for" if asked else ""
-    return f"The {'machine' if on_cpu or isinstance(error, MemoryError) else 'device'}'s memory is full{more}."
+    most = memory_limit() if of_machine else 0
+    limit = f" (a command may take {_amount(f'{most} bytes')} of it)" if most else ""
+    where = "".join(f" {note}" for note in getattr(error, "__notes__", []))
+    return f"The {'machine' if of_machine else 'device'}'s memory is full{limit}{more}.{where}"
 
 
 def _amount(said: str) -> str:

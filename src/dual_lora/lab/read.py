@@ -11,7 +11,7 @@ from typing import Any, TextIO
 import yaml
 
 from dual_lora.lab import yaml_text
-from dual_lora.lab.errors import UserError, described
+from dual_lora.lab.errors import UserError, being_read, described
 
 LARGEST = 200_000_000  # bytes of a JSON file; the largest of a real study has about one million
 LARGEST_YAML = 2_000_000  # bytes; the longest shipped file has 20,000
@@ -47,7 +47,8 @@ def opened(file: Path, largest: int = LARGEST, linked: bool = True) -> Iterator[
     """A text file's lines. Raises UserError for one that is too large, not UTF-8 or no regular file. linked: whether
     it may be a link, see `unlinked`."""
     try:
-        with regular(file if linked else unlinked(file), largest).open(encoding="utf-8-sig", newline="") as lines:
+        whole = regular(file if linked else unlinked(file), largest)
+        with being_read(file), whole.open(encoding="utf-8-sig", newline="") as lines:
             yield lines
     except UserError:
         raise
@@ -93,7 +94,8 @@ def repeated(names: Iterable[str]) -> str | None:
 
 def read_json(file: Path) -> Any:
     """What a JSON file holds. Raises OSError, or ValueError for one that is no JSON or nested too deeply."""
-    return parse_json(regular(file).read_text(encoding="utf-8"))
+    with being_read(file):
+        return parse_json(regular(file).read_text(encoding="utf-8"))
 
 
 def parse_json(text: str, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:

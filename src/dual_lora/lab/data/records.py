@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from dual_lora.lab.errors import UserError, described, suggest
+from dual_lora.lab.errors import UserError, being_read, described, suggest
 from dual_lora.lab.read import delimiter_of, lines_of, not_utf8, parse_json, regular, repeated
 
 _SEPARATORS = {",": "a comma", ";": "a semicolon", "\t": "a tab"}  # of a .csv file
@@ -76,16 +76,18 @@ def read_records(source: str, columns: list[str] | None = None) -> list[Record]:
         path = find(source)
         readers = {".json": _json, ".jsonl": _jsonl, ".txt": _lines}
         try:
-            if path.suffix in (".tsv", ".csv"):
-                records = list(_table(path, columns))
-            elif path.suffix == ".parquet":
-                from dual_lora.lab.data.parquet import rows_of
+            with being_read(path):
+                if path.suffix in (".tsv", ".csv"):
+                    records = list(_table(path, columns))
+                elif path.suffix == ".parquet":
+                    from dual_lora.lab.data.parquet import rows_of
 
-                records = [Record(row, f"{path}, row {number}") for number, row in enumerate(rows_of(path), 1)]
-            elif path.suffix in readers:
-                records = list(readers[path.suffix](path))
-            else:
-                raise UserError(f"{path}: unknown kind of data file, not .json, .jsonl, .tsv, .csv, .parquet or .txt.")
+                    records = [Record(row, f"{path}, row {number}") for number, row in enumerate(rows_of(path), 1)]
+                elif path.suffix in readers:
+                    records = list(readers[path.suffix](path))
+                else:
+                    known = ".json, .jsonl, .tsv, .csv, .parquet or .txt"
+                    raise UserError(f"{path}: unknown kind of data file, not {known}.")
         except UnicodeDecodeError as error:
             raise UserError(not_utf8(path, error)) from None
     if not records:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dual_lora._warning import warn
-from dual_lora.lab.errors import UserError, described, memory_full
+from dual_lora.lab.errors import UserError, being_read, described, memory_full
+from dual_lora.lab.memory import allow_mapped
 from dual_lora.lab.model.device import best_device, is_sharded_launch
 from dual_lora.lab.model.location import (
     Location,
@@ -27,7 +28,7 @@ from dual_lora.lab.model.named_files import (
     check_tokenizer_arguments,
     check_tokenizer_rules,
     check_whole_model,
-    pickled_weights,
+    weights_of,
 )
 from dual_lora.lab.model.quantize import check_packed, quantization_config
 
@@ -94,7 +95,9 @@ def load_model(part: ModelSection, num_labels: int | None = None, device: str | 
     check_settings(location)
     with _clear_errors(part.path), quiet():
         check_whole_model(location.name, location.revision)
-        check_weights(pickled_weights(location.name, location.revision))
+        weights = weights_of(location.name, location.revision)
+        allow_mapped(weights)
+        check_weights(file for file in weights if file.suffix == ".bin")
     tokenizer = load_tokenizer(part.path, location)
     arguments: dict[str, Any] = {"dtype": getattr(torch, dtype_of(part, device)), **location.arguments()}
     if part.attention:
@@ -265,7 +268,8 @@ def quiet() -> Any:
 @contextlib.contextmanager
 def _clear_errors(path: str) -> Any:
     try:
-        yield
+        with being_read(f"The model {path!r}"):
+            yield
     except UserError:
         raise
     except Exception as error:

@@ -132,11 +132,11 @@ def check_plain_name(name: str, where: str, kinds: tuple[str, ...] = (".safetens
         )
 
 
-def pickled_weights(model: str, revision: str | None = None) -> list[Path]:
-    """A model's files of weights that PyTorch wrote; of one on the hub those that transformers would read."""
+def weights_of(model: str, revision: str | None = None) -> list[Path]:
+    """A model's files of weights, safetensors or PyTorch's; of one on the hub those that transformers would read."""
     folder = Path(model)
     if folder.is_dir():
-        return sorted(folder.glob("*.bin"))
+        return sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
     for name in (
         "model.safetensors",
         "model.safetensors.index.json",
@@ -145,8 +145,7 @@ def pickled_weights(model: str, revision: str | None = None) -> list[Path]:
     ):
         if first := _file_of(model, name, revision):
             names = _shards(Path(first)) if name.endswith(".json") else {name}
-            files = (_file_of(model, each, revision) for each in sorted(names) if each.endswith(".bin"))
-            return [Path(file) for file in files if file]
+            return [Path(file) for file in _files_of(model, sorted(names), revision)]
     return []
 
 
@@ -200,8 +199,13 @@ def _file_of(model: str, name: str, revision: str | None) -> str | None:
     folder = Path(model)
     if folder.is_dir():
         return str(folder / name) if (folder / name).is_file() else None
-    from transformers.utils import cached_file
+    return next(iter(_files_of(model, [name], revision)), None)
+
+
+def _files_of(model: str, names: list[str], revision: str | None) -> list[str]:
+    """Where files of a model on the hub lie in the cache, which takes them in; those that are there."""
+    from transformers.utils.hub import cached_files
 
     kinds = ("missing_entries", "connection_errors", "gated_repo")
     quietly: Any = {f"_raise_exceptions_for_{kind}": False for kind in kinds}
-    return cached_file(model, name, revision=revision, **quietly)
+    return cached_files(model, names, revision=revision, **quietly) or []

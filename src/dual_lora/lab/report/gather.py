@@ -108,7 +108,7 @@ def gather(paths: list[str | Path]) -> Material:
             else:
                 _add_json(material, file, file in named)
         except Exception as error:  # whatever a stranger's file makes its readers raise
-            said = described(error, Exception)[:200]
+            said = described(error, Exception)[:200].rstrip(".")
             material.problems.append(f"{short_path(file)} could not be read: {said}.")
     return material
 

@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from dual_lora.lab.memory import container_limits
 from dual_lora.lab.read import lines_of, parse_json, regular
 
 PACKAGE = Path(__file__).parents[2]
@@ -122,10 +123,7 @@ def total_memory() -> int:
     found = []
     with contextlib.suppress(OSError, ValueError, AttributeError):
         found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):  # "max" is no number
-            found.append(int(Path(limit).read_text()))
-    return min(found, default=0)
+    return min([*found, *container_limits()], default=0)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
