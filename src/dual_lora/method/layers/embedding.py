@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from ...core import blocked
 from ...core.embedding_op import dual_lora_embedding
 from ...core.reference import Adapter
-from ..start import OTHER_STD
 from ..layer import MapLayer
 from ..parallel import sharded
 from ..replaced import replaced
 from ..scaler import loss_scale
+from ..start import OTHER_STD
 from .quantized import find_backend
 
 
