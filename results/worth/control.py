@@ -50,14 +50,16 @@ LOADS, RATES = [0.5, 2.0, 8.0], [1e-3, 3e-3, 1e-2, 3e-2]
 R, TARGET = SETTING.r, Matrix.target
 FROZEN = {"direction_activation": "frozen", "magnitude_activation": "identity", "lora_alpha": 2 * R}
 
+START: dict[str, Any] = {"init_std": 0.1, "init_gain": 1.0}  # the default when this was registered and run
+
 METHODS: dict[str, Callable[[int], PeftConfig] | None] = {
     "LoRA": lambda seed: LoraConfig(r=R, lora_alpha=2 * R, target_modules=TARGET),
     "frozen sign": lambda seed: DualLoraConfig(r=R, target_modules=TARGET, direction_seed=seed, **FROZEN),
     "LoRA + frozen sign": lambda seed: DualLoraConfig(
         r=R, plain_rank=R // 2, target_modules=TARGET, direction_seed=seed, **FROZEN
     ),
-    "Dual LoRA, clip": lambda seed: DualLoraConfig(r=R, ste="clip", target_modules=TARGET),
-    "Dual LoRA, surrogate": lambda seed: DualLoraConfig(r=R, ste="surrogate", target_modules=TARGET),
+    "Dual LoRA, clip": lambda seed: DualLoraConfig(r=R, ste="clip", target_modules=TARGET, **START),
+    "Dual LoRA, surrogate": lambda seed: DualLoraConfig(r=R, ste="surrogate", target_modules=TARGET, **START),
     "no Sign": lambda seed: DualLoraConfig(r=R, direction_activation="identity", target_modules=TARGET),
     "HiRA": lambda seed: HiraConfig(r=R, target_modules=TARGET),
     "full": None,

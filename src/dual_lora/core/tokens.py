@@ -101,7 +101,7 @@ def sample(dy: Tensor, x: Tensor, n: int, draw: Tensor) -> tuple[Tensor, Tensor]
 def weighted_rows(dy: Tensor, x: Tensor, drawn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Select the drawn rows of dy [T, O], multiplied by their weights, and of x [T, I]."""
     at, weights = drawn
-    return dy[at] * weights.to(dy.dtype).unsqueeze(1), x[at]
+    return dy.index_select(0, at) * weights.to(dy.dtype).unsqueeze(1), x.index_select(0, at)  # faster than dy[at]
 
 
 def sample_size(T: int, share: float, made: WaterFilling, variance: Callable[[], Tensor]) -> int:

@@ -13,7 +13,7 @@ from peft.utils import PeftType
 
 from ..core.reference import Form, Magnitude, Ste
 from . import lora_fields
-from .config_checks import PAPER_WARMUP, check_frozen, check_share, check_warmup, upgrade_format_1
+from .config_checks import PAPER_WARMUP, check_frozen, check_share, check_start, upgrade_format_1
 from .lora_fields import LORA_ALPHA, is_positive
 from .ranks import Rank, ranks_of, split_rank
 from .saved import check_file
@@ -26,8 +26,7 @@ FORMAT_VERSION = 2  # 1: the paper's start was the default, `init_weights=True`
 ALPHA, EARLIER_ALPHA = 4.0, 2.0
 """α / r by default, where one step gains as much as LoRA's with `lora_alpha=2*r`, and of the paper's start."""
 
-STD, OTHER_STD, EARLIER_STD = 0.04, 0.1, 0.02
-"""σ by default: of the default start, with aligned signs or none, and of the paper's start and earlier versions."""
+CHECKED = ("r", "r1", "r2", "init_weights", "init_std", "init_gain", "warmup_steps")  # again when they are written
 
 
 @dataclass
@@ -88,6 +87,10 @@ class DualLoraConfig(PeftConfig):
             "help": "Standard deviation σ of C and D, which sets how fast signs flip. Default: 0.04; in embeddings and "
             "with 'aligned' 0.1. With 'zero' (0.02) also of A, with 'paper' (0.02) of all four factors."
         },
+    )
+    init_gain: float | None = field(
+        default=None,
+        metadata={"help": "A is drawn so many times as wide as LoRA's. Default: 1.5; in embeddings, with 'aligned' 1."},
     )
     warmup_steps: int | float | None = field(
         default=None,
@@ -229,9 +232,7 @@ class DualLoraConfig(PeftConfig):
         self._complete = True
 
     def _check_start(self) -> None:
-        if self.init_std is not None and not is_positive(self.init_std):
-            raise ValueError(f"init_std must be a positive number or None (the default), got {self.init_std!r}.")
-        check_warmup(self)
+        check_start(self)
 
     @property
     def starts_like_lora(self) -> bool:
@@ -248,7 +249,7 @@ class DualLoraConfig(PeftConfig):
         if vars(self).get("_complete"):
             name, value = lora_fields.written(name, value, {f.name for f in fields(self)})
             lora_fields.keep_units(self, name, value)
-        if not vars(self).get("_complete") or name not in ("r", "r1", "r2", "init_weights", "init_std", "warmup_steps"):
+        if not vars(self).get("_complete") or name not in CHECKED:
             super().__setattr__(name, value)
             return
         if name[0] != "r":
@@ -284,12 +285,6 @@ class DualLoraConfig(PeftConfig):
         The other options are those of `DualLoraConfig`; `alpha` is 2 (r1 + r2) by default.
         """
         return cls(**{"ste": "clip"} | options | {"init_weights": "paper", "warmup_steps": warmup_steps})
-
-    def std(self, default: float = STD) -> float:
-        """Return σ of C and D, and with an earlier start of the others. default: of the default start in this layer."""
-        if self.init_std is not None or not self.starts_like_lora:
-            return self.init_std or EARLIER_STD
-        return default if self.init_weights is True and self.direction_activation == "sign" else OTHER_STD
 
     def default_alpha(self, r1: int, r2: int) -> float:
         """Return the default α for these ranks. It is the same for `init_weights=False`, before weights are loaded."""

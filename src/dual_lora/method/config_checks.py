@@ -32,8 +32,16 @@ def check_share(name: str, share: Any) -> None:
         raise ValueError(f"{name} must be a share above 0 and at most 1, 'auto' or None, got {share!r}.")
 
 
-def check_warmup(config: Any) -> None:
-    """Set the default warm-up of the paper's start. Raises ValueError for an impossible one, or with another start."""
+def check_start(config: Any) -> None:
+    """Set the default warm-up of the paper's start. Raises ValueError for what no start has, or another start."""
+    for name in ("init_std", "init_gain"):
+        if (value := getattr(config, name)) is not None and not is_positive(value):
+            raise ValueError(f"{name} must be a positive number or None (the default), got {value!r}.")
+    if config.init_gain is not None and not config.starts_like_lora:
+        raise ValueError(
+            f"init_gain={config.init_gain!r} works only where A is drawn like LoRA's: with init_weights True or "
+            f"'aligned', not {config.init_weights!r}. There `init_std` sets how wide A is drawn."
+        )
     if not isinstance(config.init_weights, bool) and config.init_weights not in ("aligned", "paper", "zero"):
         raise ValueError(
             f"Unknown init_weights {config.init_weights!r}: choose True (B = 0), 'aligned' (with signs of rank one), "

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from ..core.reference import Adapter, Factors
 from ..core.tokens import EXACT
 from .cache import composed_weights
-from .config import STD, DualLoraConfig
+from .config import DualLoraConfig
 from .parallel import offloaded, sharded
 from .precision import FACTOR_DTYPES, Warned, in_fp32, mark_as_stored
 from .seeds import Seeds
-from .start import give_signs_of_rank_one
+from .start import GAIN, STD, gain_of, give_signs_of_rank_one, std_of
 from .strength import AdapterState, Scaling, Strength
 from .warmup import Warmup, warming_layers
 
@@ -35,7 +35,7 @@ class FactorsLayer(Warmup, Strength, Seeds, nn.Module, BaseTunerLayer):
     samples_tokens = False  # whether gradients can be estimated from a share of the tokens
     takes_dropout = True  # whether the adapter may have dropout, and so another input than the base
     fan_in_fan_out = False  # whether the weight is stored as [I, O]
-    start_std = STD  # of C and D with the default start
+    start_std, start_gain = STD, GAIN  # of C and D, and of A, with the default start
     cast_input_dtype_enabled = True  # which PEFT's `disable_input_dtype_casting` switches; inputs fit the weight anyhow
 
     adapter_layer_names: tuple[str, ...] = ("dual_lora_A", "dual_lora_B", "dual_lora_C", "dual_lora_D")
@@ -177,18 +177,18 @@ class FactorsLayer(Warmup, Strength, Seeds, nn.Module, BaseTunerLayer):
             own._parameters[adapter_name] = theirs[adapter_name]
 
     def reset_dual_lora_parameters(self, adapter_name: str, config: DualLoraConfig) -> None:
-        """Initialise the factors: A as LoRA's A, B = 0, C and D from N(0, σ²).
+        """Initialise the factors: A as LoRA's A, but wider, B = 0, C and D from N(0, σ²).
 
         init_weights="aligned": the same with signs of rank one. "paper": all factors from N(0, σ²). "zero": all but B.
         False: all from N(0, 0.3²), an update large enough for tests.
         """
-        std = config.std(self.start_std) if config.init_weights else 0.3
+        std = std_of(config, self.start_std) if config.init_weights else 0.3
         for letter, factors in zip("ABCD", self._factor_dicts(adapter_name), strict=False):
             factor = factors[adapter_name]
             if factor.device.type == "meta":
                 continue
             if letter == "A" and config.starts_like_lora:
-                self._draw_A(factor)
+                self._draw_A(factor, gain_of(config, self.start_gain))
             elif letter == "B" and config.init_weights and config.form.live_zero:  # B = 0 trains by live_zero alone
                 nn.init.zeros_(factor)
             else:
@@ -197,9 +197,9 @@ class FactorsLayer(Warmup, Strength, Seeds, nn.Module, BaseTunerLayer):
                     give_signs_of_rank_one(factor, rank_dimension=-2 if letter == "C" else -1)
         mark_as_stored(self._stored_factors(adapter_name))
 
-    def _draw_A(self, A: Tensor) -> None:
-        """Initialise A as LoRA does for a linear layer: uniformly, within 1/√I."""
-        nn.init.uniform_(A, -(self.in_features**-0.5), self.in_features**-0.5)
+    def _draw_A(self, A: Tensor, gain: float) -> None:
+        """Initialise A as LoRA does for a linear layer, `gain` times as wide: uniformly, within gain/√I."""
+        nn.init.uniform_(A, -gain * self.in_features**-0.5, gain * self.in_features**-0.5)
 
     def _stored_factors(self, adapter: str) -> Factors:
         held: Any = self._modules

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from ...core import blocked
 from ...core.embedding_op import dual_lora_embedding
 from ...core.reference import Adapter
-from ..config import OTHER_STD
 from ..layer import MapLayer
 from ..parallel import sharded
 from ..replaced import replaced
 from ..scaler import loss_scale
+from ..start import OTHER_STD
 from .quantized import find_backend
 
 
@@ -25,7 +25,7 @@ class Embedding(MapLayer):
 
     takes_dropout = False
     forwards: tuple[Any, ...] = (nn.Embedding.forward,)
-    start_std = OTHER_STD  # with a smaller one a step gains twice what LoRA's gains
+    start_std, start_gain = OTHER_STD, 1.0  # with those of other layers a step gains twice what LoRA's gains
     supports_sharded_weight = True  # transformers' plans give whole rows, to which the adapter's own are added
 
     def __init__(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -43,9 +43,9 @@ class Embedding(MapLayer):
             )
         return super()._matrix_shape()
 
-    def _draw_A(self, A: Tensor) -> None:
-        """As LoRA draws the factor of an embedding's columns: from N(0, 1)."""
-        nn.init.normal_(A)
+    def _draw_A(self, A: Tensor, gain: float) -> None:
+        """As LoRA draws the factor of an embedding's columns, `gain` times as wide: from N(0, 1)."""
+        nn.init.normal_(A, std=gain)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As for every layer. With `max_norm`, nn.Embedding would shorten rows of W itself, and so change W + ΔW."""
