@@ -68,6 +68,8 @@ class MergeLayer(FactorsLayer):
     @torch.inference_mode(False)  # who merges in inference mode may train the model afterwards
     def _write_merged(self, names: list[str], safe_merge: bool) -> None:
         composed_weights.drop(self)
+        if not self.merged_adapters:  # ReLoRA empties the list of what it merges for good, and begins anew
+            self._original = None
         if self._merges_with_embedding((*names, *self.merged_adapters)):
             for owner in set(self.tied.values()):
                 apart = [name for name in owner.merged_adapters if name not in self.tied]

@@ -328,7 +328,7 @@ def _unmerge(model: nn.Module, state: dict[str, Tensor]) -> None:
     merged = {
         id(parameter): layer._original[part]
         for layer in layers_of(model)
-        if layer._original is not None
+        if layer.merged and layer._original is not None
         for part, parameter in layer._merge_parameters().items()
     }
     if not merged:
