@@ -30,6 +30,7 @@ class MergeLayer(FactorsLayer):
         self._original: dict[str, Tensor] | None = None  # the base weights' data while something is merged
         self._written: dict[str, int] = {}  # of the merged weights, by which a later change shows
         self.register_load_state_dict_pre_hook(_refuse_while_merged)
+        self.register_load_state_dict_pre_hook(_warn_of_missing_factors)
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         unchanged = self._original is not None and self._written == self._fingerprints()
@@ -208,3 +209,23 @@ def _refuse_while_merged(layer: MergeLayer, state: dict[str, Tensor], prefix: st
             f"Cannot load a base weight into a layer that has {layer.merged_adapters} merged: unmerging would bring "
             "the old weight back. Call `unmerge_adapter()` first, and then load all again."
         )
+
+
+def _warn_of_missing_factors(
+    layer: MergeLayer, state: dict[str, Tensor], prefix: str, _: Any, __: bool, missing: list[str], *___: Any
+) -> None:
+    """Before load_state_dict(): warn of a state with some factors of an adapter, as scripts for LoRA save them that look
+    for `lora_A` and `lora_B`. With strict=False the others stay random. Once a load, which the list `missing` is of."""
+    if layer.warned.last_load is missing:
+        return
+    for name in layer.states:
+        own = [f"{prefix}{part}.{name}" for part in layer.adapter_layer_names if name in getattr(layer, part)]
+        absent = [key for key in own if key not in state]
+        if 0 < len(absent) < len(own):
+            layer.warned.last_load = missing
+            warn(
+                f"The loaded adapter lacks {' and '.join(absent)}: these keep their present values. All four factors "
+                "of a layer belong together: save what has 'dual_lora_' in its name, not 'lora_A' and 'lora_B' alone.",
+                stacklevel=3,
+            )
+            return
