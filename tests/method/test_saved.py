@@ -330,10 +330,10 @@ def test_factors_that_a_script_for_lora_does_not_save_are_missed():
     """Such a script takes the names with lora_A and lora_B from the state. C and D of the file would stay random."""
     model = adapted(llama(), target_modules=["q_proj"], init_weights=False)
     part = {n: t for n, t in model.state_dict().items() if "lora_A" in n or "lora_B" in n}
-    with pytest.warns(UserWarning, match=r"lacks .*dual_lora_C.default and .*dual_lora_D.default: these keep") as caught:
-        model.load_state_dict(part, strict=False)
-        model.load_state_dict(part, strict=False)
-    assert len(caught) == 2
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=r"lacks .*dual_lora_C.default and .*dual_lora_D.default: these") as caught:
+            model.load_state_dict(part, strict=False)
+        assert len(caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.load_state_dict({n: t for n, t in model.state_dict().items() if "lora_" in n}, strict=False)

@@ -214,8 +214,8 @@ def _refuse_while_merged(layer: MergeLayer, state: dict[str, Tensor], prefix: st
 def _warn_of_missing_factors(
     layer: MergeLayer, state: dict[str, Tensor], prefix: str, _: Any, __: bool, missing: list[str], *___: Any
 ) -> None:
-    """Before load_state_dict(): warn of a state with some factors of an adapter, as scripts for LoRA save them that look
-    for `lora_A` and `lora_B`. With strict=False the others stay random. Once a load, which the list `missing` is of."""
+    """Before load_state_dict(): warn of a state with some factors of an adapter, as scripts for LoRA save `lora_A` and
+    `lora_B`. With strict=False the others stay random. It warns once a load, to which the list `missing` belongs."""
     if layer.warned.last_load is missing:
         return
     for name in layer.states:
