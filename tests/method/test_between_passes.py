@@ -74,3 +74,30 @@ def test_unmerging_is_an_error_too(kind):
 def test_a_strength_set_by_hand_comes_after_both(kind):
     want = gradient(kind)
     assert torch.equal(gradient(kind, lambda model, layer: layer.set_scale("default", 5.0)), want)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_input_that_is_written_to_gives_an_error_or_the_right_gradient(kind):
+    """`x += layer(x)`. Where the composed weight is made again in backward, autograd itself does not look at x."""
+    torch.manual_seed(0)
+    base, points = KINDS[kind]
+    model, layer = adapted(base, call)
+    x = points().requires_grad_()
+
+    def gradients(is_written_to):
+        inner = x * 1
+        loss = model(inner).square().sum()
+        if is_written_to:
+            with torch.no_grad():
+                inner += 1
+        return torch.autograd.grad(loss, [x, *layer.trainable_factors("default")])
+
+    right = gradients(is_written_to=False)
+    try:
+        got = gradients(is_written_to=True)
+    except RuntimeError as error:
+        got, message = right, str(error)
+    else:
+        message = "modified by an in-place operation"
+    torch.testing.assert_close(got, right)
+    assert "modified by an in" in message

@@ -328,6 +328,27 @@ def test_replicated_layers_cannot_be_merged():
         model.merge_adapter()
 
 
+def test_what_is_merged_for_good_stays():
+    """ReLoRA by hand: merge, empty the list of what is merged, and begin a new update on top of it."""
+    model = adapted(init_weights=False).eval()
+    expected = {name: m.get_base_layer().weight.detach().clone() for name, m in layers(model).items()}
+    for seed in range(3):
+        for name, m in layers(model).items():
+            expected[name] += m.get_delta_weight("default")
+            m.merge()
+            m.merged_adapters.clear()
+            torch.manual_seed(seed)
+            for factor in m.factors("default"):
+                nn.init.normal_(factor, std=0.3)
+        for name, m in layers(model).items():
+            torch.testing.assert_close(m.get_base_layer().weight, expected[name])
+    before, y = weights(model), model(points())
+    model.merge_adapter()
+    torch.testing.assert_close(model(points()), y)
+    model.unmerge_adapter()
+    assert all(torch.equal(w, before[name]) for name, w in weights(model).items())
+
+
 def test_a_base_weight_is_not_loaded_into_a_merged_layer():
     model = adapted(init_weights=False)
     other = {k: torch.randn_like(v) if "base_layer.weight" in k else v for k, v in model.state_dict().items()}

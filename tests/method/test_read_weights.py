@@ -150,3 +150,15 @@ def test_real_models_compute_merged_as_unmerged(name):
         assert (unmerged - start).abs().max() > 1e-3
         merged = model.merge_and_unload()(input_ids=ids).logits
     torch.testing.assert_close(unmerged, merged, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("base", "name"),
+    [(Reads, "read.weight"), (lambda: nn.TransformerEncoderLayer(6, 2, 8), "out_proj.weight")],
+    ids=["read", "attention"],
+)
+def test_a_parameter_that_is_read_past_its_module_is_refused(base, name):
+    """The wrapper of a parameter acts in a call of its module, so the update would act once it is merged."""
+    with pytest.raises(ValueError, match=r"is read by a module above it.*in `target_modules`"):
+        adapted(base(), target_modules=[], target_parameters=[name])
+    adapted(base(), target_modules=[], target_parameters=["called.weight" if base is Reads else "linear1.weight"])

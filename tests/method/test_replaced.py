@@ -2,9 +2,12 @@
 
 import threading
 
+import pytest
 import torch
+from peft import get_peft_model
 from torch import nn
 
+from dual_lora import DualLoraConfig
 from dual_lora.method.replaced import replaced
 
 
@@ -46,3 +49,68 @@ def test_one_thread_may_nest():
         assert torch.equal(linear(x), x)
     assert isinstance(linear.weight, nn.Parameter)
     assert isinstance(linear.bias, nn.Parameter)
+
+
+class Normed(nn.Linear):
+    """A base with a forward of its own."""
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight / self.weight.norm(dim=1, keepdim=True), self.bias)
+
+
+class Matrix(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+class Attention(nn.MultiheadAttention):
+    """Called with one argument, as the other bases are."""
+
+    def forward(self, x, *args, **kwargs):
+        return super().forward(x, x, x)[0]
+
+
+@pytest.mark.parametrize(
+    ("base", "where", "call"),
+    [
+        (lambda: Normed(4, 4), dict(target_modules=["0"]), {}),
+        (lambda: Normed(4, 4), dict(target_modules=["0"]), dict(adapter_names=["default"])),
+        (lambda: Normed(4, 4), dict(target_modules=["0"]), dict(adapter_names=["__base__"])),
+        (Matrix, dict(target_modules=[], target_parameters=["0.weight"]), {}),
+        (lambda: Attention(4, 2, batch_first=True), dict(target_modules=["0"]), {}),
+    ],
+    ids=["own-forward", "mixed", "mixed-base", "parameter", "attention"],
+)
+def test_a_second_thread_reads_the_base_weight_and_not_the_first_ones(base, where, call):
+    """Two threads that infer at once: the second one added its update to what the first one had composed."""
+    torch.manual_seed(0)
+    model = get_peft_model(nn.Sequential(base()), DualLoraConfig(r=4, init_weights=False, **where)).eval()
+    x, results = torch.randn(1, 3, 4), {}
+    first_is_in, second_ends = threading.Event(), threading.Event()
+
+    def infer(name):
+        with torch.no_grad():
+            results[name] = model(x, **(call if name != "first" else {}))
+
+    def wait_inside(*_):
+        if threading.current_thread() is first:
+            first_is_in.set()
+            second_ends.wait(0.3)  # it waits for this call's end, or does not
+
+    def infer_inside():
+        first_is_in.wait()
+        infer("second")
+        second_ends.set()
+
+    infer("alone")
+    first, second = threading.Thread(target=infer, args=("first",)), threading.Thread(target=infer_inside)
+    model.base_model.model[0].get_base_layer().register_forward_pre_hook(wait_inside)
+    for thread in (first, second):
+        thread.start()
+    for thread in (first, second):
+        thread.join()
+    torch.testing.assert_close(results["second"], results["alone"])

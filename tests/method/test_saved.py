@@ -326,6 +326,20 @@ def test_a_missing_factor_is_reported(variant, loader):
         LOADERS[loader](path)
 
 
+def test_factors_that_a_script_for_lora_does_not_save_are_missed():
+    """Such a script takes the names with lora_A and lora_B from the state. C and D of the file would stay random."""
+    model = adapted(llama(), target_modules=["q_proj"], init_weights=False)
+    part = {n: t for n, t in model.state_dict().items() if "lora_A" in n or "lora_B" in n}
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=r"lacks .*dual_lora_C.default and .*dual_lora_D.default: these") as caught:
+            model.load_state_dict(part, strict=False)
+        assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.load_state_dict({n: t for n, t in model.state_dict().items() if "lora_" in n}, strict=False)
+        model.load_state_dict({}, strict=False)
+
+
 @loaders
 def test_other_ranks_are_refused_by_peft(variant, loader):
     with pytest.raises(RuntimeError, match=r"size mismatch for .*dual_lora_A.*\[2, 32\].*\[3, 32\]"):

@@ -106,3 +106,34 @@ def test_layers_that_the_data_do_not_reach_stay_as_they_are():
     for (name, new), old in zip(merged.unseen.named_parameters(), base.unseen.parameters(), strict=True):
         assert torch.equal(new, old), name
     assert not torch.equal(merged.seen.first.weight, base.seen.first.weight)
+
+
+def of(model, *parts):
+    return [p for name, p in model.named_parameters() if any(part in name for part in parts)]
+
+
+def test_factors_that_a_script_for_lora_leaves_out_are_noticed():
+    """LoRA+ by hand: groups of lora_A and of lora_B, so that the signs would stay as they were drawn."""
+    model = adapted(init_weights=True)
+    groups = [dict(params=of(model, "lora_A")), dict(params=of(model, "lora_B"), lr=0.1)]
+    with pytest.warns(UserWarning, match="dual_lora_C and dual_lora_D get gradients in 2 layers") as caught:
+        train(model, 30, optimizer=torch.optim.SGD(groups, lr=0.01))
+    assert len(told(caught)) == 1
+
+
+def test_factors_that_are_frozen_or_have_an_optimizer_of_their_own_are_no_fault():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        frozen = adapted(init_weights=True)
+        for factor in of(frozen, "lora_C", "lora_D"):
+            factor.requires_grad_(False)
+        train(frozen, 30, optimizer=torch.optim.SGD(trainable(frozen), lr=0.01))
+        model = adapted(init_weights=True)
+        train(model, 30, optimizer=torch.optim.SGD(of(model, "first"), lr=0.01))  # one layer alone, as with LoRA
+        model = adapted(init_weights=True)
+        two = [torch.optim.SGD(of(model, *parts), lr=0.01) for parts in (("lora_A", "lora_B"), ("lora_C", "lora_D"))]
+        for step in range(30):
+            model(points()).square().sum().backward()
+            two[step % 2].step()
+            two[step % 2].zero_grad()
+    assert not told(caught)

@@ -71,6 +71,13 @@ class _Recipe(NamedTuple):
     offset: int = 0
 
 
+class _Kept(NamedTuple):
+    """A saved tensor as it is. Autograd looks at versions where there are no hooks, so they are looked at here."""
+
+    tensor: Tensor
+    version: int
+
+
 _active = threading.local()  # .recipes: by the storage of the composed weight, as long as that lives
 
 
@@ -123,16 +130,26 @@ def _hooks_are_set() -> bool:
     return top is not None and top(False) is not None
 
 
-def _pack(tensor: Tensor) -> Tensor | _Recipe:
+def _pack(tensor: Tensor) -> _Kept | _Recipe:
     alive, recipe = _active.recipes.get(tensor.untyped_storage().data_ptr(), (None, None))
     if alive is None or alive() is None or recipe.dtype != tensor.dtype:
-        return tensor
+        return _Kept(tensor, _version(tensor))
     return recipe._replace(size=tensor.size(), stride=tensor.stride(), offset=tensor.storage_offset())
 
 
-def _unpack(packed: Tensor | _Recipe) -> Tensor:
-    if isinstance(packed, Tensor):
-        return packed
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _unpack(packed: _Kept | _Recipe) -> Tensor:
+    if isinstance(packed, _Kept):
+        if _version(packed.tensor) != packed.version:
+            raise RuntimeError(
+                "One of the variables needed for gradient computation has been modified by an in-place operation: a "
+                f"{packed.tensor.type()} of shape {list(packed.tensor.shape)}, which a layer with Dual LoRA was called "
+                "with or computed, is at another version than in the forward pass (x += layer(x)?)."
+            )
+        return packed.tensor
     if _versions(packed) != packed.versions:
         raise RuntimeError(
             "A weight, a factor or the warm-up of a Dual LoRA layer has been modified by an in-place operation between "

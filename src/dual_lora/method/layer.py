@@ -5,6 +5,7 @@ base and adapter (dropout, hooks). `factors` holds the adapters and their warm-u
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -25,7 +26,7 @@ from .config import DualLoraConfig
 from .factors import Adapters
 from .merge import MergeLayer, is_foreign_tensor
 from .parallel import sharded
-from .replaced import replaced
+from .replaced import original, replaced, turn
 from .scaler import loss_scale
 
 # Up to so many rows of x, composing the weight costs more than its product, and inference keeps the composed weight.
@@ -190,7 +191,7 @@ class MapLayer(DualLoraLayer):
     def _call_with_composed_weight(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Any:
         """The base's own forward with W + ΣΔW in its weight's place."""
         base: Any = self.base_layer
-        weight = base.weight
+        weight = original(base, "weight")
         composed = self._composed(weight, self._adapters(names), weight, dtype=weight.dtype)
         products = SampledProducts(self._token_share(names))
         products.add(composed.result)
@@ -203,11 +204,12 @@ class MapLayer(DualLoraLayer):
         if not self._has_own_forward():
             return self._adapter_branch(x, name)
         x = self.dual_lora_dropout[name](x)
-        return self._call_with_composed_weight(x, [name], *args, **kwargs) - self.base_layer(x, *args, **kwargs)
+        return self._call_with_composed_weight(x, [name], *args, **kwargs) - self._base_call(x, *args, **kwargs)
 
     def _base_call(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """f(x; W), to which adapters' outputs are added."""
-        return self.base_layer(x, *args, **kwargs)
+        with turn(self.base_layer) if self._has_own_forward() else nullcontext():
+            return self.base_layer(x, *args, **kwargs)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """f(x; W + ΣΔW) over the active adapters; for a linear layer, x [..., I] -> y [..., O]."""

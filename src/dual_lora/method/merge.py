@@ -30,6 +30,7 @@ class MergeLayer(FactorsLayer):
         self._original: dict[str, Tensor] | None = None  # the base weights' data while something is merged
         self._written: dict[str, int] = {}  # of the merged weights, by which a later change shows
         self.register_load_state_dict_pre_hook(_refuse_while_merged)
+        self.register_load_state_dict_pre_hook(_warn_of_missing_factors)
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         unchanged = self._original is not None and self._written == self._fingerprints()
@@ -68,6 +69,8 @@ class MergeLayer(FactorsLayer):
     @torch.inference_mode(False)  # who merges in inference mode may train the model afterwards
     def _write_merged(self, names: list[str], safe_merge: bool) -> None:
         composed_weights.drop(self)
+        if not self.merged_adapters:  # ReLoRA empties the list of what it merges for good, and begins anew
+            self._original = None
         if self._merges_with_embedding((*names, *self.merged_adapters)):
             for owner in set(self.tied.values()):
                 apart = [name for name in owner.merged_adapters if name not in self.tied]
@@ -206,3 +209,23 @@ def _refuse_while_merged(layer: MergeLayer, state: dict[str, Tensor], prefix: st
             f"Cannot load a base weight into a layer that has {layer.merged_adapters} merged: unmerging would bring "
             "the old weight back. Call `unmerge_adapter()` first, and then load all again."
         )
+
+
+def _warn_of_missing_factors(
+    layer: MergeLayer, state: dict[str, Tensor], prefix: str, _: Any, __: bool, missing: list[str], *___: Any
+) -> None:
+    """Before load_state_dict(): warn of a state with some factors of an adapter, as scripts for LoRA save `lora_A` and
+    `lora_B`. With strict=False the others stay random. It warns once a load, to which the list `missing` belongs."""
+    if layer.warned.last_load is missing:
+        return
+    for name in layer.states:
+        own = [f"{prefix}{part}.{name}" for part in layer.adapter_layer_names if name in getattr(layer, part)]
+        absent = [key for key in own if key not in state]
+        if 0 < len(absent) < len(own):
+            layer.warned.last_load = missing
+            warn(
+                f"The loaded adapter lacks {' and '.join(absent)}: these keep their present values. All four factors "
+                "of a layer belong together: save what has 'dual_lora_' in its name, not 'lora_A' and 'lora_B' alone.",
+                stacklevel=3,
+            )
+            return

@@ -142,6 +142,11 @@ class DualLoraModel(BaseTuner):
             options |= get_quantization_kwargs(self.model)
             if parameter_name is not None:
                 options["parameter_name"] = parameter_name
+                if is_read(self.model, module := current_key.removesuffix(f".{parameter_name}"), target):
+                    raise ValueError(
+                        f"{current_key!r} is read by a module above it, past the call in which an update of a single "
+                        f"parameter acts. Name the module {module!r} in `target_modules` instead."
+                    )
             if is_read(self.model, current_key, target):
                 layer = READ_LAYERS[type(target)](target, adapter_name, config=config, **options)
             else:
@@ -328,7 +333,7 @@ def _unmerge(model: nn.Module, state: dict[str, Tensor]) -> None:
     merged = {
         id(parameter): layer._original[part]
         for layer in layers_of(model)
-        if layer._original is not None
+        if layer.merged and layer._original is not None
         for part, parameter in layer._merge_parameters().items()
     }
     if not merged:

@@ -21,6 +21,8 @@ FACTOR_DTYPES = (torch.float32, torch.float64)
 class Warned(set[str]):
     """The warnings that a model's layers have given, so that each comes once. A copy of the model starts empty."""
 
+    last_load: object = None  # the load that was warned of last
+
     def __reduce__(self) -> tuple[type[Warned], tuple[()]]:
         return Warned, ()
 

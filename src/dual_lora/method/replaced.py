@@ -20,7 +20,7 @@ def replaced(module: nn.Module, values: Mapping[str, Any]) -> Iterator[None]:
     The parameters themselves, their order and other references to them do not change. Threads take turns: a thread that
     enters while another is inside would find the other's value, and later restore that instead of the parameter.
     """
-    with _lock_of(module):
+    with turn(module):
         slots = [_slot(module, name, value) for name, value in values.items()]
         before = [home.get(key, _ABSENT) for home, key, _ in slots]
         for home, key, value in slots:
@@ -38,8 +38,17 @@ def replaced(module: nn.Module, values: Mapping[str, Any]) -> Iterator[None]:
 _ABSENT = object()
 
 
-def _lock_of(module: nn.Module) -> AbstractContextManager[Any]:
-    """Return the module's lock, which is re-entrant: one thread may nest blocks (several parameters of a module)."""
+def original(module: nn.Module, name: str) -> Any:
+    """Return `module.<name>`, and not what another thread has put in its place for a call."""
+    with turn(module):
+        return getattr(module, name)
+
+
+def turn(module: nn.Module) -> AbstractContextManager[Any]:
+    """Return the module's lock, which is re-entrant: one thread may nest blocks (several parameters of a module).
+
+    A thread that reads or calls a module of which another one may replace a parameter holds it as well.
+    """
     if torch.compiler.is_compiling():  # a graph has no locks
         return nullcontext()
     with _registry_lock:

@@ -137,8 +137,8 @@ def warn_if_unfinished(counts: Mapping[str, Tensor], config: Any) -> None:
 def check_fits(model: nn.Module, config: Any, adapter_name: str, state: dict[str, Tensor]) -> None:
     """Raise ValueError unless `state` (keys as in the model) has factors for exactly the model's adapted layers.
 
-    A single missing factor gives a warning, as in PEFT. For other shapes PEFT itself raises an error, unless it is told
-    to ignore them. Sharded and flattened models, whose parameters have other names, are not checked.
+    A single missing factor gives a warning when the state is loaded. For other shapes PEFT itself raises an error,
+    unless it is told to ignore them. Sharded and flattened models, whose parameters have other names, are not checked.
     """
     # Tied layers share their factors: those of the first suffice, and a file may have both.
     own, known = (
@@ -147,17 +147,8 @@ def check_fits(model: nn.Module, config: Any, adapter_name: str, state: dict[str
     )
     wanted = {layer_of(name) for name in own}
     given = {layer_of(name) for name in state if ".dual_lora_" in name}
-    if not wanted:
-        return
     missing, extra = sorted(wanted - given), sorted(given - {layer_of(name) for name in known})
-    if not (missing or extra):
-        bare = {name.removeprefix(PEFT_PREFIX) for name in state}
-        absent = [name for name in own if name.removeprefix(PEFT_PREFIX) not in bare]
-        if absent:
-            warn(
-                f"The saved Dual LoRA adapter lacks {_shortened(absent, 'factors')}: these keep their present values.",
-                stacklevel=3,
-            )
+    if not wanted or not (missing or extra):
         return
     if not given:
         raise ValueError(_no_factors_message("This file", list(state)))

@@ -17,13 +17,14 @@ watches: set["Watch"] = set()
 
 
 class Watch:
-    """Checks the gradients of one adapter: in the fourth step of an optimizer that holds some of its factors, or in the
-    tenth step of optimizers that hold none.
+    """Checks the gradients of one adapter in the fourth step of an optimizer that holds some of its factors, and in the
+    tenth whether optimizers hold all factors of a layer; or in the tenth step of optimizers that hold none.
     """
 
     def __init__(self, adapter: str, layers: list[Any]):
         self.adapter, self.layers = adapter, [weakref.ref(layer) for layer in layers]
         self.own_steps = self.foreign_steps = 0
+        self.held: set[int] = set()  # the ids of the factors that some optimizer holds
         watches.add(self)
 
     def before_step(self, optimizer: Optimizer) -> None:
@@ -52,6 +53,8 @@ class Watch:
             if not any(layer() for layer in self.layers):
                 watches.discard(self)
             return  # it may be chosen to train later
+        self.held |= held.intersection(map(id, factors))
+        first = next((id(f) for f in factors if id(f) in self.held), None)
         if not any(id(f) in held for f in factors):
             self.foreign_steps += not self.own_steps and any(f.grad is not None for f in factors)
             if self.foreign_steps == FOREIGN_STEPS:
@@ -61,9 +64,34 @@ class Watch:
                     "moving or sharding the model)."
                 )
             return
-        self.own_steps += id(factors[0]) in held  # of several optimizers that each hold a part, one counts
-        if self.own_steps < OWN_STEPS:
-            return
+        if first not in held:
+            return  # of several optimizers that each hold a part, one counts
+        self.own_steps += 1
+        if self.own_steps == OWN_STEPS:
+            self._check_gradients(factors)
+        elif self.own_steps == FOREIGN_STEPS:
+            self._check_parts()
+            watches.discard(self)
+
+    def _check_parts(self) -> None:
+        """Warn of layers of which some factors are in an optimizer and others, which get gradients, are in none."""
+        left: dict[str, int] = {}
+        for layer in (one() for one in self.layers):
+            if layer is None or self.adapter not in layer.states:
+                continue
+            named = zip(layer.adapter_layer_names, layer._stored_factors(self.adapter), strict=True)
+            trained = {name: id(f) in self.held for name, f in named if f.requires_grad and f.grad is not None}
+            if any(trained.values()):
+                for name in (name for name, is_held in trained.items() if not is_held):
+                    left[name] = left.get(name, 0) + 1
+        if left:
+            self._warn(
+                f"{' and '.join(left)} get gradients in {max(left.values())} layers, and no optimizer has updated them "
+                f"in {self.own_steps} optimizer steps, while others of these layers train. Choose parameters by "
+                "`requires_grad` or 'dual_lora_', as there are four factors where LoRA has A and B; or freeze them."
+            )
+
+    def _check_gradients(self, factors: list[Tensor]) -> None:
         grads = [f.grad for f in factors if f.grad is not None]
         # Each process checks its own parts only: collectives that not all processes reach would deadlock.
         parts = [local(g) for g in grads]
@@ -78,7 +106,6 @@ class Watch:
                 f"have gradients of exactly zero in optimizer step {self.own_steps}: they do not move. Is the output "
                 "of the adapted layers used, and the loss finite and not constant?"
             )
-        watches.discard(self)
 
     def _warn(self, what: str) -> None:
         warn(f"The factors of the Dual LoRA adapter {self.adapter!r} {what}", stacklevel=4)

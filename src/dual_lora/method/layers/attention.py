@@ -21,7 +21,7 @@ from ..config import DualLoraConfig
 from ..layer import DualLoraLayer
 from ..parallel import sharded
 from ..parallel.fast_paths import ReadLinear
-from ..replaced import replaced
+from ..replaced import original, replaced
 
 PACKED = ("in_proj_weight",)
 SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -137,14 +137,15 @@ class MultiheadAttention(DualLoraLayer):
             )
         if not names:
             return self.base_layer(query, *args, **kwargs)
-        for weight in (*self._merge_parameters().values(), self._out.get_base_layer().weight):
+        weights = {name: original(self._base, name) for name in self._merge_parameters()}
+        for weight in (*weights.values(), self._out.get_base_layer().weight):
             sharded.refuse_sharded(self._base, weight)
             refuse_meta(query, weight)
         parts = {n: self._parts(adapter) for n, adapter in self._adapters(names).items()}
         keeps = self._base._qkv_same_embed_dim  # the cache holds one weight a layer, not three
         ins = {
             name: self._composed(weight, {n: p[name] for n, p in parts.items()}, weight, keeps)
-            for name, weight in self._merge_parameters().items()
+            for name, weight in weights.items()
         }
         with recompose_in_backward(*ins.values()), replaced(self._base, {name: c.result for name, c in ins.items()}):
             return self.base_layer(query, *args, **kwargs)

@@ -14,7 +14,7 @@ from ...core.embedding_op import dual_lora_embedding
 from ...core.reference import Adapter
 from ..layer import MapLayer
 from ..parallel import sharded
-from ..replaced import replaced
+from ..replaced import original, replaced
 from ..scaler import loss_scale
 from ..start import OTHER_STD
 from .quantized import find_backend
@@ -52,7 +52,7 @@ class Embedding(MapLayer):
         base: Any = self.get_base_layer()
         if base.max_norm is None or base.weight.is_meta:
             return super().forward(x, *args, **kwargs)
-        with replaced(base, {"weight": base.weight.clone()}):
+        with replaced(base, {"weight": original(base, "weight").clone()}):
             return super().forward(x, *args, **kwargs)
 
     def _is_plain(self) -> bool:

@@ -21,7 +21,7 @@ from ...core.sampled import SampledProducts
 from ..config import DualLoraConfig
 from ..layer import DualLoraLayer, is_exporting, is_traced
 from ..parallel import sharded
-from ..replaced import replaced
+from ..replaced import original, replaced
 from ..scaler import loss_scale
 
 # How transformers calls the experts that the router chose for every token.
@@ -121,7 +121,8 @@ class ParamWrapper(DualLoraLayer):
         if not names:
             return self.base_layer(*args, **kwargs)
 
-        base, name, parameter = self.get_base_layer(), self.parameter_name, self.get_param()
+        base, name = self.get_base_layer(), self.parameter_name
+        parameter = original(base, name)
         sharded.refuse_sharded(base, parameter)
         weight = self._matrix(parameter)
         adapters = [self.adapter(n) for n in names]

@@ -142,6 +142,8 @@ class QuantizedLinear(Linear):
 
     def _write_merged(self, names: list[str], safe_merge: bool) -> None:
         backend: Any = self.quantization_backend
+        if not self.merged_adapters:
+            self._quantised_original = None
         if (
             self._quantised_original is None and find_backend(self.get_base_layer(), _UNKNOWN) is None
         ):  # `model.dequantize()`
