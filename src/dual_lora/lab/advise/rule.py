@@ -1,4 +1,4 @@
-"""From verdicts and cost to a recommendation. The whole rule, and nothing else:
+"""The rule from verdicts and cost to a recommendation, and nothing else:
 
 1. A method that is significantly better than LoRA is recommended; of two such, the one with the larger difference.
 2. Else LoRA, where a gain that matters (the margin) is ruled out for every other method. A tie goes to LoRA, because it
@@ -25,7 +25,7 @@ SAYS_NOTHING = (Verdict.ONE_SEED, Verdict.ONE_ITEM, Verdict.UNLEARNED, Verdict.D
 
 
 class Why(StrEnum):
-    """What a recommendation follows from."""
+    """The reason for a recommendation."""
 
     BETTER = "significantly better than LoRA"
     QUICKER = "equivalent to LoRA and quicker"

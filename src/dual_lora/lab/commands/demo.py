@@ -118,7 +118,8 @@ def _facts(result: DemoResult) -> Panel:
 
 
 def _program() -> str:
-    """How this command is called here: `make demo` has no environment active, and then the name alone finds nothing."""
+    """Return the name to call this command by: `make demo` has no environment active, and then the name alone finds
+    nothing."""
     called = Path(sys.argv[0])
     return quote(str(called)) if called.name == "dual-lora" and shutil.which("dual-lora") is None else "dual-lora"
 

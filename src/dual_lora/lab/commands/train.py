@@ -89,7 +89,7 @@ def train(
 
 
 def _early(recipe: Recipe, result: RunResult) -> str:
-    """That validations ended the run, and whose weights are saved."""
+    """Say that validations ended the run, and whose weights are saved."""
     ended = f", ended by {recipe.train.patience} validations without a lower loss" if result.stopped_early else ""
     return ended + (
         f", weights of step {result.best_step} saved" if recipe.train.keep_best and result.best_step else ""
@@ -97,7 +97,7 @@ def _early(recipe: Recipe, result: RunResult) -> str:
 
 
 def _limited(recipe: Recipe, result: RunResult) -> str:
-    """That the recipe takes so many records and no more, which it does of others than its own too."""
+    """Say that the recipe takes this many records and no more, which it also does of records other than its own."""
     read = result.examples + result.left_out * (recipe.model.head == "causal")  # a classifier's are cut
     return f" (data.train_limit: {read:,})" if read == recipe.data.train_limit else ""
 

@@ -1,4 +1,4 @@
-"""What would be trained on: records that cannot be read, labels, lengths, duplicates, and what two sets share."""
+"""A check of training data: records that cannot be read, labels, lengths, duplicates, and what two sets share."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Checked:
     examples: list[Example] = field(default_factory=list, repr=False)
 
     def plain(self) -> dict[str, Any]:
-        """Plain values, for --json."""
+        """Return plain values for --json."""
         return {name: value for name, value in vars(self).items() if name != "examples"}
 
 
@@ -118,7 +118,7 @@ def _read(result: Checked, source: str, data: DataSection, head: str) -> None:
 
 
 def _by_reason(failed: list[tuple[str, UserError]]) -> list[str]:
-    """What is wrong, each reason once at the first record that has it. failed: where a record stands, and its error."""
+    """List each reason once, at the first record that has it. failed: where a record stands, and its error."""
     reasons: dict[str, list[str]] = {}
     for where, error in failed:
         reasons.setdefault(str(error).removeprefix(where), []).append(where)

@@ -32,7 +32,7 @@ KEEPS, LOSES_SOME = 0.95, 0.8
 
 @dataclass
 class MergeResult:
-    """Where the merged model lies, its size in bytes, its precision, and the class of transformers that loads it."""
+    """A merged model's folder, its size in bytes, its precision, and the class of transformers that loads it."""
 
     folder: str
     bytes: int

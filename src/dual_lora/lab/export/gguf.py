@@ -27,7 +27,7 @@ VARIABLE = "DUAL_LORA_GGUF_CONVERTER"
 
 @dataclass
 class GgufResult:
-    """Where the file lies, its size in bytes, its number of tensors, what wrote it, and Ollama's Modelfile.
+    """A GGUF file, its size in bytes, its number of tensors, what wrote it, and Ollama's Modelfile.
 
     modelfile: its path, or None where one is there or the tokenizer's chat template cannot be written as Ollama's;
     `remark` says why.

@@ -137,7 +137,8 @@ def _is_there(folder: Path, name: str, size: Any) -> bool:
 
 @contextmanager
 def free_folder(out: str | Path) -> Iterator[Path]:
-    """Where a folder may be written: one that is not there or empty; of a link, what it names. UserError otherwise.
+    """Return a folder that may be written: one that is not there or empty; of a link, what it names. UserError
+    otherwise.
 
     Held inside: no other command writes to it meanwhile.
     """
@@ -180,7 +181,7 @@ def space_next_to(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def held(target: Path) -> Iterator[None]:
-    """No other command writes to the target meanwhile. What killed ones have left next to it is removed."""
+    """Hold the target: no other command writes to it meanwhile. What killed ones have left next to it is removed."""
     made = [folder for folder in target.absolute().parents if not folder.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     file = target.with_name(f".{target.name}.lock")

@@ -1,4 +1,4 @@
-"""What a method's configuration asks for, looked at before PEFT does it: what it has PEFT load, its patterns, its
+"""Checks of what a method's configuration asks for, before PEFT does it: what it has PEFT load, its patterns, its
 numbers, and its ranks by the file that is to hold the factors.
 
 A configuration may come with somebody else's adapter. PEFT draws every factor before it compares it with the file.

@@ -1,4 +1,4 @@
-"""What can be said of a run without a library: before torch and transformers are imported, which takes seconds.
+"""Checks of a run that need no library: they come before torch and transformers are imported, which takes seconds.
 
 Nothing here is the only check. What needs the model or PEFT's own classes is looked at again later, and what this file
 cannot tell it leaves to them.

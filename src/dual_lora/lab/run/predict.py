@@ -1,4 +1,4 @@
-"""What a run says of records that have no answer: labels with their probabilities, or texts, in a file of results.
+"""Predictions for records without an answer: labels with their probabilities, or texts, in a file of results.
 
 Results are written as they come, into a file next to the one that is asked for. After an interruption the next call
 goes on where that file ends, if records, model and settings are the same.
@@ -39,7 +39,8 @@ BATCHES = 8  # at a time: their rows are sorted by length, computed, and then wr
 
 @dataclass
 class Predicted:
-    """What was written. agree: of the records that have an answer of their own, how many get the same one."""
+    """The summary of a file of predictions. agree: of the records that have an answer of their own, how many get the
+    same one."""
 
     source: str
     records: str

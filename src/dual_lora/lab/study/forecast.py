@@ -52,7 +52,7 @@ class Records(NamedTuple):
 
 
 class Speed:
-    """What this machine's calibration says of a cell's steps; without one, what plain products let guess.
+    """The speed of a cell's steps by this machine's calibration; without one, a guess from plain products.
 
     card: a GPU that is taken by its published figures instead.
     """
@@ -179,7 +179,7 @@ def _similarity_keys(job: Job) -> list[tuple[str, ...]]:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a study would do. rows: one a cell; seconds: of everything that is left, with `workers` runs at a time."""
+    """The forecast of a study. rows: one a cell; seconds: of everything that is left, with `workers` runs at a time."""
 
     study: Study
     rows: list[dict[str, Any]]

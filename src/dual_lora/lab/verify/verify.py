@@ -62,7 +62,7 @@ class Report:
 
 @dataclass
 class Reference:
-    """What the adapter gives: from the loaded model, or from its fingerprint."""
+    """The adapter's own outputs: from the loaded model, or from its fingerprint."""
 
     probes: list[Probe]
     known: Known
@@ -83,7 +83,7 @@ class Reference:
 
     @property
     def conversations(self) -> list[Probe]:
-        """Those that a chat template has written."""
+        """The probes that a chat template has written."""
         return [probe for probe in self.probes if probe.messages]
 
 
@@ -189,7 +189,8 @@ def _from_fingerprint(saved: Fingerprint) -> Reference:
 def _verify_itself(
     source: str, saved: Fingerprint | None, prompts: str | None, base: str | None, dtype: str | None
 ) -> Report:
-    """By its fingerprint; if that agrees and prompts are given, or if there is none, by what it changes of its base."""
+    """Verify an adapter by its fingerprint; if that agrees and prompts are given, or if there is none, by what it
+    changes of its base."""
     if saved is not None:
         report = _verify_reloaded(source, saved, base, dtype)
         if prompts is None or not report.good:
@@ -261,7 +262,8 @@ def _shown(value: Any) -> str:
 
 
 def _ordered(value: Any) -> Any:
-    """Names without an order of their own: PEFT has target modules in a set, which each process writes in another."""
+    """Sort names without an order of their own: PEFT has target modules in a set, which each process writes in
+    another."""
     return sorted(value) if isinstance(value, list) and all(isinstance(each, str) for each in value) else value
 
 
