@@ -45,12 +45,12 @@ def check(targets: tuple[str, ...] = COMPILED, tell: Callable[[str], None] = lam
         for target in targets:
             tell(f"the kernels compiled for {target} …")
             result["compiled"][target] = _process("compile", target)
-        tried = [line for found in (result["interpreter"], *result["compiled"].values()) for line in _lines(found)]
+        tried = [line for found in (result["interpreter"], *result["compiled"].values()) for line in _findings(found)]
     result["right"] = all(launch["right"] for launch in tried) if tried else None
     return result
 
 
-def _lines(found: Any) -> list[dict[str, Any]]:
+def _findings(found: Any) -> list[dict[str, Any]]:
     """Return a process's findings; a process that broke counts as a launch that is not right."""
     return found if isinstance(found, list) else [{"right": False}]
 

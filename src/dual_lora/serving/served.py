@@ -118,7 +118,7 @@ class ServedAdapters:
             self.named.pop(name, None)
         self.named.update(adapters)
         self.limit_bytes = self.limit_bytes if limit_bytes is None else limit_bytes
-        self.turns.prepare_again()
+        self.turns.forget_prepared()
         self._show(self._shown)
 
     async def _prepare(self, name: Any) -> None:

@@ -50,7 +50,7 @@ class Turns:
         self.running -= 1
         self._next_turn()
 
-    def prepare_again(self) -> None:
+    def forget_prepared(self) -> None:
         """Prepare anew for whoever waits, or comes next: the keys have another meaning now."""
         self._now = _NOBODY
         self._outdated = True

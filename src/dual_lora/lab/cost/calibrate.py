@@ -102,7 +102,7 @@ def calibrate(say: Callable[[str], None] | None = None, seconds: float = SECONDS
         if say:
             left = f"about {seconds * (1 - number / len(works)):.0f} s left"
             say(f"{method}, {dtype}, width {width} ({number + 1} of {len(works)}, {left})")
-        costs[dtype][method].append([*_cost(dtype, method, width, on, seconds / len(works))])
+        costs[dtype][method].append([*_measured_cost(dtype, method, width, on, seconds / len(works))])
     entry = {"on": on, "date": time.strftime("%Y-%m-%d"), "costs": costs}
     _keep(entry)
     return entry
@@ -204,7 +204,7 @@ def _flops_a_weight(
     return step.flops / (rows * length * weights)
 
 
-def _cost(dtype: str, method: str, width: int, on: Device, seconds: float) -> Cost:
+def _measured_cost(dtype: str, method: str, width: int, on: Device, seconds: float) -> Cost:
     few, many = (calibration_options(dtype, method, width, on, tokens) for tokens in TOKENS[on])
     times = [_fastest(options, seconds * share) for options, share in ((few, 0.2), (many, 0.5))]
     steps = [simulate(options) for options in (few, many)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -190,8 +190,9 @@ def _repeated(result: Checked, head: str) -> None:
     whole = Counter((item_of(example), example.label or example.answer) for example in result.examples)
     result.duplicates = sum(count - 1 for count in whole.values())
     if result.duplicates:
-        first = _first_two_places(result.examples, next(key for key, count in whole.items() if count > 1))
-        result.warnings.append(f"Duplicates: {result.duplicates:,}, the first at {first}.")
+        first = next(key for key, count in whole.items() if count > 1)
+        alike = [e.where for e in result.examples if (item_of(e), e.label or e.answer) == first]
+        result.warnings.append(f"Duplicates: {result.duplicates:,}, the first at {' and '.join(alike[:2])}.")
     if head == "classification":
         answers: dict[str, set[str]] = defaultdict(set)
         for asked, answer in whole:
@@ -200,8 +201,3 @@ def _repeated(result: Checked, head: str) -> None:
             example = next(example for example in result.examples if item_of(example) == torn[0])
             labels = ", ".join(sorted(answers[torn[0]]))
             result.warnings.append(f"Texts with several labels: {len(torn):,}, first {example.where} ({labels}).")
-
-
-def _first_two_places(examples: Iterable[Example], key: tuple[str, str]) -> str:
-    found = [example.where for example in examples if (item_of(example), example.label or example.answer) == key]
-    return " and ".join(found[:2])

@@ -104,10 +104,6 @@ def _by_values(seen: list[Record], names: list[str]) -> Guess:
                 return _guess_of("text", head, {"text": longest, "label": name}, names, ("text", "label"), classes)
         if len(names) == 2 and len(texts) == 2:
             return _guess_of("prompt", "causal", {"prompt": names[0], "answer": names[1]}, names, ("prompt", "answer"))
-    return _refuse_unclear(names)
-
-
-def _refuse_unclear(names: list[str]) -> Guess:
     raise UserError(
         f"What is to be learned is not clear from the columns {', '.join(names)}: name them, a text and its class with "
         "--text and --label, or a prompt and its answer with --prompt and --answer."

@@ -125,12 +125,12 @@ def listed_in(folder: Path) -> dict[Path, bool]:
     """The files that were written into a folder, by its list: whether each is there in its full size. One that the list
     places outside of the folder is not: the list may be a stranger's."""
     try:
-        return {folder / name: _is_there(folder, name, size) for name, size in read_object(folder / WHOLE).items()}
+        return {folder / name: _has_size(folder, name, size) for name, size in read_object(folder / WHOLE).items()}
     except (OSError, ValueError):
         return {}
 
 
-def _is_there(folder: Path, name: str, size: Any) -> bool:
+def _has_size(folder: Path, name: str, size: Any) -> bool:
     inside = not PurePath(name).anchor and ".." not in PurePath(name).parts
     return inside and (file := folder / name).is_file() and file.stat().st_size == size
 

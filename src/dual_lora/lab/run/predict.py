@@ -101,7 +101,7 @@ def predict(
             done += rows
     write_rows(out, records, done)
     unfinished.unlink(missing_ok=True)
-    agree = [_same(row, own) for row, e in zip(done, examples, strict=True) if (own := e.label or e.answer)]
+    agree = [_is_same_answer(row, own) for row, e in zip(done, examples, strict=True) if (own := e.label or e.answer)]
     labels = [str(row["predicted"]) for row in done if "probability" in row]
     names, counts = [*tuned.classes, *sorted({*labels} - {*tuned.classes})], Counter(labels)
     return Predicted(
@@ -245,7 +245,7 @@ def _result_columns(tuned: Tuned, examples: list[Example]) -> Iterator[str]:
     yield from (f"p({name})" for name in (tuned.classes or (examples[0].choices if examples else ())))
 
 
-def _same(row: dict[str, Any], given: str) -> bool:
+def _is_same_answer(row: dict[str, Any], given: str) -> bool:
     said = row["predicted"]
     if isinstance(said, float):
         return False

@@ -264,12 +264,12 @@ def _row(cell: Cell, trials: int, seeds: int, speed: Speed, seconds: float) -> d
         "trials": trials,
         "seeds": seeds,
         "metric": cell.metric,
-        "peak_memory": _peak(cell) if speed.card else None,
+        "peak_memory": _peak_memory(cell) if speed.card else None,
         "seconds": seconds,
     }
 
 
-def _peak(cell: Cell) -> float:
+def _peak_memory(cell: Cell) -> float:
     """Bytes of a GPU at the fullest moment of a training step, every row at full length."""
     options = from_recipe(cell.recipe, on="gpu", **({"classes": cell.classes} if cell.classes else {}))
     return memory_of(options, simulate(options)).peak

@@ -43,7 +43,7 @@ _Column = Annotated[list[_Number], Field(min_length=1, max_length=512)]
 _Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-def _whole(probe: Probe) -> Probe:
+def _check_probe(probe: Probe) -> Probe:
     """Check of a probe in a file what the bounds of its single fields leave open. Raises ValueError."""
     if max(probe.places) >= len(probe.ids) or len(probe.texts) != len(probe.ids) or probe.start > len(probe.ids):
         raise ValueError("places or texts do not fit ids")
@@ -65,7 +65,7 @@ class Fingerprint(BaseModel):
     base_sample: _Hash
     tokenizer: _Hash
     chat_template: _Hash | None = None
-    probes: Annotated[list[Annotated[Probe, AfterValidator(_whole)]], Field(min_length=1, max_length=64)]
+    probes: Annotated[list[Annotated[Probe, AfterValidator(_check_probe)]], Field(min_length=1, max_length=64)]
     columns: Annotated[dict[Text, _Column], Field(max_length=32)]
     rounding: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     rounded_strength: Annotated[float, Field(ge=-10, le=10)] = 1.0
