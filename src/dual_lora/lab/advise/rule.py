@@ -11,7 +11,7 @@ nothing is known of a gain either.
 A gain is ruled out where a method is significantly worse, or none of its runs came to an end, or by the upper end of
 the interval where that lies below the margin: half of a look's level for each of two methods, so that LoRA too is
 recommended wrongly in 5 % of studies at most, all looks together. For shares of right answers the interval has a least
-width (`said.upper`).
+width (`advice.upper`).
 """
 
 from collections.abc import Sequence
