@@ -18,8 +18,8 @@ from peft import get_peft_model
 from tiny_study import outcomes, write_model, write_records
 from torch import nn
 
+from dual_lora.lab.advise import advice, pace, paired
 from dual_lora.lab.advise import advise as advising
-from dual_lora.lab.advise import pace, paired, said
 from dual_lora.lab.advise.advise import advise, plan
 from dual_lora.lab.advise.pace import Pace, Work, needed_seeds, with_seeds
 from dual_lora.lab.advise.paired import DUAL, LORA, NO_SIGN, Length, length_of, methods_of, paired_study, with_length
@@ -430,7 +430,7 @@ def test_needed_seeds_are_just_enough():
 def judged(letters, results, minutes=20.0):
     """The advice on results that were changed by hand."""
     whole = paired_study(recipe_file(letters))
-    return said.advice_of(results, whole, WORK, "mine.yaml", minutes, letters / "x y")
+    return advice.advice_of(results, whole, WORK, "mine.yaml", minutes, letters / "x y")
 
 
 def test_not_known_says_what_would_settle_it(lora_wins, letters):
@@ -611,7 +611,7 @@ def test_a_rank_that_dual_lora_cannot_have_is_named(letters, method, words):
 
 def test_what_is_significantly_worse_by_little_is_no_tie():
     def tie(verdict, difference):
-        return said._tie_reason(Rival("Dual LoRA", verdict, difference, 0.005, 0.01, time=1.2))
+        return advice._tie_reason(Rival("Dual LoRA", verdict, difference, 0.005, 0.01, time=1.2))
 
     assert tie(Verdict.UNCLEAR, -0.005) == tie(Verdict.WORSE, -0.02) == ""
     assert tie(Verdict.UNCLEAR, 0.002) == tie(Verdict.EQUIVALENT, 0.0) == " A tie goes to LoRA, because it costs less."
@@ -628,8 +628,8 @@ def test_the_best_recipe_has_the_chosen_method_alone(lora_wins, letters, tmp_pat
 
 def test_a_recommendation_that_the_user_has_changed_stays(tmp_path, monkeypatch):
     file, made = tmp_path / "recommended.yaml", SimpleNamespace(folder=SimpleNamespace(path=tmp_path))
-    fields = dict.fromkeys(said.Advice.__dataclass_fields__)
-    known, open_ = (said.Advice(**fields | {"use": use, "notes": []}) for use in (DUAL, None))
+    fields = dict.fromkeys(advice.Advice.__dataclass_fields__)
+    known, open_ = (advice.Advice(**fields | {"use": use, "notes": []}) for use in (DUAL, None))
 
     def left(advice, text):
         monkeypatch.setattr(advising, "_recommended_recipe", lambda *_: text)

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from dual_lora.lab.advise import said
+from dual_lora.lab.advise import advice
 from dual_lora.lab.advise.pace import needed_records, with_seeds
 from dual_lora.lab.advise.rule import QUICKER, SAYS_NOTHING, Recommendation, Rival, Why, recommend
 from dual_lora.lab.study import statistics as stats
@@ -131,7 +131,7 @@ def of_table(dual, lora, margin=MARGIN, metric="exact_match"):
     about = {"margin": margin, "reach": usual_reach(metric), "metric": metric}
     (c,) = judge([compare_pair(dual, lora, names=("Dual LoRA", "LoRA"), **about)])
     row = dataclasses.asdict(c)
-    return recommend([Rival(c.candidate, c.verdict, c.difference, said.upper(row), margin, 1.4)]), c
+    return recommend([Rival(c.candidate, c.verdict, c.difference, advice.upper(row), margin, 1.4)]), c
 
 
 @pytest.mark.parametrize("items", [20, 100, 250])
@@ -176,14 +176,14 @@ def test_too_few_items_are_said_and_not_waited_for():
     dual[:, 0] = 0.0
     found, c = of_table(np.ones((5, 400)), dual)
     row = dataclasses.asdict(c)
-    rivals = [Rival(c.candidate, c.verdict, c.difference, said.upper(row), MARGIN, 1.4)]
+    rivals = [Rival(c.candidate, c.verdict, c.difference, advice.upper(row), MARGIN, 1.4)]
     study = SimpleNamespace(level=0.05, power=0.8, seeds=[1, 2, 3, 4, 5], overrides={"train": {"steps": 30}})
-    minutes, records = said._needed_minutes_and_records(
+    minutes, records = advice._needed_minutes_and_records(
         found, rivals, {c.candidate: row}, study, SimpleNamespace(steps=30)
     )
     assert minutes is None
     assert 776 <= records < 1.1 * 776, "(1.96 + 0.84)² (1 - margin) / margin, by the normal distribution"
-    sentence = said._open_reason(rivals, {c.candidate: row}, {}, 20.0, None, records)
+    sentence = advice._open_reason(rivals, {c.candidate: row}, {}, 20.0, None, records)
     assert "differ on too few test records" in sentence
     assert f"about {records:,} test records" in sentence
 

@@ -271,6 +271,6 @@ def test_the_card_names_a_command_that_can_be_typed(monkeypatch):
 
     monkeypatch.setattr("sys.argv", [".venv/bin/dual-lora", "demo"])
     monkeypatch.setattr("shutil.which", lambda name: None)
-    assert command._program() == ".venv/bin/dual-lora"
+    assert command._command_name() == ".venv/bin/dual-lora"
     monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
-    assert command._program() == "dual-lora"
+    assert command._command_name() == "dual-lora"

@@ -134,7 +134,7 @@ print(result["interpreter"], result["chosen"]["sm_90"])
 
 
 def test_a_process_that_breaks_is_not_right():
-    assert not gpu_check._lines("Killed")[0]["right"]
+    assert not gpu_check._findings("Killed")[0]["right"]
 
 
 CARD = {

@@ -11,8 +11,8 @@ import peft
 import pytest
 from adapters import METHODS, small
 
-from dual_lora.serving.asking import ask
 from dual_lora.serving.client import AdapterServer, ServerError
+from dual_lora.serving.http_request import send_request
 from listening import listening
 
 
@@ -120,7 +120,7 @@ def test_a_server_that_never_ends_its_head_keeps_no_thread():
         threading.Thread(target=go_on, daemon=True).start()
         before = set(threading.enumerate())
         with pytest.raises(TimeoutError):
-            ask(urllib.request.Request(f"http://127.0.0.1:{server.getsockname()[1]}"), 0.5, 100)
+            send_request(urllib.request.Request(f"http://127.0.0.1:{server.getsockname()[1]}"), 0.5, 100)
         started = set(threading.enumerate()) - before
         for thread in started:
             thread.join(10)

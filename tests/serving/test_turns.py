@@ -122,7 +122,7 @@ def test_another_meaning_of_the_same_key():
         log = Log()
         first, end = log.request("a")
         await settled()
-        log.turns.prepare_again()
+        log.turns.forget_prepared()
         second, second_end = log.request("a")
         await settled()
         assert log.events == ["prepare a", "start a"], "the second one is of the new meaning"
@@ -134,7 +134,7 @@ def test_another_meaning_of_the_same_key():
         log.preparing.clear()
         third, third_end = log.request("b")
         await settled()
-        log.turns.prepare_again()  # while it is being prepared
+        log.turns.forget_prepared()  # while it is being prepared
         fourth, fourth_end = log.request("b")
         await settled()
         log.preparing.set()
@@ -150,7 +150,7 @@ def test_an_old_meaning_that_cannot_be_prepared_is_no_failure_of_the_new_one():
         log.preparing.clear()
         one, end = log.request("a")
         await settled()
-        log.turns.prepare_again()
+        log.turns.forget_prepared()
         log.broken.clear()
         log.preparing.set()
         end.set()

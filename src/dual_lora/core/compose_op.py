@@ -59,7 +59,8 @@ class Composed(NamedTuple):
 
 
 class _Recipe(NamedTuple):
-    """What autograd keeps instead of a composed weight, or of a view of it."""
+    """The inputs from which backward composes a weight again; autograd keeps them instead of the weight, or of a view
+    of it."""
 
     weight: Tensor | None
     adapters: Sequence[Adapter]

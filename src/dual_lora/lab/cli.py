@@ -192,7 +192,8 @@ def _help_without_sources() -> Iterator[None]:
 
 
 def _field_problems(error: BaseException | None) -> str:
-    """What pydantic has found, "" for another error. Its import is left to the commands that have fields."""
+    """Return the problems that pydantic found, "" for another error. Its import is left to the commands that have
+    fields."""
     if error is None or "pydantic" not in sys.modules:
         return ""
     from pydantic import ValidationError

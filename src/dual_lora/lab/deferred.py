@@ -140,7 +140,7 @@ class _StandIn(ModuleType):
 
 
 class _DeferredObject:
-    """What a stand-in was asked for: the real object, found when it is used."""
+    """A stand-in for an attribute or module; the real object is found when it is used."""
 
     def __init__(self, holder: Any, name: str):
         vars(self).update(_holder=holder, _name=name)
@@ -234,7 +234,7 @@ def _while_importing() -> bool:
 
 
 class _DeferredCall(_DeferredObject):
-    """What a call would make."""
+    """A stand-in for the object that a call would make."""
 
     def __init__(self, factory: _DeferredObject, given: Any, named: Any):
         super().__init__(factory, "")

@@ -46,7 +46,7 @@ SHOWN = 2  # of each test set, before and after
 
 @dataclass
 class DemoResult:
-    """What a demo came to, as `demo.json` keeps it. Times in seconds, sizes in bytes."""
+    """The result of a demo, as `demo.json` keeps it. Times in seconds, sizes in bytes."""
 
     folder: str
     seed: int
@@ -105,7 +105,8 @@ def run(
 
 
 def _settings(out: Path) -> dict[str, Any] | None:
-    """What the demo in `out` was made with, None if there is none. Raises UserError for links in it."""
+    """Return the settings that the demo in `out` was made with, None if there is none. Raises UserError for links in
+    it."""
     check_plain(out, ENTRIES)
     with suppress(OSError, ValueError):
         settings = read_object(out / "settings.json")
@@ -125,7 +126,8 @@ def read_result(out: Path) -> DemoResult | None:
 
 
 def ask(out: Path, request: str) -> str:
-    """What the merged model of the demo in `out` answers to a request of one's own: JSON, if it has learned its task.
+    """Return the answer of the merged model of the demo in `out` to a request of one's own: JSON, if it has learned its
+    task.
 
     Raises UserError if there is no finished demo.
     """

@@ -1,4 +1,4 @@
-"""Where the command `dual-lora` begins: it says what to install where the laboratory's packages are missing."""
+"""The start of the command `dual-lora`: it says what to install where the laboratory's packages are missing."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""What a person did wrong, in one sentence: the command line prints it without a traceback."""
+"""Errors of the user, in one sentence: the command line prints it without a traceback."""
 
 import errno
 import os
@@ -67,7 +67,7 @@ def being_read(what: object) -> Iterator[None]:
 
 @contextmanager
 def damaged(what: str) -> Iterator[None]:
-    """What a file that holds something else than it should makes its reader raise, in a sentence."""
+    """Turn the errors of a file's reader into a UserError that says, in one sentence, that the file is damaged."""
     try:
         with being_read(what):
             yield

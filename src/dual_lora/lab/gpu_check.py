@@ -1,4 +1,4 @@
-"""What a card is asked before it is trusted: `dual-lora gpu-check`.
+"""The checks of a card before it is trusted: `dual-lora gpu-check`.
 
 On a card: which path is chosen and why, every way of launching the kernels against fp64, signs, determinism, a CUDA
 graph, a second card, memory and times. Without one: what would be chosen on named cards, the kernels compiled for them
@@ -26,7 +26,7 @@ COMPILED = ("sm_80", "sm_90")  # ahead of time, unless others are named
 
 
 def check(targets: tuple[str, ...] = COMPILED, tell: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
-    """Everything that can be found out here, as JSON takes it.
+    """Return everything that can be found out here, as JSON takes it.
 
     `right` is False if a kernel is wrong or breaks, and None where none could be tried.
     """
@@ -45,18 +45,18 @@ def check(targets: tuple[str, ...] = COMPILED, tell: Callable[[str], None] = lam
         for target in targets:
             tell(f"the kernels compiled for {target} …")
             result["compiled"][target] = _process("compile", target)
-        tried = [line for found in (result["interpreter"], *result["compiled"].values()) for line in _lines(found)]
+        tried = [line for found in (result["interpreter"], *result["compiled"].values()) for line in _findings(found)]
     result["right"] = all(launch["right"] for launch in tried) if tried else None
     return result
 
 
-def _lines(found: Any) -> list[dict[str, Any]]:
-    """What a process found; one that broke is a launch that is not right."""
+def _findings(found: Any) -> list[dict[str, Any]]:
+    """Return a process's findings; a process that broke counts as a launch that is not right."""
     return found if isinstance(found, list) else [{"right": False}]
 
 
 def _other_checks(card: dict[str, Any]) -> list[dict[str, Any]]:
-    """What has to hold on a card besides the launches."""
+    """List what has to hold on a card besides the launches."""
     if not card["launches"]:
         return []
     from dual_lora.lab.gpu_trials import AS_EAGER
@@ -69,7 +69,7 @@ def _other_checks(card: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def versions() -> dict[str, str | None]:
-    """Of what takes part."""
+    """Return the versions of everything that takes part."""
     return {
         **{name: version_of(name) for name in ("dual-lora", "torch", "triton", "peft")},
         "python": platform.python_version(),
@@ -79,7 +79,7 @@ def versions() -> dict[str, str | None]:
 
 
 def no_triton() -> str | None:
-    """Why the kernels cannot run with the Triton that is installed, if they cannot."""
+    """Say why the kernels cannot run with the installed Triton, if they cannot."""
     try:
         dispatch.triton_modules()
     except (ImportError, NotImplementedError) as reason:
@@ -88,7 +88,7 @@ def no_triton() -> str | None:
 
 
 def chosen(card: str) -> str:
-    """Who would compute on a card of that architecture, and why."""
+    """Return what would compute on a card of that architecture, and why."""
     if os.environ.get(dispatch.SWITCH) == "plain":
         return f"PyTorch's own operations: {dispatch.SWITCH}=plain"
     try:
@@ -98,7 +98,7 @@ def chosen(card: str) -> str:
 
 
 def on_card(device: torch.device, tell: Callable[[str], None]) -> dict[str, Any]:
-    """All about one card. What breaks is said in its place, and the rest goes on."""
+    """Find out all about one card. What breaks is said in its place, and the rest goes on."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         kernels = dispatch.triton_kernels(device)
@@ -124,7 +124,7 @@ def on_card(device: torch.device, tell: Callable[[str], None]) -> dict[str, Any]
 
 
 def _process(*arguments: str, **environment: str) -> list[dict[str, Any]] | str:
-    """What `gpu_trials` prints in a process of its own, or the last line of its error."""
+    """Return what `gpu_trials` prints in a process of its own, or the last line of its error."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
     command = [sys.executable, "-P", "-W", "ignore", "-m", "dual_lora.lab.gpu_trials", *arguments]
     done = subprocess.run(command, env=env, capture_output=True, text=True)

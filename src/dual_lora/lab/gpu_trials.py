@@ -1,4 +1,4 @@
-"""What `dual-lora gpu-check` tries of the kernels: every way of launching them, signs, bits, graph, memory and times.
+"""The trials of `dual-lora gpu-check`: every way of launching the kernels, signs, bits, graph, memory and times.
 
 P and Q could be made on the matrix units, which are free while plain fp32 units work (`triton_launch.PRODUCTS`). What
 would be lost is signs: rounded operands flip 90 (TF32) or 670 (bf16) in a million and move ΔW by 1.7 % or 5.2 %; three
@@ -53,7 +53,7 @@ def _try(function: Callable[[], Any]) -> Any:
 
 
 def measured(device: torch.device) -> dict[str, Any]:
-    """What a card is asked besides the launches. What breaks is said in its place."""
+    """Measure a card besides the launches. A measurement that fails is replaced by its error."""
     return {
         "signs": _try(lambda: {products: sign_flips(device, products, SIZE) for products in ("ieee", "tf32x3")}),
         "same bits twice": _try(lambda: same_bits(device, SIZE)),
@@ -210,7 +210,7 @@ def compile_for(card: str) -> list[dict[str, Any]]:
     target = GPUTarget("hip", arch, 64) if card.startswith("gfx") else GPUTarget("cuda", arch, 32)
 
     class Absent:
-        """What Triton asks of a driver before it compiles."""
+        """The answers that Triton wants from a driver before it compiles."""
 
         get_current_target = staticmethod(lambda: target)
         get_current_device = staticmethod(lambda: 0)

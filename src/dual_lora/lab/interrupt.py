@@ -1,4 +1,4 @@
-"""Being asked to stop: by Ctrl-C, by SIGTERM (docker stop, SLURM, kill) or by SIGUSR1 (SLURM's warning before it)."""
+"""Requests to stop: by Ctrl-C, by SIGTERM (docker stop, SLURM, kill) or by SIGUSR1 (SLURM's warning before it)."""
 
 import signal
 import sys
@@ -18,13 +18,13 @@ class Stopped(KeyboardInterrupt):
 
 
 def exit_status(error: KeyboardInterrupt) -> int:
-    """What a shell expects of a program that a signal ended: 128 and the signal's number (Ctrl-C: 130)."""
+    """Return the exit status of a program that a signal ended: 128 and the signal's number (Ctrl-C: 130)."""
     return 128 + getattr(error, "number", signal.SIGINT)
 
 
 @contextmanager
 def resumable() -> Iterator[None]:
-    """Where stopped, say that the same command goes on, and end with the status that a shell expects."""
+    """Say, where stopped, that the same command goes on, and end with the status that a shell expects."""
     try:
         yield
     except KeyboardInterrupt as error:

@@ -1,4 +1,4 @@
-"""Whose code may run: a module that a file names is imported only if a person has named it too.
+"""The permission to run code: a module that a file names is imported only if a person has named it too.
 
 Recipes, studies and runs are passed on, and importing a module runs it with all rights of the person at the keyboard.
 So `MODULE:NAME` in such a file is a request. It is granted on the command line (`--allow-module MODULE`) or in the

@@ -1,4 +1,4 @@
-"""What is seen while a run goes on: a bar on a terminal, plain lines in a log. Always on standard error."""
+"""The display while a run goes on: a bar on a terminal, plain lines in a log. Always on standard error."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EVERY = 30.0  # seconds between two lines of a log
 
 @contextlib.contextmanager
 def lines(said: Callable[[], str], shown: bool = True) -> Iterator[None]:
-    """Without a terminal: a line of what is `said` every 30 seconds, whether or not anything has moved since."""
+    """Print, without a terminal, a line of what is `said` every 30 seconds, whether or not anything has moved since."""
     if not shown or console.is_terminal:
         yield
         return
@@ -58,7 +58,7 @@ class Working(Live):
         )
 
     def say(self, what: str) -> None:
-        """Change what goes on."""
+        """Change the text of what goes on."""
         self.shown.update(text=Text(what))
 
 

@@ -59,7 +59,7 @@ def opened(file: Path, largest: int = LARGEST, linked: bool = True) -> Iterator[
 
 
 def not_utf8(file: Path, error: UnicodeDecodeError) -> str:
-    """What to say of a file in another encoding, most often a spreadsheet's."""
+    """Return the message for a file in another encoding, most often a spreadsheet's."""
     return (
         f"{file} is not text in UTF-8 (byte {error.start}): save it in UTF-8 (in Excel as 'CSV UTF-8'), or convert "
         "it, for example with iconv -f WINDOWS-1252 -t UTF-8."
@@ -73,7 +73,7 @@ def lines_of(text: str) -> list[str]:
 
 
 def delimiter_of(line: str, columns: int | None = None) -> str:
-    """What separates the cells of a .csv file, by its first line: comma, semicolon or tab, whichever makes most cells.
+    """Return the delimiter of a .csv file, by its first line: comma, semicolon or tab, whichever makes most cells.
 
     Spreadsheets of many countries write semicolons. columns: how many cells there are, where that is known.
     """
@@ -93,7 +93,7 @@ def repeated(names: Iterable[str]) -> str | None:
 
 
 def read_json(file: Path) -> Any:
-    """What a JSON file holds. Raises OSError, or ValueError for one that is no JSON or nested too deeply."""
+    """Return the value in a JSON file. Raises OSError, or ValueError for one that is no JSON or nested too deeply."""
     with being_read(file):
         return parse_json(regular(file).read_text(encoding="utf-8"))
 
@@ -139,7 +139,8 @@ def read_yaml_text(file: Path) -> str:
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """What a YAML text holds. Raises UserError for broken YAML, and for aliases that make very much out of little."""
+    """Return the value of a YAML text. Raises UserError for broken YAML, and for aliases that make very much out of
+    little."""
     try:
         value = yaml_text.load(text)
         count = _count(value, {})

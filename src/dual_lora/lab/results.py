@@ -42,7 +42,7 @@ def read_evaluation(file: Path) -> Row:
 
 
 def mean_over_layers(rows: Sequence[Row], key: str) -> float | None:
-    """Weighted by O · I where the rows have them; None where no row has the key."""
+    """Return the mean, weighted by O · I where the rows have them; None where no row has the key."""
     here = [row for row in rows if row.get(key) is not None]  # a text times a number would be a text of that length
     found = [(float(row[key]), float(row.get("O", 1)) * float(row.get("I", 1))) for row in here]
     total = sum(weight for _, weight in found)
@@ -83,7 +83,7 @@ def _without(values: Row, keys: Sequence[str]) -> Row:
 
 @dataclass(frozen=True, eq=False)
 class StudyResults:
-    """What a study says: `raw` is the content of its results.json, `sentences` are the verdicts in words.
+    """The results of a study: `raw` is the content of its results.json, `sentences` are the verdicts in words.
 
     verdicts: one row a comparison: candidate, reference, task, verdict, difference, low, high, p_holm, visible, …
     methods: a row a method and task: score, size, settings, and its costs as cost_*.
@@ -106,7 +106,7 @@ class StudyResults:
 
 @dataclass(frozen=True, eq=False)
 class AnalysisResults:
-    """What an analysis found: `raw` is the content of its file. Each table but `runs` has a column `run`.
+    """The results of an analysis: `raw` is the content of its file. Each table but `runs` has a column `run`.
 
     runs: one row a run: name, folder, method, seed, model, data, command, magnitude_direction.
     layers: a row a run, state and layer: signs, zeros, norms, flips, ranks. gradients: the same for shares of the

@@ -1,4 +1,4 @@
-"""What a terminal gets: amounts as people read them, and text that comes from files as it is, never obeyed.
+"""Text for a terminal: amounts as people read them, and text that comes from files as it is, never obeyed.
 
 A recipe's name, a record or a model's answer may hold escape codes, which move the cursor, rename the window, write to
 the clipboard or hide a line. Such characters are written as ``\\u001b``; colours come from `Console` alone.
@@ -82,7 +82,7 @@ def printed(table: blocks.Table) -> Table:
 
 @contextmanager
 def guarded() -> Iterator[None]:
-    """Standard output and error show control characters while a command runs. Also a decorator."""
+    """Make standard output and error show control characters while a command runs. Also a decorator."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = _Shown(sys.stdout), _Shown(sys.stderr)  # type: ignore[assignment]
     try:

@@ -87,7 +87,7 @@ _Loader.add_constructor(_FLOAT, _Loader._float)
 
 
 def load(text: str) -> Any:
-    """What a YAML text holds. Raises yaml.YAMLError, RecursionError, or ValueError for a date that is none."""
+    """Return the value of a YAML text. Raises yaml.YAMLError, RecursionError, or ValueError for a date that is none."""
     return yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
 
 

@@ -200,7 +200,7 @@ class MapLayer(DualLoraLayer):
             return base(x, *args, **kwargs)
 
     def _branch(self, x: Tensor, name: str, *args: Any, **kwargs: Any) -> Tensor:
-        """What an adapter adds to f(x; W)."""
+        """Return what an adapter adds to f(x; W)."""
         if not self._has_own_forward():
             return self._adapter_branch(x, name)
         x = self.dual_lora_dropout[name](x)

@@ -1,4 +1,4 @@
-"""What a request's body says of its model, read so that no route behind can read another one.
+"""The model that a request's body names, read so that no route behind can read another one.
 
 A route may take JSON, a form of parts or an encoded form, by parsers that differ where a request breaks the rules of
 HTTP. So what those rules leave open, or forbid, is refused: two types, a parameter twice, a part with two names.

@@ -67,8 +67,8 @@ class ByName:
             self.turns.leave()
 
     def _without_names(self, receive: Receive, send: Send) -> Receive:
-        """What comes through a websocket, up to a message that asks for an adapter by name, or until others have waited
-        for its turn for PATIENCE seconds in all: unlike a request, it has no end of its own."""
+        """Receive what comes through a websocket, up to a message that asks for an adapter by name, or until others
+        have waited for its turn for PATIENCE seconds in all: unlike a request, it has no end of its own."""
         left, seen, waited = PATIENCE, time.monotonic(), False
 
         def have_others_patience() -> bool:

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .asking import ask
 from .files import FILES
+from .http_request import send_request
 from .vllm_endpoint import NAMES_ROUTE, ROUTE
 
 KEY_VARIABLE = "OPENAI_API_KEY"
@@ -69,7 +69,7 @@ class AdapterServer:
             body += head.encode() + data + b"\r\n"
         body += f"--{edge}--\r\n".encode()
         route = ROUTE if name is None else f"{NAMES_ROUTE}/{urllib.parse.quote(name, safe='')}"
-        self._ask("PUT", route, body, f"multipart/form-data; boundary={edge}")
+        self._request("PUT", route, body, f"multipart/form-data; boundary={edge}")
         self.bytes_sent += len(body)
         return len(body)
 
@@ -79,7 +79,7 @@ class AdapterServer:
             return []
         wanted = {"logprobs": 0, "return_token_ids": True, "skip_special_tokens": False, **sampling}
         asked = {"model": self.model, "prompt": [list(p) for p in prompts], "max_tokens": max_tokens, **wanted}
-        answer = self._ask("POST", "/v1/completions", json.dumps(asked).encode(), "application/json")
+        answer = self._request("POST", "/v1/completions", json.dumps(asked).encode(), "application/json")
         try:
             choices = sorted(answer["choices"], key=lambda choice: choice["index"])
             done = [
@@ -96,20 +96,20 @@ class AdapterServer:
             ) from error
         return done
 
-    def _ask(self, method: str, path: str, body: bytes, kind: str) -> Any:
+    def _request(self, method: str, path: str, body: bytes, kind: str) -> Any:
         headers = {"Content-Type": kind}
         if os.environ.get(KEY_VARIABLE):
             headers["Authorization"] = f"Bearer {os.environ[KEY_VARIABLE]}"
         request = urllib.request.Request(self.url + path, body, headers, method=method)
         try:
-            reply = ask(request, self.timeout, LARGEST)
+            reply = send_request(request, self.timeout, LARGEST)
             if reply.status < 300:
                 return json.loads(reply.body)
         except TimeoutError as error:
             raise ServerError(f"{self.url}{path} did not answer within {self.timeout:g} s.") from error
         except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
             raise ServerError(f"{self.url}{path} cannot be asked: {error}") from error
-        if reply.sends_on:
+        if reply.is_redirect:
             raise ServerError(f"{self.url}{path} sends on to another address, which is not followed: name that one.")
         hint = " Was it started with VLLM_PLUGINS=dual_lora and --load-format dual_lora?" if reply.status == 404 else ""
         raise ServerError(

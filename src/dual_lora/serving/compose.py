@@ -182,7 +182,8 @@ class ComposedWeights:
 
 @contextmanager
 def _training_defaults() -> Iterator[None]:
-    """Servers load weights in inference mode and with half precision as the default type; a merge knows neither."""
+    """Set torch's usual defaults: servers load weights in inference mode and with half precision as the default type; a
+    merge knows neither."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:

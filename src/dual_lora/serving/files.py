@@ -83,7 +83,8 @@ def _check_sizes(config: Path, weights: Path) -> None:
 
 
 def version_of(folder: str | Path) -> tuple[tuple[int, ...], ...]:
-    """Tells an adapter's files from others that have come in their place. Raises AdapterError if one is missing."""
+    """Return what tells an adapter's files from others that have come in their place. Raises AdapterError if one is
+    missing."""
     return version_of_files(_paths(folder))
 
 
@@ -103,7 +104,7 @@ def checkpoint_of(folder: str | Path) -> dict[str, tuple[tuple[int, ...], bool]]
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, as one line."""
+    """Return an error's message as one line."""
     return (str(error) or type(error).__name__).strip().splitlines()[0].removesuffix(".")
 
 

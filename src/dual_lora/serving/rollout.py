@@ -40,7 +40,7 @@ class VllmRollout:
 
 
 def _versions(model: Any) -> list[tuple[int, int]]:
-    """Differ from those of another time where trained weights were written to, or others are in their place."""
+    """Return numbers that change when trained weights are written to, or others are in their place."""
     return [(id(p), p._version) for p in model.parameters() if p.requires_grad]
 
 

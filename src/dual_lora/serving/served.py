@@ -1,4 +1,5 @@
-"""Which adapter a vLLM server has, which ones it knows by name, and how another takes the place of the loaded one.
+"""The adapter that a vLLM server has, the ones that it knows by name, and how another takes the place of the loaded
+one.
 
 Only the factors are new. The base model's weights are read again from its own file, so that no swap leaves a trace:
 back on an earlier adapter, the weights are what they were, bit for bit.
@@ -117,7 +118,7 @@ class ServedAdapters:
             self.named.pop(name, None)
         self.named.update(adapters)
         self.limit_bytes = self.limit_bytes if limit_bytes is None else limit_bytes
-        self.turns.prepare_again()
+        self.turns.forget_prepared()
         self._show(self._shown)
 
     async def _prepare(self, name: Any) -> None:
@@ -161,7 +162,8 @@ class ServedAdapters:
                 await self.engine.resume_generation()
 
     async def _load_fallback(self) -> None:
-        """After a failed swap the adapter as before, or else the base model. If both fail, the server stays paused."""
+        """Load, after a failed swap, the adapter as before, or else the base model. If both fail, the server stays
+        paused."""
         for known in dict.fromkeys((self.loaded, self.main, None)):
             try:
                 await self._load(known)
@@ -171,7 +173,8 @@ class ServedAdapters:
                 return
 
     async def _load(self, adapter: Adapter | None) -> None:
-        """Raises AdapterError where the files are no longer those that were checked, or change while they are read."""
+        """Load the adapter. Raises AdapterError where the files are no longer those that were checked, or change while
+        they are read."""
         self._check_files(adapter)
         extra = self.engine.vllm_config.load_config.model_loader_extra_config
         extra = {**extra, KEY: adapter and adapter.folder, LIMIT: self.limit_bytes}
@@ -237,7 +240,8 @@ def _folder_of_base(model_config: Any) -> Path:
 
 
 def _version_of_base(model_config: Any) -> Any:
-    """Tells a base's files from others that have come in their place; None where there are none in a folder."""
+    """Return what tells a base's files from others that have come in their place; None where there are none in a
+    folder."""
     try:  # without the time of their last change of rights or links
         return [state[:-1] for state in version_of_files(_folder_of_base(model_config).glob("*.safetensors"))]
     except (OSError, ValueError):  # a name that no folder has; the hub's errors are of these kinds

@@ -1,4 +1,4 @@
-"""Whose turn it is: requests for one adapter run together, those for another wait until these have ended.
+"""Turns of adapters: requests for one adapter run together, those for another wait until these have ended.
 
 One batch cannot hold several full-rank updates, and a running request must keep its weights to its end. Who comes
 while somebody waits joins the end of the queue, so that nobody waits for more than one turn of each other adapter.
@@ -50,8 +50,8 @@ class Turns:
         self.running -= 1
         self._next_turn()
 
-    def prepare_again(self) -> None:
-        """Who waits, or comes next, is prepared for anew: the keys have another meaning now."""
+    def forget_prepared(self) -> None:
+        """Prepare anew for whoever waits, or comes next: the keys have another meaning now."""
         self._now = _NOBODY
         self._outdated = True
 

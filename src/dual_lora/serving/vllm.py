@@ -24,7 +24,7 @@ KEY, NAMED, LIMIT = "adapter", "adapters", "limit_bytes"
 
 
 class Settings(NamedTuple):
-    """What `--model-loader-extra-config` says of adapters, and what it says to vLLM's own loader.
+    """The settings of `--model-loader-extra-config`: those of adapters, and those of vLLM's own loader.
 
     adapter: the folder of the one that the served names have. named: further ones, name → folder. limit_bytes: of the
     composed weights that each process keeps in its main memory.
@@ -37,7 +37,7 @@ class Settings(NamedTuple):
 
     @classmethod
     def read(cls, extra: Mapping[str, Any]) -> Settings:
-        """Raises ValueError, in one sentence."""
+        """Read the settings. Raises ValueError, in one sentence."""
         own = dict(extra)
         adapter, named, limit = own.pop(KEY, None), own.pop(NAMED, {}), own.pop(LIMIT, 0)
         if not isinstance(adapter, str | None):
@@ -67,7 +67,7 @@ class ComposedCopies:
 
     @property
     def bytes_held(self) -> int:
-        """Size of all that is kept, in bytes."""
+        """Return the size of all that is kept, in bytes."""
         return sum(tensor.nbytes for one in self._kept.values() for tensor in one.values())
 
     def stream(

@@ -27,7 +27,7 @@ AS_THEY_WERE = "The names are as they were."
 
 
 class AdapterEndpoint:
-    """What vLLM's entry point `vllm.endpoint_plugins` asks for."""
+    """The object that vLLM's entry point `vllm.endpoint_plugins` asks for."""
 
     name = "dual_lora"
     required_tasks = ("generate",)
@@ -62,7 +62,7 @@ class AdapterEndpoint:
 
 
 class _Routes:
-    """What the server does at each route. Status 400 says what is wrong with a request, and what is served now."""
+    """The server's routes. Status 400 says what is wrong with a request, and what is served now."""
 
     def __init__(self, served: ServedAdapters, error: Any):
         self.served, self.error = served, error  # FastAPI's exception, which has a status
@@ -140,7 +140,7 @@ class _Routes:
 
     @contextmanager
     def _refused(self, left: str) -> Iterator[None]:
-        """What is wrong with a request, as status 400. left: what the server has afterwards, in a sentence."""
+        """Turn ValueError into status 400 with its message. left: what the server has afterwards, in a sentence."""
         try:
             yield
         except ValueError as error:

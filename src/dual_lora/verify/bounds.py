@@ -1,4 +1,4 @@
-"""How large a number in a method's configuration may be, looked at before anything is built of it.
+"""Limits of the numbers in a method's configuration, checked before anything is built of it.
 
 A configuration may come with somebody else's adapter. Of its numbers some are sizes of tensors, some say how often a
 loop runs, and some (seeds, steps, α) cost nothing however large they are. Every number has one of three bounds: that of

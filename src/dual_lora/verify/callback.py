@@ -25,7 +25,8 @@ FILLED = 0.5  # what stands in every trained tensor before the saved ones are lo
 
 
 class VerifyAdapter(TrainerCallback):
-    """Says early when a run trains nothing, or not what was meant: `Trainer(…, callbacks=[VerifyAdapter()])`.
+    """A callback that says early when a run trains nothing, or not what was meant: `Trainer(…,
+    callbacks=[VerifyAdapter()])`.
 
     At the start: do the answers carry the loss, not the padding, and is the end-of-turn token learned? After `steps`
     optimizer steps: has every trained tensor had a gradient, and has it moved? At the end: does the adapter, saved and
@@ -128,7 +129,8 @@ class VerifyAdapter(TrainerCallback):
 
 
 def saved_differences(model: Any, batch: dict[str, Any], trained: dict[str, Tensor]) -> float | None:
-    """How far the logits are from those of the adapter after it is saved and loaded, beyond what two runs differ by.
+    """Return how far the logits are from those of the adapter after it is saved and loaded, beyond what two runs differ
+    by.
 
     None where it cannot be told within the model. Its tensors are the same bits afterwards.
     """

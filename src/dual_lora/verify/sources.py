@@ -1,4 +1,4 @@
-"""What a method's configuration names besides its base: other models, adapters, tokenizers and files.
+"""A check of what a method's configuration names besides its base: other models, adapters, tokenizers and files.
 
 PEFT loads them while it builds the method, and looks at none of them: a model's own code could run, another adapter
 could hold a pattern without an end, and a pipe would be waited for. A configuration may come with somebody else's
@@ -28,7 +28,8 @@ def check_sources(config: Any, model: Any) -> None:
 
 
 def _check_tokenizer(config: Any, base: str | None) -> None:
-    """Of a prompt that begins as a text, whose tokens PEFT asks a tokenizer for; in training alone."""
+    """Check the tokenizer of a prompt that begins as a text, whose tokens PEFT asks a tokenizer for; in training
+    alone."""
     start = getattr(config, "prompt_tuning_init", None)
     if getattr(start, "value", start) != "TEXT" or config.inference_mode:
         return

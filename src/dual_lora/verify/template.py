@@ -17,7 +17,7 @@ _left: WeakKeyDictionary[Any, float] = WeakKeyDictionary()  # seconds of each to
 
 @contextmanager
 def in_its_time(tokenizer: Any) -> Iterator[None]:
-    """Inside, the tokenizer's template has what is left of its time. Raises TimeoutError after that.
+    """Give the tokenizer's template, inside, what is left of its time. Raises TimeoutError after that.
 
     Only in a process's main thread, and not on Windows, can it be ended.
     """

@@ -17,7 +17,7 @@ class Late(BaseException):
 
 @contextmanager
 def ended_after(seconds: float, with_process: bool = False) -> Iterator[None]:
-    """Raises Late inside, after so many seconds. Only in a process's main thread, and not on Windows.
+    """Raise Late inside, after so many seconds. Only in a process's main thread, and not on Windows.
 
     with_process: one operation of Python's, as a comparison of lists of lists of lists, heeds no signal. The system
     ends it then, together with the process, which shows where it was.

@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from dual_lora.lab.advise import pace
+from dual_lora.lab.advise.advice import Advice, advice_of
 from dual_lora.lab.advise.paired import length_of, paired_study, recipe_of, with_length
-from dual_lora.lab.advise.said import Advice, advice_of
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.files.write import write_atomically
 from dual_lora.lab.progress import Bar, console
@@ -33,7 +33,7 @@ HOPELESS = 4  # times the minutes, by arithmetic: not even a few steps are tried
 
 
 def folder_of(source: str | Path, out: str | Path | None) -> Path:
-    """Where the study lies: one folder a recipe, in which more minutes add to what is there."""
+    """Return the study's folder: one folder a recipe, in which more minutes add to what is there."""
     return Path(out) if out is not None else Path("studies") / f"advise-{recipe_of(source)[1].name}"
 
 
@@ -117,8 +117,8 @@ class _AdviceStudy:
             return False
 
     def outlook(self, study: Study) -> str:
-        """What to expect where the methods do not differ, and how many minutes would usually settle it; "" if these
-        do."""
+        """Say what to expect if the methods do not differ, and how many minutes would usually settle it; "" if these
+        minutes do."""
         work = self.work
         ((metric, margin),) = self.whole.margin.items()
         wanted = pace.settling_length(work, metric, margin)
@@ -137,7 +137,7 @@ class _AdviceStudy:
 
     @property
     def work(self) -> pace.Work:
-        """What is to be done, at the measured pace."""
+        """Return the work that is to be done, at the measured pace; before measurements, at the estimated one."""
         paces = (
             pace.measured_paces(self._measured_runs(), self.runs)
             if self._all_measured()

@@ -1,4 +1,4 @@
-"""What the runs of an advice cost, and what fits into the user's minutes.
+"""The time that an advice's runs take, and how many of them fit into the user's minutes.
 
     seconds of a run = start + steps · step + records · record
 
@@ -40,12 +40,13 @@ class Pace(NamedTuple):
     record: float
 
     def run(self, steps: float, records: int) -> float:
-        """Of a whole run."""
+        """Return the seconds of a whole run."""
         return self.start + steps * self.step + records * self.record
 
 
 class Work(NamedTuple):
-    """What an advice would do: the paces of its methods, the records that judge, and the recipe's own steps."""
+    """The work of an advice: the paces of its methods, the numbers of records that decide, and the recipe's own
+    steps."""
 
     paces: tuple[Pace, ...]
     validation: int
@@ -54,7 +55,7 @@ class Work(NamedTuple):
     bases: int = 0  # runs of the untrained model
 
     def seconds(self, length: Length) -> float:
-        """Of all runs together."""
+        """Return the seconds of all runs together."""
         one = sum(
             TRIALS * pace.run(length.steps, self.validation) + length.seeds * pace.run(length.steps, self.test)
             for pace in self.paces
@@ -124,7 +125,7 @@ def measured_paces(ended: Sequence[tuple[Job, Outcome]], runs: Path) -> list[Pac
 
 
 def too_few_minutes(source: object, minutes: float, work: Work, spent: float, basis: str) -> UserError:
-    """What to say when no study fits into the minutes. spent: seconds that measuring took."""
+    """Return the error for minutes that no study fits into. spent: seconds that measuring took."""
     least = work.least
     needed = math.ceil((work.seconds(least) + spent) / 60 + 0.05)
     steps, record = [f"{pace.step:.2g} s" for pace in work.paces], max(pace.record for pace in work.paces)
@@ -154,7 +155,7 @@ def settling_length(work: Work, metric: str, margin: float) -> Length | None:
 
 
 def minutes_of(work: Work, length: Length) -> int:
-    """Minutes to ask for, in fives."""
+    """Return the minutes to ask for, in fives."""
     return 5 * math.ceil(work.seconds(length) / 300 + 0.1)
 
 
@@ -186,6 +187,6 @@ def _detects_margin(spread: stats.Spread, margin: float, level: float, power: fl
 
 
 def with_seeds(spread: stats.Spread, seeds: int) -> stats.Spread:
-    """What the spread would be with another number of seeds."""
+    """Return the spread that another number of seeds would have."""
     seed_error = spread.seed_error * math.sqrt(spread.seeds / seeds)
     return replace(spread, error=math.hypot(seed_error, spread.item_error), seed_error=seed_error, seeds=seeds)

@@ -36,7 +36,7 @@ MARGINS = {
 
 
 class Length(NamedTuple):
-    """How many final seeds each method gets, and how many optimizer steps each of its runs."""
+    """The size of a study: how many final seeds each method gets, and how many optimizer steps each of its runs."""
 
     seeds: int
     steps: int
@@ -118,7 +118,7 @@ def with_length(study: Study, length: Length) -> Study:
 
 
 def length_of(study: Study) -> Length:
-    """Seeds and steps of such a study."""
+    """Return the seeds and steps of such a study."""
     return Length(len(study.seeds), study.overrides["train"]["steps"])
 
 
@@ -170,7 +170,8 @@ def methods_of(recipe: Recipe) -> dict[str, dict[str, Any]]:
 
 
 def _layer_options(kind: str, own: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a method says of single layers and of biases, for LoRA and for Dual LoRA at equal ranks and strengths."""
+    """Return a method's options for single layers and biases, for LoRA and for Dual LoRA at equal ranks and
+    strengths."""
     alphas, ranks, bias = (own.get(key) or {} for key in ("alpha_pattern", "rank_pattern", "bias"))
     ranks = {name: sum(ranks_of(rank)) if isinstance(rank, list) else rank for name, rank in ranks.items()}
     has_alpha = any(own.get(key) for key in ("alpha", "lora_alpha"))

@@ -1,4 +1,4 @@
-"""From verdicts and cost to a recommendation. The whole rule, and nothing else:
+"""The rule from verdicts and cost to a recommendation, and nothing else:
 
 1. A method that is significantly better than LoRA is recommended; of two such, the one with the larger difference.
 2. Else LoRA, where a gain that matters (the margin) is ruled out for every other method. A tie goes to LoRA, because it
@@ -11,7 +11,7 @@ nothing is known of a gain either.
 A gain is ruled out where a method is significantly worse, or none of its runs came to an end, or by the upper end of
 the interval where that lies below the margin: half of a look's level for each of two methods, so that LoRA too is
 recommended wrongly in 5 % of studies at most, all looks together. For shares of right answers the interval has a least
-width (`said.upper`).
+width (`advice.upper`).
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ SAYS_NOTHING = (Verdict.ONE_SEED, Verdict.ONE_ITEM, Verdict.UNLEARNED, Verdict.D
 
 
 class Why(StrEnum):
-    """What a recommendation follows from."""
+    """The reason for a recommendation."""
 
     BETTER = "significantly better than LoRA"
     QUICKER = "equivalent to LoRA and quicker"

@@ -1,4 +1,4 @@
-"""What an advice is about: a recipe, a run's folder, or a base and records, of which a recipe is written."""
+"""The subject of an advice: a recipe, a run's folder, or a base and records, of which a recipe is written."""
 
 import contextlib
 import os

@@ -1,4 +1,5 @@
-"""What a fine-tuning run did to the weights: signs, zeros, ranks, gradients, likeness to full fine-tuning.
+"""Measures of the change that fine-tuning makes to weights: signs, zeros, ranks, gradients, likeness to full
+fine-tuning.
 
 matrices      an update [O, I] that is read a block at a time
 updates       the updates of an adapted model, of any PEFT method, or of a fully fine-tuned one

@@ -137,8 +137,8 @@ def _reference(path: Path) -> Path:
 
 
 def _recorded_run(path: Path, name: str, reference: Path | None, options: Options) -> RunAnalysis:
-    """What a run's folder says. What is no run, or does not belong to the reference, is said before hours go into the
-    others."""
+    """Read what a run's folder records. Raises UserError for a folder without a run, or with one that does not fit the
+    reference, before hours go into the others."""
     steps = [state.step for state in states_of(path, options.states)]
     recipe = recipe_of_run(path)
     known = dict(recipe.method), recipe.train.seed, recipe.model.path, recipe.data.train
@@ -175,7 +175,7 @@ def _analyze_run(result: RunAnalysis, options: Options, device: str | None, prog
 
 
 def _check_comparable(recipe: Recipe, other: Recipe, where: Path) -> list[str]:
-    """What the two runs do not share: an error for model and data, notes for the rest."""
+    """Return notes on settings in which the two runs differ. Raises UserError for another model or other data."""
     for part, a, b in (("model", recipe.model.path, other.model.path), ("data", recipe.data.train, other.data.train)):
         if a != b:
             raise UserError(

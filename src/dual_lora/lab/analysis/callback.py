@@ -53,7 +53,7 @@ class AnalysisCallback(TrainerCallback):
             self.file.write_text("")
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Gradients are there now, and gone after the step."""
+        """Look at the gradients, which are there now, and gone after the step."""
         if self._looks_at(state.global_step + 1):
             layers = adapted_layers(model)
             self._shares = {name: gradient_shares(layers[name]) for name in self._start}

@@ -1,4 +1,4 @@
-"""What each group contributes: the loss when one group is set back to its start, or drawn anew.
+"""The contribution of each group: the loss when one group is set back to its start, or drawn anew.
 
 Set back: what the other group has learned is left. Drawn anew (a Gaussian of the same spread): what the group's own
 structure is worth, at the same size. Both are taken from a finished adapter; freezing a group during training is an

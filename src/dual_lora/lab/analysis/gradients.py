@@ -91,7 +91,8 @@ def gradient_pass(
     loss_of: LossOf,
     names: Collection[str] | None = None,
 ) -> dict[str, dict[str, float]]:
-    """By layer (all, or those named): gradient shares, and for Dual LoRA's Sign estimator how much of H it changes.
+    """Return gradient shares by layer (all, or those named), and for Dual LoRA's Sign estimator how much of H it
+    changes.
 
     cut: share of the entries of H = s G ⊙ ReLU(P) that the estimator changes, cut_moving: the same among entries with
     H ≠ 0; lost: share of Σ|H| that is gone; largest_H: the largest |H|. Under "clip" these are entries beyond ±1, under
@@ -150,7 +151,7 @@ def first_step(
     learning_rate: float,
     names: Collection[str] | None = None,
 ) -> dict[str, dict[str, float]]:
-    """By layer: where one AdamW step from here takes ΔW, against where full fine-tuning would go.
+    """Return by layer where one AdamW step from here takes ΔW, against where full fine-tuning would go.
 
     gradient_cosine: cosine of the step in ΔW with -G, plain gradient descent's direction; sign_cosine: with -sign(G),
     the first step of AdamW on the weight itself. Linear layers only. The batch passes twice, once for the step and once
@@ -204,7 +205,7 @@ def _alignment(old: Matrix, new: Matrix, G: Matrix) -> dict[str, float]:
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """Without dropout: a figure should not depend on a draw."""
+    """Switch dropout off inside the block: a figure should not depend on a draw."""
     was = model.training
     model.eval()
     try:

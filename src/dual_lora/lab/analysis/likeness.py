@@ -1,4 +1,4 @@
-"""How alike two updates of the same weight are, and DoRA's view of an update as magnitude and direction.
+"""The likeness of two updates of the same weight, and DoRA's view of an update as magnitude and direction.
 
 An update of 16 million entries has a cosine near 0 with any other by chance alone (its spread is 1/√(O I)), and two
 subspaces of k among n directions overlap by k/n by chance: both are given with the figures.
@@ -18,7 +18,7 @@ SUBSPACE = 8  # singular directions compared on either side
 
 
 def likeness(update: Matrix, target: Matrix) -> dict[str, float]:
-    """Of `update` to `target` (full fine-tuning's, say).
+    """Measure the likeness of `update` to `target` (full fine-tuning's, say).
 
     cosine: of the two as vectors. norm_relative: ‖update‖ / ‖target‖. On the target's largest 1 % and 10 % of entries:
     agree_1 (moved the same way), disagree_1, rest_1 (not moved), agree_10 and so on; agreement_1 is agree over agree +

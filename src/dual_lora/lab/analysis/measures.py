@@ -62,7 +62,7 @@ def squared_norm(matrix: Matrix) -> float:
 
 
 def changes(old: Matrix, new: Matrix) -> dict[str, float]:
-    """What changed from one update to another, as shares of all entries.
+    """Measure the changes from one update to another, as shares of all entries.
 
     flipped: moved before and after, in opposite directions. switched_on, switched_off: zero before, not zero after,
     and the reverse (for Dual LoRA: ReLU opened or closed). direction_flipped: Sign(DC) changed, moved or not.

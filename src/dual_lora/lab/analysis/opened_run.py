@@ -144,7 +144,7 @@ def open_run(path: str | Path, device: str | None = None) -> OpenedRun:
 
 
 def _processes(record: dict[str, Any]) -> int:
-    """How many processes trained together."""
+    """Return how many processes trained together."""
     return int(record.get("processes", 1))
 
 

@@ -1,4 +1,4 @@
-"""How many directions an update has: effective, stable and numerical rank, and what ReLU and Sign may do to a rank.
+"""The number of directions of an update: effective, stable and numerical rank, and what ReLU and Sign may do to a rank.
 
 The honest bound. BA has rank r1 and DC has rank r2, but an element-wise function keeps no rank: it may raise it or
 lower it (`rank_examples` shows both). With r ≥ 2 nothing better than min(O, I) holds for ReLU(BA), for Sign(DC), or

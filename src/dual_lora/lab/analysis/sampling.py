@@ -1,4 +1,4 @@
-"""What it would cost to estimate the weight's gradient from a sample of the tokens: variance, layer by layer.
+"""The cost of estimating the weight's gradient from a sample of the tokens: variance, layer by layer.
 
 With K = (dy dyᵀ) ⊙ (x xᵀ), T × T over the tokens of a micro-batch, ‖Σ_t w_t dy_t x_tᵀ‖² = wᵀ K w for any weights w. So
 the error of a draw is exact, and nothing of the weight's size is made.
@@ -24,7 +24,7 @@ ROWS = 1024  # of K at a time
 def sampling_pass(
     model: Any, batches: list[Batch], loss_of: LossOf, names: Collection[str] | None = None
 ) -> dict[str, dict[str, float]]:
-    """By linear layer (all, or those named), means over the micro-batches.
+    """Return means over the micro-batches, by linear layer (all, or those named).
 
     tokens: of a micro-batch; zero_rows: share of them whose dy is zero, which are left out anyway. added_50, added_25,
     added_10: variance that a sample of this share adds to G, over the variance that G has already as the sum over the
@@ -82,7 +82,7 @@ def squared_sums(dy: Tensor, x: Tensor, weights: Tensor) -> Tensor:
 
 
 def _error_weights(made: WaterFilling, counts: Sequence[int], draws: Tensor, T: int) -> Tensor:
-    """What each draw's estimate of G is wrong by, as weights of the tokens, [T, draws]."""
+    """Return the error of each draw's estimate of G, as weights of the tokens, [T, draws]."""
     wrong = torch.full((T, len(draws)), -1.0, dtype=torch.float64, device=made.scores.device)
     for column, (n, draw) in enumerate(zip(counts, draws, strict=True)):
         if n >= T:

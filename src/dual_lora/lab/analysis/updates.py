@@ -50,7 +50,7 @@ def _is_inner(name: str, base: nn.Module) -> bool:
 
 
 def snapshot(model: nn.Module, adapter: str = "default") -> dict[str, LayerUpdate]:
-    """What the adapter does to every layer now; stays what it is when the model trains on.
+    """Return the adapter's present update of every layer; it does not change when the model trains on.
 
     Holds copies of the adapter's own tensors, never of a weight. Dual LoRA's updates are at full strength, with the
     warm-up's λ with them: the pattern of signs and zeros is there before λ lets it act. Layers whose update is not

@@ -22,7 +22,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Options:
-    """What is looked at.
+    """The choice of what an analysis looks at.
 
     states: at most so many of a run's states, start and end among them. layers: regular expression of layer names.
     ranks: of the first and the last state, of all, or of none (the costly part: O · I · min(O, I) flops a matrix).
@@ -212,7 +212,8 @@ class Walk:
             self.result.likeness.append({"step": state.step, "layer": name, "O": O, "I": I, **alike})
 
     def _likeness(self, matrix: Matrix, target: Matrix, first: Matrix | None) -> Row:
-        """Of the update, and of what was learned since the start where that was no zero (Dual LoRA's Gaussian)."""
+        """Measure the update's likeness, and that of what was learned since the start if the start was not zero (Dual
+        LoRA's Gaussian)."""
         row: Row = dict(likeness(matrix, target))
         if isinstance(first, Factored):
             learned = entry_likeness(Difference(matrix, first), target)

@@ -13,7 +13,7 @@ from dual_lora.lab.interrupt import resumable
 from dual_lora.lab.terminal import figures
 
 if TYPE_CHECKING:
-    from dual_lora.lab.advise.said import Advice
+    from dual_lora.lab.advise.advice import Advice
 
 
 def advise(

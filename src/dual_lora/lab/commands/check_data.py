@@ -52,7 +52,7 @@ def check_data(
     overrides = flag_values(given)
     if test is not None:
         overrides = Recipe.merged({"data": {"test": test}}, overrides)
-    data, task, model = _asked(file, overrides, head)
+    data, task, model = _data_to_check(file, overrides, head)
     tokenizer = None
     if model := base or model:
         with stage(f"loading the tokenizer of {model}"):
@@ -71,7 +71,7 @@ def check_data(
         raise SystemExit(1)
 
 
-def _asked(file: str, overrides: dict[str, Any], head: Any) -> tuple[DataSection, str, str | None]:
+def _data_to_check(file: str, overrides: dict[str, Any], head: Any) -> tuple[DataSection, str, str | None]:
     """The data, the head and the model of a recipe, or of a file of records by its columns."""
     is_recipe = file.endswith((".yaml", ".yml")) or (Path(file) / "recipe.yaml").is_file()
     if is_recipe or (file in shipped_recipes() and not Path(file).is_file()):

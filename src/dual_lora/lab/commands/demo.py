@@ -109,7 +109,7 @@ def _facts(result: DemoResult) -> Panel:
         "time": f"{duration(result.total_seconds)}: {spent}",
         "memory": f"{size(result.training_memory)} at the peak of training, {size(result.peak_memory)} over all stages",
         "merged": f"{result.merged}: {same} of {count} answers are the adapter's, letter by letter",
-        "ask": f'{_program()} demo --ask "Tell Nora that the cake is in the fridge."'
+        "ask": f'{_command_name()} demo --ask "Tell Nora that the cake is in the fridge."'
         + (f" --seed {result.seed}" if result.seed else ""),
     }
     if result.reused:
@@ -117,8 +117,9 @@ def _facts(result: DemoResult) -> Panel:
     return facts_card("Dual LoRA · tool calls", facts)
 
 
-def _program() -> str:
-    """How this command is called here: `make demo` has no environment active, and then the name alone finds nothing."""
+def _command_name() -> str:
+    """Return the name to call this command by: `make demo` has no environment active, and then the name alone finds
+    nothing."""
     called = Path(sys.argv[0])
     return quote(str(called)) if called.name == "dual-lora" and shutil.which("dual-lora") is None else "dual-lora"
 

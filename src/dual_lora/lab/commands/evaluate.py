@@ -64,7 +64,7 @@ def evaluate(
         write_result(result, out)
     columns: dict[str, dict[str, Any]] = {**result.metrics, **result.reported}
     names = list(dict.fromkeys(name for figures in columns.values() for name in figures))
-    rows = [[name, *(_shown(figures.get(name, "")) for figures in columns.values())] for name in names]
+    rows = [[name, *(_figure_text(figures.get(name, "")) for figures in columns.values())] for name in names]
     rows.append(["time", *(duration(s) for s in result.seconds.values())])
     cut = f", {result.cut} longer than data.max_length" if result.cut else ""
     title = f"{result.source} · {result.split}, {result.examples:,} examples{cut}"
@@ -82,7 +82,7 @@ def _check_split(given: dict[str, Any], split: str) -> None:
         )
 
 
-def _shown(figure: float | str) -> str:
+def _figure_text(figure: float | str) -> str:
     """Figures that others report may be words ("+0.6 over DoRA")."""
     if isinstance(figure, str):
         return figure

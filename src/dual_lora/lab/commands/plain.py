@@ -1,4 +1,4 @@
-"""What flags look like, and which of them a help page shows.
+"""The appearance of flags, and the choice of those that a help page shows.
 
 A file of its own: the first help page needs it, and none of the fields of a recipe.
 """

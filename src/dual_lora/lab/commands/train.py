@@ -73,8 +73,8 @@ def train(
     loss = f"{result.loss:.4f}" if result.loss is not None else "–"
     facts = {
         "steps": f"{result.steps} in {duration(result.seconds)}, {result.tokens_per_second:,.0f} tokens/s"
-        + _early(chosen, result),
-        "examples": f"{result.examples:,}{too_long_note(chosen, result.left_out)}{_limited(chosen, result)}",
+        + _early_stop_note(chosen, result),
+        "examples": f"{result.examples:,}{too_long_note(chosen, result.left_out)}{_train_limit_note(chosen, result)}",
         "loss": loss + (f", validation {result.validation_loss:.4f}" if result.validation_loss is not None else ""),
         "trainable": f"{result.trainable_parameters:,} parameters ({share:.2%})",
         "memory": f"{size(result.peak_memory)} at the peak",
@@ -88,16 +88,16 @@ def train(
         raise SystemExit(exit_status(Stopped(result.stopped_by)))
 
 
-def _early(recipe: Recipe, result: RunResult) -> str:
-    """That validations ended the run, and whose weights are saved."""
+def _early_stop_note(recipe: Recipe, result: RunResult) -> str:
+    """Say that validations ended the run, and whose weights are saved."""
     ended = f", ended by {recipe.train.patience} validations without a lower loss" if result.stopped_early else ""
     return ended + (
         f", weights of step {result.best_step} saved" if recipe.train.keep_best and result.best_step else ""
     )
 
 
-def _limited(recipe: Recipe, result: RunResult) -> str:
-    """That the recipe takes so many records and no more, which it does of others than its own too."""
+def _train_limit_note(recipe: Recipe, result: RunResult) -> str:
+    """Say that the recipe takes this many records and no more, which it also does of records other than its own."""
     read = result.examples + result.left_out * (recipe.model.head == "causal")  # a classifier's are cut
     return f" (data.train_limit: {read:,})" if read == recipe.data.train_limit else ""
 

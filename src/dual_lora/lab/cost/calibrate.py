@@ -53,19 +53,19 @@ DECODE_SECONDS = 0.04  # of one generated token: Python starts some thousand ker
 
 
 class Cost(NamedTuple):
-    """What was measured at one width of a model."""
+    """The measured rates at one width of a model."""
 
     width: int
     rate: float  # flops a second
     weight: float  # seconds for each adapted or trained weight
 
     def seconds(self, flops: float, weights: float) -> float:
-        """Of a step that computes so much and adapts or trains so many weights."""
+        """Return the seconds of a step that computes this many flops and adapts or trains this many weights."""
         return flops / self.rate + weights * self.weight
 
 
 def cache_file() -> Path:
-    """Where rates are kept."""
+    """Return the file that keeps the rates."""
     return cached("calibration.json")
 
 
@@ -75,14 +75,14 @@ def this_device() -> Device:
 
 
 def machine() -> str:
-    """What rates depend on: the device, its threads and torch."""
+    """Describe what rates depend on: the device, its threads and torch."""
     from dual_lora.lab.run.record import device_name
 
     return f"{device_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def known_rates() -> dict[str, Any] | None:
-    """What `calibrate` has found on this machine, or None before the first calibration."""
+    """Return the rates that `calibrate` has found on this machine, or None before the first calibration."""
     try:
         entry = read_object(cache_file()).get(machine())
     except (OSError, ValueError):
@@ -102,7 +102,7 @@ def calibrate(say: Callable[[str], None] | None = None, seconds: float = SECONDS
         if say:
             left = f"about {seconds * (1 - number / len(works)):.0f} s left"
             say(f"{method}, {dtype}, width {width} ({number + 1} of {len(works)}, {left})")
-        costs[dtype][method].append([*_cost(dtype, method, width, on, seconds / len(works))])
+        costs[dtype][method].append([*_measured_cost(dtype, method, width, on, seconds / len(works))])
     entry = {"on": on, "date": time.strftime("%Y-%m-%d"), "costs": costs}
     _keep(entry)
     return entry
@@ -121,7 +121,7 @@ def seconds_of(options: StepOptions, step: Step, known: dict[str, Any]) -> float
 
 
 def cost_of(known: dict[str, Any], method: str, dtype: str, width: float) -> Cost | None:
-    """What `calibrate` has measured, at this width; None for a method or precision that it does not measure."""
+    """Return the measured cost at this width; None for a method or precision that `calibrate` does not measure."""
     points = known["costs"].get(dtype, {}).get(method)
     return _at([Cost(*point) for point in points], width) if points else None
 
@@ -204,7 +204,7 @@ def _flops_a_weight(
     return step.flops / (rows * length * weights)
 
 
-def _cost(dtype: str, method: str, width: int, on: Device, seconds: float) -> Cost:
+def _measured_cost(dtype: str, method: str, width: int, on: Device, seconds: float) -> Cost:
     few, many = (calibration_options(dtype, method, width, on, tokens) for tokens in TOKENS[on])
     times = [_fastest(options, seconds * share) for options, share in ((few, 0.2), (many, 0.5))]
     steps = [simulate(options) for options in (few, many)]
@@ -291,12 +291,12 @@ class Card:
 
     @property
     def cost(self) -> Cost:
-        """Its speed in training, in the form of a calibration."""
+        """Return the card's speed in training, in the form of a calibration."""
         return Cost(0, SHARE * self.flops, PASSES / self.bandwidth)
 
     @property
     def basis(self) -> str:
-        """What an estimate for it follows from, in words."""
+        """Say in words what an estimate for this card is based on."""
         return (
             f"arithmetic for {self.name} by its published figures ({self.flops / 1e12:,.0f} TFLOP/s bf16, "
             f"{self.bandwidth / 1e12:.2f} TB/s; {self.source}), of which training is taken to reach {SHARE:.0%}; "

@@ -1,4 +1,4 @@
-"""How long a recipe's rows really are, in its model's tokens: what memory depends on is the longest batch.
+"""The real lengths of a recipe's rows, in its model's tokens: what memory depends on is the longest batch.
 
 Of many records some are read: the longest ones by their characters, and others drawn at random.
 """
@@ -32,7 +32,7 @@ class Lengths(NamedTuple):
 
     @property
     def words(self) -> str:
-        """What was looked at."""
+        """Say in words which records were looked at."""
         of = f"{self.seen:,} of {self.records:,} records" if self.seen < self.records else f"{self.records:,} records"
         return f"longest of {of}, the mean one has {self.usual:.0f}"
 

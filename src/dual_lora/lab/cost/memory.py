@@ -59,7 +59,7 @@ class Memory:
         return max(self.phases.values())
 
     def plain(self) -> dict[str, Any]:
-        """For JSON: whole bytes."""
+        """Return plain values for JSON, in whole bytes."""
         values = asdict(self) | {"peak": self.peak}
         values["phases"] = {k: round(v) for k, v in self.phases.items()}
         return {k: round(v) if isinstance(v, float) else v for k, v in values.items()}

@@ -1,4 +1,5 @@
-"""What operators hold, use inside themselves and compute: `MemoryTracker`, a dispatch mode that sees every call.
+"""Memory that operators hold and use inside themselves, and their flops: `MemoryTracker`, a dispatch mode that sees
+every call.
 
 Held bytes: each storage is seen to come and go, over tensors without data (torch's FakeTensorMode) and over real ones
 alike. What stood before it began is not counted. A storage belongs to the phase in which it was made (activations in
@@ -33,7 +34,7 @@ ACTIVATIONS, WORKSPACE, GRADIENTS = "activations", "workspace", "gradients"
 
 
 class Bytes(NamedTuple):
-    """What is held in memory at one moment, without the model."""
+    """The bytes held in memory at one moment, without the model."""
 
     activations: float = 0.0
     workspace: float = 0.0
@@ -63,11 +64,11 @@ class MemoryTracker(TorchDispatchMode):
             self._see(tensor, count=False)
 
     def now(self) -> Bytes:
-        """What is held at this moment."""
+        """Return the bytes held at this moment."""
         return Bytes(**self._bytes)
 
     def is_gradient(self, tensor: Tensor) -> None:
-        """From now on this tensor's storage is a gradient."""
+        """Count this tensor's storage as a gradient from now on."""
         key = id(tensor.untyped_storage())
         if key in self._known:
             ref, size, kind = self._known[key]
@@ -126,7 +127,7 @@ def _attention(query: Any, key: Any, value: Any, *rest: Any) -> int:
 
 
 def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *rest: Any) -> int:
-    """Scores again, and the gradients of scores, query, key and value."""
+    """Count the flops of the scores, made again, and of the gradients of scores, query, key and value."""
     B, heads, T, width = query.shape
     return int(2 * B * heads * T * key.shape[2] * (3 * width + 2 * value.shape[-1]))
 
@@ -156,12 +157,13 @@ def inner_bytes(func: Any, args: Any, out: Any, on: str) -> int:
 
 
 def _dimensions(x: Any, factors: Any) -> tuple[int, int, int]:
-    """T, O and I of a linear layer."""
+    """Return T, O and I of a linear layer."""
     return sizes(x.shape, [f.shape for f in factors])[:3]
 
 
 def _copies(weight: Any, on: str) -> int:
-    """Of the weight, while it is composed: the kernels have a quantised one (its number stands for it) dequantised."""
+    """Return how many weights are held while one is composed: the kernels have a quantised one (its number stands for
+    it) dequantised."""
     return 2 if on == "gpu" and weight is not None and weight.ndim == 0 else 1
 
 

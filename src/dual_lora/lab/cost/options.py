@@ -1,4 +1,4 @@
-"""What an estimate is about: a model, a method and the shape of a training step."""
+"""The subject of an estimate: a model, a method and the shape of a training step."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class StepOptions:
 
 
 def _rank_field(name: str) -> str:
-    """AdaLoRA begins with init_r, of which it keeps a part; its r is not read."""
+    """Return the field of a method's rank. AdaLoRA begins with init_r, of which it keeps a part; its r is not read."""
     return "init_r" if name == "adalora" else "r"
 
 

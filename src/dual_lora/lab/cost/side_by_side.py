@@ -1,4 +1,4 @@
-"""What `estimate` shows: one step with several methods on several numbers of devices, and the largest that fits."""
+"""The content of `estimate`: one step with several methods on several numbers of devices, and the largest that fits."""
 
 import bisect
 import re
@@ -39,7 +39,7 @@ class Column:
         return tokens / self.seconds if self.seconds else None
 
     def plain(self) -> dict[str, Any]:
-        """For JSON: bytes, parameters, flops, seconds."""
+        """Return plain values for JSON: bytes, parameters, flops, seconds."""
         return {
             "method": self.options.method,
             "base_parameters": round(self.step.base_parameters),
@@ -81,7 +81,7 @@ def side_by_side(
 
 
 def counts(devices: int) -> list[int]:
-    """1, 2, 4 … up to `devices`, which is the last one."""
+    """Return 1, 2, 4 … up to `devices`, which is the last one."""
     powers = [2**k for k in range(devices.bit_length()) if 2**k < devices]
     return [*powers, devices]
 

@@ -35,7 +35,7 @@ _ATTENTION_DROPOUT = ("attention_dropout", "attention_probs_dropout_prob", "attn
 
 @dataclass(frozen=True)
 class Step:
-    """What a training step needs on one device; in bytes, but for the numbers of parameters and flops.
+    """The needs of a training step on one device; in bytes, but for the numbers of parameters and flops.
 
     weights: frozen; trained: trainable parameters (factors, and modules that are trained whole); widest: the largest
     trained tensor; block_weights, block_trained, block_linear: of the largest block; largest_layer: the largest
@@ -62,7 +62,7 @@ class Step:
     flops: float
 
     def line(self, other: Step, times: float) -> Step:
-        """self + times · (other − self), figure by figure."""
+        """Return self + times · (other − self), figure by figure."""
         fixed = {"widest", "largest_layer", "widest_input", "block_weights", "block_trained", "block_linear"}
         names = [f.name for f in fields(self) if f.name not in fixed]
         mine, theirs = ({name: getattr(step, name) for name in names} for step in (self, other))
@@ -199,8 +199,8 @@ def _step(options: StepOptions, model: Any, batch: dict[str, Tensor], tracker: M
 
 
 def batch_of(options: StepOptions, model: Any) -> dict[str, Tensor]:
-    """What the laboratory's collator gives. Rows of different lengths need a mask; one row alone has no padding, and
-    transformers leaves the mask out.
+    """Return a batch as the laboratory's collator makes it. Rows of different lengths need a mask; one row alone has no
+    padding, and transformers leaves the mask out.
     """
     from dual_lora.lab.data.batches import accepted_arguments
 

@@ -1,1 +1,2 @@
-"""From files to batches: records (read), examples (formats), token ids (encode), batches in order (batches)."""
+"""Records, from files to batches: records (read), examples (formats), token ids (encode), batches in order
+(batches)."""

@@ -202,12 +202,13 @@ def unwrapped(model: Any) -> Any:
 
 
 def accepted_arguments(model: Any) -> frozenset[str]:
-    """Which of our arguments the base model's forward takes (`cache` is what older ones call `past_key_values`)."""
+    """Return those of our arguments that the base model's forward takes (`cache` is what older ones call
+    `past_key_values`)."""
     return frozenset(inspect.signature(unwrapped(model).forward).parameters) & _KNOWN
 
 
 def collator(tokenizer: Any, classification: bool, model: Any) -> Collator:
-    """Rows to tensors, for this model and its tokenizer."""
+    """Return a function that turns rows into tensors, for this model and its tokenizer."""
     kind = getattr(unwrapped(model).config, "model_type", "")
     if kind in CONVOLVED:
         warn(

@@ -1,10 +1,10 @@
-"""What would be trained on: records that cannot be read, labels, lengths, duplicates, and what two sets share."""
+"""A check of training data: records that cannot be read, labels, lengths, duplicates, and what two sets share."""
 
 from __future__ import annotations
 
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,7 +41,7 @@ class Checked:
     examples: list[Example] = field(default_factory=list, repr=False)
 
     def plain(self) -> dict[str, Any]:
-        """Plain values, for --json."""
+        """Return plain values for --json."""
         return {name: value for name, value in vars(self).items() if name != "examples"}
 
 
@@ -118,7 +118,7 @@ def _read(result: Checked, source: str, data: DataSection, head: str) -> None:
 
 
 def _by_reason(failed: list[tuple[str, UserError]]) -> list[str]:
-    """What is wrong, each reason once at the first record that has it. failed: where a record stands, and its error."""
+    """List each reason once, at the first record that has it. failed: where a record stands, and its error."""
     reasons: dict[str, list[str]] = {}
     for where, error in failed:
         reasons.setdefault(str(error).removeprefix(where), []).append(where)
@@ -190,8 +190,9 @@ def _repeated(result: Checked, head: str) -> None:
     whole = Counter((item_of(example), example.label or example.answer) for example in result.examples)
     result.duplicates = sum(count - 1 for count in whole.values())
     if result.duplicates:
-        first = _first_two_places(result.examples, next(key for key, count in whole.items() if count > 1))
-        result.warnings.append(f"Duplicates: {result.duplicates:,}, the first at {first}.")
+        first = next(key for key, count in whole.items() if count > 1)
+        alike = [e.where for e in result.examples if (item_of(e), e.label or e.answer) == first]
+        result.warnings.append(f"Duplicates: {result.duplicates:,}, the first at {' and '.join(alike[:2])}.")
     if head == "classification":
         answers: dict[str, set[str]] = defaultdict(set)
         for asked, answer in whole:
@@ -200,8 +201,3 @@ def _repeated(result: Checked, head: str) -> None:
             example = next(example for example in result.examples if item_of(example) == torn[0])
             labels = ", ".join(sorted(answers[torn[0]]))
             result.warnings.append(f"Texts with several labels: {len(torn):,}, first {example.where} ({labels}).")
-
-
-def _first_two_places(examples: Iterable[Example], key: tuple[str, str]) -> str:
-    found = [example.where for example in examples if (item_of(example), example.label or example.answer) == key]
-    return " and ".join(found[:2])

@@ -1,4 +1,4 @@
-"""What a model's head tells apart, by the records: needs neither the model nor a library."""
+"""The classes of a model's head, by the records: needs neither the model nor a library."""
 
 from dual_lora.lab.data.encode import VALUE, class_names
 from dual_lora.lab.data.formats import Example

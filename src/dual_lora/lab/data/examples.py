@@ -31,7 +31,7 @@ def load_split(data: DataSection, split: str) -> list[Example]:
 
 
 def _test_examples(examples: list[Example], data: DataSection) -> list[Example]:
-    """As many of a test set's examples as the recipe wants."""
+    """Return as many of a test set's examples as the recipe wants."""
     if data.test_prompts is not None:
         prompts = list(dict.fromkeys(repr(example.prompt) for example in examples))
         if data.test_prompts < len(prompts):
@@ -80,7 +80,7 @@ def records_of(source: str, data: DataSection) -> list[Record]:
 
 
 def item_of(example: Example) -> str:
-    """What is asked, without the answer; where nothing is asked, all of it."""
+    """Return the question without the answer; all of the example where nothing is asked."""
     return repr(example.prompt or example.messages) if example.messages else repr(example.text)
 
 

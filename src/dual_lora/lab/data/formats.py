@@ -121,7 +121,7 @@ _MORE = ("tool_calls", "function_call", "reasoning_content", "reasoning", "think
 
 
 def answer_of(message: dict[str, Any], where: str) -> str:
-    """What a message of the assistant says: its content. Raises UserError where it holds more.
+    """Return the content of an assistant's message. Raises UserError where the message holds more.
 
     In a prompt it may hold what it likes: the template knows how to write it.
     """
@@ -139,7 +139,7 @@ def _says_more(value: Any) -> bool:
 
 
 def text_of(message: dict[str, Any], where: str) -> str:
-    """What a message says, of which text is made. Raises UserError for one that is no text."""
+    """Return the content of a message as text. Raises UserError for content that is no text."""
     content = message["content"]
     if isinstance(content, str | int | float):
         return written(content, where)

@@ -1,4 +1,4 @@
-"""What records seem to be for: format, task, and which column is which. A person reads it before it counts."""
+"""A guess of what records are for: format, task, and which column is which. A person reads it before it counts."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -92,7 +92,8 @@ def _labelled(seen: list[Record], found: dict[str, str], names: list[str], given
 
 
 def _by_values(seen: list[Record], names: list[str]) -> Guess:
-    """Of columns whose names say nothing: the longest texts, and a column of few different values or another text."""
+    """Guess from the values of columns whose names say nothing: the longest texts, and a column of few different values
+    or another text."""
     texts = [name for name in names if all(isinstance(value, str) for value in _values(seen, name))]
     by_length = sorted(texts, key=lambda name: -sum(map(len, _values(seen, name))))
     if by_length:
@@ -103,10 +104,6 @@ def _by_values(seen: list[Record], names: list[str]) -> Guess:
                 return _guess_of("text", head, {"text": longest, "label": name}, names, ("text", "label"), classes)
         if len(names) == 2 and len(texts) == 2:
             return _guess_of("prompt", "causal", {"prompt": names[0], "answer": names[1]}, names, ("prompt", "answer"))
-    return _refuse_unclear(names)
-
-
-def _refuse_unclear(names: list[str]) -> Guess:
     raise UserError(
         f"What is to be learned is not clear from the columns {', '.join(names)}: name them, a text and its class with "
         "--text and --label, or a prompt and its answer with --prompt and --answer."

@@ -32,7 +32,7 @@ class Shared(NamedTuple):
 
 
 def shared(data: DataSection) -> list[Shared]:
-    """What the sets share, as the recipe uses them. Sets that are not there, or on a hub, are left out.
+    """Return the records that the recipe's sets share. Sets that are not there, or on a hub, are left out.
 
     The runs of a study ask for the same records again and again: these are read once, until a file changes.
     """
@@ -41,7 +41,8 @@ def shared(data: DataSection) -> list[Shared]:
 
 @functools.lru_cache(maxsize=64)
 def _read(section: str, stamps: tuple[Stamp | None, ...]) -> tuple[tuple[Shared, ...], tuple[str, ...]]:
-    """What the sets share, and the labels that `unlearned` names: the records are read once for both."""
+    """Return the records that the sets share, and the labels that `unlearned` names: the records are read once for
+    both."""
     data = DataSection.model_validate_json(section)
     sets = {split: found for split in WORDS if (found := _records(data, split))}
     known = {split: set().union(*map(_all_prompts_of, examples)) for split, examples in sets.items()}
@@ -57,7 +58,7 @@ def _read(section: str, stamps: tuple[Stamp | None, ...]) -> tuple[tuple[Shared,
 
 
 def _stamps(data: DataSection) -> tuple[Stamp | None, ...]:
-    """Of each file; None for what is not there."""
+    """Return the stamp of each file; None for a file that is not there."""
 
     def of(source: str) -> Stamp | None:
         try:
@@ -70,7 +71,7 @@ def _stamps(data: DataSection) -> tuple[Stamp | None, ...]:
 
 
 def undeclared(data: DataSection, found: list[Shared] | None = None) -> str:
-    """How the recipe's sets overlap, and what to do; "" where they do not, or where it declares what they share.
+    """Say how the recipe's sets overlap, and what to do; "" where they do not, or where it declares what they share.
 
     found: what `shared` found, where it was asked already.
     """
@@ -96,7 +97,7 @@ def unlearned(data: DataSection) -> list[str]:
 
 
 def _prompts_of(example: Example) -> set[str]:
-    """What is asked, and the group that it belongs to."""
+    """Return an example's question, and the group that it belongs to."""
     asked = item_of(example)
     if example.messages:
         *_, (_, asked) = _digests(example.prompt or example.messages)

@@ -26,7 +26,7 @@ def read_questions(source: str, data: DataSection, head: str) -> tuple[list[Reco
         name = "text" if head != "causal" else "line" if data.format == "facts" else "prompt"
         records = [Record({name: record.values["line"]}, record.where) for record in records]
     if data.format == "auto" and records:
-        _check_asked(records[0], data)
+        _check_has_question(records[0], data)
     theirs = {ours: data.fields.get(ours, ours) for ours in ANSWERS}
     filled = [Record(_with_placeholder_answer(record.values, theirs, head), record.where) for record in records]
     needed = {ours: name for ours, name in data.fields.items() if ours not in theirs}
@@ -41,7 +41,7 @@ def read_questions(source: str, data: DataSection, head: str) -> tuple[list[Reco
     return records, asked
 
 
-def _check_asked(record: Record, data: DataSection) -> None:
+def _check_has_question(record: Record, data: DataSection) -> None:
     """Raise UserError for a record without any field that a model is asked by."""
     names = {data.fields.get(ours, ours) for ours in ASKED_BY}
     if names.isdisjoint(record.values):

@@ -33,7 +33,7 @@ class Record:
 
 
 def data_folder() -> Path:
-    """Where relative data paths are sought after the working folder."""
+    """Return the folder in which relative data paths are sought after the working folder."""
     return Path(os.environ.get("DUAL_LORA_DATA", "../shared/data")).expanduser()
 
 
@@ -43,7 +43,7 @@ def joined(source: str) -> list[str]:
 
 
 def stamp(path: Path) -> tuple[Path, int, int]:
-    """By which a file that has changed is known again: where it is, its size [bytes] and its time [ns]."""
+    """Return the values that change with a file: its path, its size [bytes] and its time [ns]."""
     state = path.stat()
     return path.resolve(), state.st_size, state.st_mtime_ns
 

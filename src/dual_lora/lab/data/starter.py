@@ -87,7 +87,7 @@ def starter(
         "  keep_best: true  # save the weights of the lowest validation loss",
         "  # patience: 3  # end the run after this many validations without a lower loss",
         "evaluate:",
-        f"  tasks: [{_task(found)}]",
+        f"  tasks: [{'loss' if found.head == 'causal' else found.head}]",
         *([] if test else ["  split: validation  # there is no test set yet"]),
     ]
     return "\n".join(lines) + "\n"
@@ -114,10 +114,6 @@ def _heads(found: Guess) -> str:
         if found.head == "causal"
         else "a new head on the model; causal is a language model"
     )
-
-
-def _task(found: Guess) -> str:
-    return {"causal": "loss", "classification": "classification", "regression": "regression"}[found.head]
 
 
 def _value(text: str) -> str:

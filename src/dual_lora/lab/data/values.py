@@ -1,4 +1,4 @@
-"""What stands in a field of a record: as it is, as text, as a list; or why it cannot be used."""
+"""The value of a record's field: as it is, as text, as a list; or why it cannot be used."""
 
 import math
 import re

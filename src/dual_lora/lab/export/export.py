@@ -32,7 +32,7 @@ KEEPS, LOSES_SOME = 0.95, 0.8
 
 @dataclass
 class MergeResult:
-    """Where the merged model lies, its size in bytes, its precision, and the class of transformers that loads it."""
+    """A merged model's folder, its size in bytes, its precision, and the class of transformers that loads it."""
 
     folder: str
     bytes: int
@@ -195,7 +195,7 @@ def export_lora(
             if tuned.recipe is not None:
                 write_note(folder, tuned.recipe, tuned.classes)
             write_adapter(folder, made.config, made.state_dict)
-            parameters, weights = _sizes(folder)
+            parameters, weights = _parameter_counts(folder)
             loss = _losses(tuned, records, lambda: open_tuned(folder, base, dtype), progress) if records else {}
             verdict, advice = in_words(loss, made.median, parameters / weights)
             results.append(Exported(str(out), "lora", rows, parameters, weights, loss, len(records), verdict, advice))
@@ -241,7 +241,7 @@ def _data(tuned: Tuned) -> DataSection:
     return tuned.recipe.data if tuned.recipe else DataSection()
 
 
-def _sizes(folder: Path) -> tuple[int, int]:
+def _parameter_counts(folder: Path) -> tuple[int, int]:
     """Numbers in the factors, and in the weights that they change: a layer's two factors A [r, I] and B [O, r]."""
     held = header(folder / "adapter_model.safetensors")
     factors = {key: s for key, (_, s) in held.items() if "lora_" in key and len(s) == 2}

@@ -27,7 +27,7 @@ VARIABLE = "DUAL_LORA_GGUF_CONVERTER"
 
 @dataclass
 class GgufResult:
-    """Where the file lies, its size in bytes, its number of tensors, what wrote it, and Ollama's Modelfile.
+    """A GGUF file, its size in bytes, its number of tensors, what wrote it, and Ollama's Modelfile.
 
     modelfile: its path, or None where one is there or the tokenizer's chat template cannot be written as Ollama's;
     `remark` says why.
@@ -114,7 +114,7 @@ def _run(command: list[str], written: Path) -> int:
     if done.returncode or not written.is_file():
         last = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()[-1]
         raise UserError(f"{tool} failed (exit code {done.returncode}): {last}")
-    return _tensors(written, tool)
+    return _tensor_count(written, tool)
 
 
 def _write_modelfile(model: Path, target: Path) -> tuple[str | None, str]:
@@ -176,7 +176,7 @@ def _sibling(converter: list[str], script: str) -> list[str]:
     return [sys.executable, str(path)]
 
 
-def _tensors(file: Path, converter: str) -> int:
+def _tensor_count(file: Path, converter: str) -> int:
     """Number of tensors of a GGUF file, from its header: magic, version, tensors (64 bits, little-endian)."""
     header = file.open("rb").read(16)
     if len(header) < 16 or header[:4] != b"GGUF":

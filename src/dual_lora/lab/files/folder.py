@@ -68,7 +68,7 @@ class RunFolder:
 
     @property
     def resume_command(self) -> str:
-        """What to type to go on with this run."""
+        """Return the command that continues this run."""
         return f"dual-lora train --resume --out {quote(str(self.path))}"
 
     def check(self, resume: bool, overwrite: bool) -> None:
@@ -102,7 +102,7 @@ class RunFolder:
             remove_own(self.path, OWN, keep=LOCK)
 
     def recorded(self) -> dict[str, Any]:
-        """What the record says; nothing where there is none that can be read."""
+        """Return the run's record; {} if there is none that can be read."""
         with contextlib.suppress(OSError, ValueError):
             return read_object(self.record)
         return {}
@@ -117,7 +117,8 @@ class RunFolder:
                 self.path.rmdir()
 
     def whole_checkpoints(self) -> dict[int, Path]:
-        """By their steps, the newest last. What an interrupted write has left is passed over."""
+        """Return the whole checkpoints by their steps, the newest last. What an interrupted write has left is passed
+        over."""
         named = [(path.name.removeprefix("checkpoint-"), path) for path in self.checkpoints.glob("checkpoint-*")]
         steps = sorted((int(step), path) for step, path in named if step.isascii() and step.isdigit())
         return {step: path for step, path in steps if (files := listed_in(path).values()) and all(files)}

@@ -125,19 +125,20 @@ def listed_in(folder: Path) -> dict[Path, bool]:
     """The files that were written into a folder, by its list: whether each is there in its full size. One that the list
     places outside of the folder is not: the list may be a stranger's."""
     try:
-        return {folder / name: _is_there(folder, name, size) for name, size in read_object(folder / WHOLE).items()}
+        return {folder / name: _has_size(folder, name, size) for name, size in read_object(folder / WHOLE).items()}
     except (OSError, ValueError):
         return {}
 
 
-def _is_there(folder: Path, name: str, size: Any) -> bool:
+def _has_size(folder: Path, name: str, size: Any) -> bool:
     inside = not PurePath(name).anchor and ".." not in PurePath(name).parts
     return inside and (file := folder / name).is_file() and file.stat().st_size == size
 
 
 @contextmanager
 def free_folder(out: str | Path) -> Iterator[Path]:
-    """Where a folder may be written: one that is not there or empty; of a link, what it names. UserError otherwise.
+    """Return a folder that may be written: one that is not there or empty; of a link, what it names. UserError
+    otherwise.
 
     Held inside: no other command writes to it meanwhile.
     """
@@ -180,7 +181,7 @@ def space_next_to(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def held(target: Path) -> Iterator[None]:
-    """No other command writes to the target meanwhile. What killed ones have left next to it is removed."""
+    """Hold the target: no other command writes to it meanwhile. What killed ones have left next to it is removed."""
     made = [folder for folder in target.absolute().parents if not folder.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     file = target.with_name(f".{target.name}.lock")

@@ -56,6 +56,6 @@ def copied(paired: dict[Scenario, dict[str, Runs]]) -> Iterator[str]:
 
 
 def _first_alike(table: NDArray[np.float64]) -> list[int]:
-    """For each row [S, N] the first that is equal to it."""
+    """Return for each row [S, N] the index of the first row that is equal to it."""
     first: dict[bytes, int] = {}
     return [first.setdefault(row.tobytes(), i) for i, row in enumerate(table)]

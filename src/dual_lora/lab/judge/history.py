@@ -1,4 +1,4 @@
-"""What a public table of single runs can tell apart: PEFT's method comparison, read from its git history.
+"""The differences that a public table of single runs can show: PEFT's method comparison, read from its git history.
 
 PEFT reruns its experiments at one seed, now and then, all of them together (a campaign). So its history has what its
 table has not: how far a rerun of the same experiment lies from the first.
@@ -72,7 +72,8 @@ class Place:
 
 @dataclass(frozen=True)
 class Standing:
-    """What the history says. sd: of a rerun within a campaign, on df degrees of freedom; raw: with what campaigns add.
+    """The state of the history. sd: of a rerun within a campaign, on df degrees of freedom; raw: with what campaigns
+    add.
 
     shifts: what each campaign adds to all, against the last. apart: two runs that were chosen beforehand differ from
     here on; apart_all: any two of the table.

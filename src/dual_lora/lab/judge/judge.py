@@ -156,7 +156,7 @@ def read(path: Path) -> Scores:
 def _directions(
     chosen: dict[Scenario, str], scores: Scores, asked: str | None
 ) -> tuple[dict[Scenario, str], list[str]]:
-    """Which way each scenario's metric is better, and what has to be said of those that nobody says it of."""
+    """Return which way each scenario's metric is better, and a note on those for which no source says it."""
     found, guessed = {}, dict[str, str]()
     for scenario, metric in chosen.items():
         name = metric.partition(",")[0]
@@ -243,8 +243,8 @@ def _pairs(
 
 
 def _reach(scores: NDArray[np.float64], items: int) -> float | None:
-    """How far one item can move, where scores are answers: all the same or nothing (right or wrong), or of few values
-    (marks, quarters), from 0 on, and of values up to 1 up to there. None where they are measured.
+    """Return how far one item can move, where scores are answers: all the same or nothing (right or wrong), or of few
+    values (marks, quarters), from 0 on, and of values up to 1 up to there. None where they are measured.
     """
     found = np.unique(scores)
     low, high = min(found[0], 0.0), max(found[-1], 0.0)
@@ -258,7 +258,7 @@ def _reach(scores: NDArray[np.float64], items: int) -> float | None:
 def _method(
     scenario: Scenario, method: str, runs: Runs, metric: str, better: str, cost: dict[str, Any] | None
 ) -> MethodRow:
-    """As `results` has it, with nothing for what is not known."""
+    """Return a method's row as `results` has it, with None for what is not known."""
     model, task = scenario
     means = runs.table.mean(1)
     known = cost or {}

@@ -84,7 +84,7 @@ def read_lm_eval(folder: Path) -> Scores:
 
 
 def _run_of(folder: Path, file: Path) -> tuple[str, int]:
-    """Method and seed, from the folders between."""
+    """Return method and seed, from the folders between."""
     parts = file.relative_to(folder).parts[:-1]
     if not parts:
         raise UserError(f"{file} lies in {folder} itself: expected {folder}/METHOD/SEED/…/{file.name}.")
@@ -117,7 +117,8 @@ def _rows(file: Path, method: str, seed: int, task: str, aside: dict[str, None])
 
 
 def _results(folder: Path, task: str, date: str) -> dict[str, Any]:
-    """What the harness wrote next to the samples, {} without such a file; of another date only which way is better."""
+    """Read what the harness wrote next to the samples, {} without such a file; of another date only which way is
+    better."""
     own = folder / f"results_{date}.json"
     for file in dict.fromkeys([own, *sorted(folder.glob("results_*.json"), reverse=True)]):
         with contextlib.suppress(OSError, ValueError):
@@ -130,13 +131,13 @@ def _results(folder: Path, task: str, date: str) -> dict[str, Any]:
 
 
 def _directions(results: dict[str, Any], task: str) -> dict[str, str]:
-    """Which way the task's metrics are better, as the harness says."""
+    """Return which way the task's metrics are better, as the harness says."""
     ways = _part(results, "higher_is_better", task)
     return {name: "more" if more else "less" for name, more in ways.items() if more is not None}
 
 
 def _part(results: dict[str, Any], name: str, task: str) -> dict[str, Any]:
-    """What a part of the harness's results says of a task."""
+    """Return the part of the harness's results that is about a task; {} if there is none."""
     part = results.get(name)
     own = part.get(task) if isinstance(part, dict) else None
     return own if isinstance(own, dict) else {}

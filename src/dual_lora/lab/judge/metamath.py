@@ -24,7 +24,7 @@ LONGEST = 1300  # characters
 
 
 def number_in(text: str) -> str | None:
-    """What an answer comes to, by the sentence that it ends with; None without one."""
+    """Return the number that an answer's last sentence gives; None without such a sentence."""
     text = text.strip().rstrip(".!?")
     end = next((end for end in ENDS if end in text), None)
     found = text.rpartition(end)[2].strip().partition("\n")[0] if end else ""

@@ -99,7 +99,7 @@ def read_peft(folder: Path) -> Scores:
 
 
 def _differing_settings(configs: dict[str, dict[str, Any]]) -> list[str]:
-    """Settings of training that not all runs have the same of. A field that came later is none of them."""
+    """Return the settings of training that not all runs have the same of. A field that came later is none of them."""
     found = []
     for field in dict.fromkeys(name for config in configs.values() for name in config if name not in OWN):
         values: dict[str, list[str]] = {}
@@ -121,7 +121,7 @@ def _without_seed(name: str, seed: int) -> str:
 
 
 def _cost(train: dict[str, Any]) -> dict[str, float | None]:
-    """What is known of it; a figure that is none is not."""
+    """Return the known costs; None for a value that is no plausible number."""
     names = {
         "train_seconds": "train_time",
         "peak_memory": "accelerator_memory_max" if "accelerator_memory_max" in train else "cuda_memory_max",  # in 2025
@@ -183,7 +183,7 @@ def study_methods(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _defaults(name: str) -> dict[str, Any]:
-    """What PEFT's configuration of a method holds where nothing is said, as JSON has it."""
+    """Return the default values of PEFT's configuration of a method, as JSON has them."""
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 
     kinds = {str(kind.value).lower(): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
@@ -308,7 +308,7 @@ def _result(name: str, recipe: Recipe, record: dict[str, Any], method: dict[str,
 
 
 def _train_config(recipe: Recipe) -> dict[str, Any]:
-    """In the words of PEFT's TrainConfig."""
+    """Return the recipe's settings in the words of PEFT's TrainConfig."""
     train, evaluate = recipe.train, recipe.evaluate
     return {
         "model_id": recipe.model.path,

@@ -39,7 +39,8 @@ class Score(NamedTuple):
 
 @dataclass
 class Scores:
-    """What a reader found. better: (task, metric) -> "more" or "less", as far as the source says; task "": of any.
+    """The scores that a reader found. better: (task, metric) -> "more" or "less", as far as the source says; task "":
+    of any.
 
     costs: (scenario, method) -> what the source knows of cost; notes: what has to be said of the source.
     """

@@ -1,4 +1,4 @@
-"""What a method's configuration asks for, looked at before PEFT does it: what it has PEFT load, its patterns, its
+"""Checks of what a method's configuration asks for, before PEFT does it: what it has PEFT load, its patterns, its
 numbers, and its ranks by the file that is to hold the factors.
 
 A configuration may come with somebody else's adapter. PEFT draws every factor before it compares it with the file.
@@ -36,7 +36,8 @@ def check_config(config: Any, model: Any, where: str, file: Path | None = None) 
         check_bounds(config, model)
     except ValueError as error:
         raise UserError(f"{where}: {error}") from None
-    field, rank = max(_ranks(values), key=lambda found: found[1], default=("r", 0))
+    ranks = ((field, rank) for field in _RANKS for rank in _numbers(values.get(field)))
+    field, rank = max(ranks, key=lambda found: found[1], default=("r", 0))
     shapes = [tuple(parameter.shape) for parameter in model.parameters()]
     kind = getattr(values.get("peft_type"), "value", values.get("peft_type"))
     if file is None or not file.is_file() or kind not in _FACTORED:
@@ -47,11 +48,6 @@ def check_config(config: Any, model: Any, where: str, file: Path | None = None) 
             f"{where}: {field} holds {rank:,}, which may take {asked:,} numbers, and {file.name} has {held:,} bytes: "
             "the configuration and the weights do not belong together."
         )
-
-
-def _ranks(values: dict[str, Any]) -> Iterator[tuple[str, int]]:
-    for field in _RANKS:
-        yield from ((field, each) for each in _numbers(values.get(field)))
 
 
 def _numbers(value: Any) -> Iterator[int]:

@@ -1,4 +1,4 @@
-"""Where a process computes, and how many were launched together."""
+"""The device that a process computes on, and how many processes were launched together."""
 
 import os
 import re
@@ -20,7 +20,7 @@ def is_sharded_launch() -> bool:
 
 
 def process_count() -> int:
-    """How many processes were launched together."""
+    """Return how many processes were launched together."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 

@@ -64,7 +64,8 @@ def load_config(path: str, revision: str | None = None, **more: Any) -> PreTrain
 
 @functools.lru_cache(maxsize=4)
 def _gguf_config(location: Location, stamp: tuple[int, int], **more: Any) -> PreTrainedConfig:
-    """Out of a file that is as large and as old as `stamp` says: its whole vocabulary is read each time (seconds)."""
+    """Read the configuration in a GGUF file that is as large and as old as `stamp` says: its whole vocabulary is read
+    each time (seconds)."""
     from transformers import AutoConfig
 
     from dual_lora.lab.model.load import quick_reading

@@ -49,7 +49,7 @@ def check_writes(model: Any) -> None:
 
 
 def texts_of(rows: list[list[int]], tokenizer: Any, ends: list[int]) -> list[str]:
-    """What was written before the first end, without special tokens, and with its blanks as they are: a tokenizer may
+    """Return the texts before the first end, without special tokens, and with their blanks as they are: a tokenizer may
     ask for "red ?" to be shown as "red?"."""
     cut = [row[: next((i for i, token in enumerate(row) if token in ends), None)] for row in rows]
     texts: list[str] = tokenizer.batch_decode(cut, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -65,7 +65,7 @@ def specials_of(tokenizer: Any) -> re.Pattern[str]:
 
 @contextlib.contextmanager
 def plain_search(model: Any) -> Iterator[None]:
-    """Without what the model's makers set for `generate` (repetition_penalty, num_beams, ...): all count alike here."""
+    """Remove what the model's makers set for `generate` (repetition_penalty, num_beams, ...): all count alike here."""
     base = unwrapped(model)
     own, base.generation_config = base.generation_config, GenerationConfig()
     try:
@@ -122,7 +122,8 @@ class _NotFiniteWatch(LogitsProcessor):
 
 
 class _NoRepeat(LogitsProcessor):
-    """No n-gram twice in an answer, as LoRA's own code has it; transformers' setting forbids the prompt's as well."""
+    """Forbid an n-gram twice in an answer, as LoRA's own code has it; transformers' setting forbids the prompt's as
+    well."""
 
     def __init__(self, size: int, width: int):
         self.rule, self.width = NoRepeatNGramLogitsProcessor(size), width

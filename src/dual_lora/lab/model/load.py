@@ -159,7 +159,7 @@ def _check_language_model(path: str, kind: str, fresh: list[str]) -> None:
 
 
 def quick_reading(location: Location) -> contextlib.AbstractContextManager[None]:
-    """Inside, transformers reads this model's GGUF file quickly, and within bounds: see `read_once`."""
+    """Make transformers, inside the block, read this model's GGUF file quickly, and within bounds: see `read_once`."""
     if location.gguf_file is None:
         return contextlib.nullcontext()
     from dual_lora.lab.model.read_gguf import read_once
@@ -199,7 +199,8 @@ def forget_packing(model: PreTrainedModel) -> None:
 
 
 class _GgufContents(NamedTuple):
-    """What stands in a file: how its positions are scaled, if they are, the size of each tensor, and ids of tokens."""
+    """The contents of a GGUF file: how its positions are scaled, if they are, the size of each tensor, and ids of
+    tokens."""
 
     scaling: str
     sizes: dict[str, int]
@@ -233,7 +234,8 @@ def set_special_tokens(file: Path, tokenizer: Any) -> None:
 
 @lru_cache(maxsize=8)
 def _contents_of(file: Path, changed: int) -> _GgufContents:
-    """Takes a second, most of it for the vocabulary: a study's runs read the same file. changed: its time."""
+    """Return the contents of a GGUF file. Takes a second, most of it for the vocabulary: a study's runs read the same
+    file. changed: its time."""
     from dual_lora.lab.model.read_gguf import reader_of
 
     reader = reader_of(file)
@@ -253,7 +255,7 @@ def _contents_of(file: Path, changed: int) -> _GgufContents:
 
 @contextlib.contextmanager
 def quiet() -> Any:
-    """Without transformers' progress bars and load reports: they would tear the progress display."""
+    """Switch off transformers' progress bars and load reports: they would tear the progress display."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()

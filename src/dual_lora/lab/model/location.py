@@ -1,4 +1,5 @@
-"""Where a model lies: a folder, a GGUF file, an installed package or a name on the hub; and what may be read there."""
+"""The location of a model: a folder, a GGUF file, an installed package or a name on the hub; and what may be read
+there."""
 
 from __future__ import annotations
 
@@ -49,7 +50,7 @@ _REPEAT, _NESTED = re.compile(r"(?<!\()[*+?{]"), re.compile(r"\)\s*[*+{]|\{[\d,]
 
 @dataclass(frozen=True)
 class Location:
-    """Where a model lies, in the terms of ``from_pretrained``."""
+    """The location of a model, in the terms of ``from_pretrained``."""
 
     name: str
     gguf_file: str | None = None
@@ -60,13 +61,14 @@ class Location:
 
 
 def own_code() -> dict[str, bool]:
-    """What transformers is told of a model's own code: nothing where a person can answer its question; elsewhere no,
+    """Return transformers' option for a model's own code: none where a person can answer its question; elsewhere no,
     for it would take a line that was piped in for the answer."""
     return {} if sys.stdin is not None and sys.stdin.isatty() else {"trust_remote_code": False}
 
 
 def own_code_hint(error: Exception) -> str:
-    """What to add to an error where a model has code of its own, and nobody could be asked whether to run it."""
+    """Return a hint for an error where a model has code of its own, and nobody could be asked whether to run it; else
+    ""."""
     asked = "trust_remote_code" in str(error) and own_code()
     return " Its own code was not run: give the command at a terminal, which asks about it." if asked else ""
 

@@ -133,7 +133,7 @@ def apply_method(loaded: Loaded, config: PeftConfig | None, base: ModelSection, 
 
 
 def missing_targets(asked: Any, names: list[str]) -> list[str]:
-    """Which of the target modules, a list of names or of their ends, no module of these names is."""
+    """Return the target modules, of a list of names or of their ends, that no module of these names is."""
     wanted = asked if isinstance(asked, list) else sorted(asked) if isinstance(asked, set) else []
     return [target for target in wanted if not any(f".{name}".endswith(f".{target}") for name in names)]
 

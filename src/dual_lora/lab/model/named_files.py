@@ -1,4 +1,4 @@
-"""What a model's settings may name: files of its own folder, and tokens by a number that has an end.
+"""Checks of what a model's settings name: files of its own folder, and tokens by a number that has an end.
 
 Loaders open whatever is named, wherever it lies: a text in `vocab` of tokenizer_config.json is a file whose lines
 become the vocabulary, which is saved with each run and merged model, and uploaded. An index names files of weights, and
@@ -182,8 +182,8 @@ def _settings(model: str, name: str, revision: str | None) -> dict[str, Any]:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """What a JSON file holds; a damaged one is left to whoever reads it. Raises UserError for one that is not read
-    here, and might be there."""
+    """Return the object in a JSON file, {} for a damaged one, which its own reader will report. Raises UserError for a
+    file that is not read here, and might be there."""
     try:
         regular(file)
     except ValueError as error:
@@ -195,7 +195,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _file_of(model: str, name: str, revision: str | None) -> str | None:
-    """Where a file of a model lies, of one on the hub in the cache; None where there is none."""
+    """Return the path of a model's file, of one on the hub in the cache; None where there is none."""
     folder = Path(model)
     if folder.is_dir():
         return str(folder / name) if (folder / name).is_file() else None

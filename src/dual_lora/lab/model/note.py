@@ -1,4 +1,4 @@
-"""What the laboratory notes next to a model's or an adapter's weights: the recipe, and the names of the classes."""
+"""The laboratory's note next to a model's or an adapter's weights: the recipe, and the names of the classes."""
 
 import json
 from pathlib import Path
@@ -42,7 +42,7 @@ def checked_classes(classes: Any) -> list[str]:
 
 
 def write_note(adapter: Path, recipe: Recipe, classes: list[str], base: dict[str, str] | None = None) -> None:
-    """base: a print of its weights, as they were when it was loaded; the adapter fits no others."""
+    """Write the note. base: a digest of its weights, as they were when it was loaded; the adapter fits no others."""
     note = {"recipe": recipe.model_dump(mode="json"), "classes": classes} | ({"base": base} if base else {})
     (adapter / NOTE).write_text(json.dumps(note, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -137,7 +137,8 @@ def open_tuned(
 
 
 def _other_base(adapter: Path, part: ModelSection, base: str | None) -> dict[str, str]:
-    """What tells a base, which was just loaded, from the one that the adapter was trained on; {} where nothing does.
+    """Return what distinguishes a base, which was just loaded, from the one that the adapter was trained on; {} if
+    nothing does.
 
     base: as it was asked for by name. Raises UserError for another one, and only warns if it was asked for.
     """
@@ -260,7 +261,7 @@ def _warn_of_unread(adapter: Path, model: Any) -> None:
 
 
 def untrained_model(part: ModelSection, seed: int, num_labels: int | None, device: str) -> Any:
-    """As it was before its training, for `Tuned.untrained`."""
+    """Load the model as it was before its training, for `Tuned.untrained`."""
     with torch.random.fork_rng():  # whoever asks goes on with the random numbers that it had
         return load_base(part, seed, num_labels, device).model
 

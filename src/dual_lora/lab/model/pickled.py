@@ -1,4 +1,4 @@
-"""Files that PyTorch writes (.bin, .pt, .pth): what is asked of them before they are read, by its reader of weights.
+"""Files that PyTorch writes (.bin, .pt, .pth): the checks before they are read, by its reader of weights.
 
 Such a file is a zip archive of plain entries. One that is packed as well may unpack to a thousand times its size, and a
 tensor may be a view of one number, which becomes whole as soon as it is copied.
@@ -60,7 +60,7 @@ def check_no_views(file: Path) -> None:
 
 
 def _load_file(file: Path) -> Any:
-    """What a file holds; of an archive nothing is copied."""
+    """Return the contents of a file; of an archive nothing is copied."""
     return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
 
 

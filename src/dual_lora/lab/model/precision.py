@@ -1,4 +1,4 @@
-"""What `auto` stands for: bf16 where this device is really faster with it, fp32 elsewhere.
+"""The precision that `auto` stands for: bf16 where this device is really faster with it, fp32 elsewhere.
 
 On a CPU a few small products decide, not a query: torch says that bf16 is supported wherever it can be computed, and
 without units for it (most CPUs) a product takes 5 to 20 times as long as in fp32. An accelerator is asked.
@@ -95,7 +95,7 @@ def _try_bf16(device: str) -> Fast:
 
 
 def requested_precision(recipe: Recipe) -> dict[str, str]:
-    """What a recipe says of its precision: {"model.dtype": ..., "train.autocast": ...}."""
+    """Return the precision that a recipe asks for: {"model.dtype": ..., "train.autocast": ...}."""
     return {f"{part}.{name}": str(getattr(getattr(recipe, part), name)) for part, name in FIELDS}
 
 
@@ -137,6 +137,6 @@ def with_device_precision(recipe: Recipe) -> Recipe:
 
 
 def record_of(asked: Recipe, chosen: Recipe) -> dict[str, Any]:
-    """What a record says: asked for, chosen, and what the choice followed from."""
+    """Return the record's entry for precision: requested, chosen, and what the choice followed from."""
     found = {"asked": requested_precision(asked), "chosen": requested_precision(chosen)}
     return found | (asdict(fast_precision()) if is_auto(asked) else {})

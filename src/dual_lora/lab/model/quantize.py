@@ -44,7 +44,8 @@ def check_quantize(part: ModelSection, is_gguf: bool) -> None:
 
 
 def quantization_config(part: ModelSection, dtype: Any, is_gguf: bool) -> Any:
-    """What `from_pretrained` is told; None for a base that stays whole. dtype: in which products are computed."""
+    """Return the configuration for `from_pretrained`; None for a base that stays whole. dtype: in which products are
+    computed."""
     if part.quantize == "none":
         return None
     check_quantize(part, is_gguf)

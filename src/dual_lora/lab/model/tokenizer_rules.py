@@ -1,4 +1,5 @@
-"""What the rules of a tokenizer make of a text: few letters of a tokenizer.json may ask for any number of tokens."""
+"""A limit on what the rules of a tokenizer make of a text: few letters of a tokenizer.json may ask for any number of
+tokens."""
 
 import base64
 import binascii

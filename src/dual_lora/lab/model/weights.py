@@ -1,4 +1,4 @@
-"""Which weights a base or an adapter has, without reading all of them."""
+"""The identity of a base's or an adapter's weights, without reading all of them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ _SETTING = "config "  # begins the name of a value of the configuration
 
 
 def weights_digest(part: ModelSection) -> dict[str, str]:
-    """What the base's files hold, by samples of many tensors and the values of its configuration: all may take minutes.
+    """Return digests of the base's files, by samples of many tensors and the values of its configuration: all may take
+    minutes.
 
     By tensors, so that a copy in other shards is the same. Files of other kinds (GGUF, pickled ones) are taken whole.
     Of a model on the hub those that are here; nothing where none is.
@@ -62,8 +63,8 @@ def is_other_base(before: object, now: dict[str, str]) -> bool | None:
 
 
 def _shortened(prints: dict[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
-    """A print without that first part of its names with which the fewest of them are those of another print. In one
-    pass, since a print may come with somebody else's adapter and have any number of names."""
+    """Return a digest without that first part of its names with which the fewest of them are those of another digest.
+    In one pass, since a digest may come with somebody else's adapter and have any number of names."""
     gained = Counter[str]()
     for name in prints:
         begin, dot, rest = name.partition(".")
@@ -97,17 +98,18 @@ def warn_of_doubt(before: object, now: dict[str, str], who: str) -> None:
 
 
 def tensor_digests(prints: object) -> dict[str, object]:
-    """What a print says of the weights themselves: nothing where only the configuration was there."""
+    """Return the part of a digest that is about the weights themselves: {} where only the configuration was there."""
     return {n: v for n, v in prints.items() if not n.startswith(_SETTING)} if isinstance(prints, dict) else {}
 
 
 def short_digest(prints: dict[str, str]) -> str:
-    """A print in a few characters."""
+    """Return a digest in a few characters."""
     return hashlib.sha256(json.dumps(prints, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def folder_digest(folder: Path) -> dict[str, str]:
-    """What a model's or an adapter's folder holds: its weights, by files' sizes and samples, and its configuration."""
+    """Return digests of a model's or an adapter's folder: its weights, by files' sizes and samples, and its
+    configuration."""
     weights = (f for f in folder.iterdir() if f.suffix in (".safetensors", ".bin") or f.name == "config.json")
     files = sorted(f for f in weights if f.is_file())
     return {file.name: _sampled(file) for file in files}
@@ -151,7 +153,8 @@ def _number(value: Any) -> Any:
 
 
 def _tensors_in(folder: Path) -> dict[str, str]:
-    """Prints of tensors in safetensors files, whatever their shards: of each kind the same number, in other layers."""
+    """Return digests of tensors in safetensors files, whatever their shards: of each kind the same number, in other
+    layers."""
     held: dict[str, Callable[[], str]] = {}
     only = folder / "model.safetensors"  # what transformers reads where it is there
     for file in [only] if only.is_file() else sorted(folder.glob("*.safetensors")):
@@ -171,7 +174,8 @@ def _sampling_key(name: str) -> bytes:
 
 
 def _tensors_of(file: Path) -> dict[str, Callable[[], str]]:
-    """What reads samples of each tensor of a file. Raises one of `_DAMAGED` for a file that is no such one."""
+    """Return functions that read samples of each tensor of a file. Raises one of `_DAMAGED` for a file of another
+    kind."""
     size = file.stat().st_size
     with file.open("rb") as opened:
         (length,) = struct.unpack("<Q", opened.read(8))

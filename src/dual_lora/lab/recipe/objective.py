@@ -1,4 +1,4 @@
-"""What training optimizes: the answers that records give, preferred answers (DPO), or rewards (GRPO)."""
+"""The objective of training: the answers that records give, preferred answers (DPO), or rewards (GRPO)."""
 
 from __future__ import annotations
 

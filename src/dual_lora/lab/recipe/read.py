@@ -32,7 +32,7 @@ def recipe_with(values: dict[str, Any], overrides: dict[str, Any], where: str) -
 
 
 def recipe_values(source: str | Path) -> tuple[dict[str, Any], str]:
-    """What a recipe's file says, and where it lies. Raises UserError as `read_recipe` does."""
+    """Return the values in a recipe's file, and where it lies. Raises UserError as `read_recipe` does."""
     path = _recipe_file(source)
     if path.parent.name == FAMILIES and not Path(source).is_file():
         return copy.deepcopy(family(path)[str(source)]), f"{path} ({source})"
@@ -90,12 +90,12 @@ def changed(recipe: Recipe, changes: dict[str, Any], where: str = "the recipe") 
 
 
 def problems(error: ValidationError) -> str:
-    """What is wrong in a recipe, field by field, in sentences."""
+    """Say what is wrong in a recipe, field by field, in sentences."""
     return " ".join(_problem(item) for item in error.errors())
 
 
 def _with_updated_origin(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """Settings that the user has changed are no longer those of their source."""
+    """Move settings that the user has changed, in the recipe's origin, from their source to the user."""
     settings = (values.get("origin") or {}).get("settings")
     if not settings or "origin" in overrides:
         return values
@@ -117,7 +117,8 @@ _LATER = {
 
 
 def identity(recipe: Recipe) -> dict[str, Any]:
-    """What makes two runs the same run: the recipe's values, without where they come from and what is declared."""
+    """Return the values that make two runs the same run: the recipe's, without where they come from and what is
+    declared."""
     values = recipe.model_dump(mode="json", exclude={"origin": True, "data": {"overlap"}})  # neither changes the run
     for part, names in _LATER.items():
         for name in names:

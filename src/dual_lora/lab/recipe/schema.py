@@ -62,7 +62,7 @@ class ModelSection(Section):
 
     @classmethod
     def merged(cls, values: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-        """As of any section; another path drops the revision, which was the old one's."""
+        """Merge as any section does; another path drops the revision, which was the old one's."""
         result = super().merged(values, over)
         if over.get("path") and over["path"] != values.get("path") and "revision" not in over:
             result.pop("revision", None)
@@ -290,7 +290,7 @@ class Recipe(Section):
 
     @classmethod
     def merged(cls, values: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-        """Settings laid over others, each part by its own rules. A new method name drops the old method's fields."""
+        """Lay settings over others, each part by its own rules. A new method name drops the old method's fields."""
         result = values | over
         for part in values.keys() & over.keys():
             old, given = values[part], over[part]
@@ -304,14 +304,15 @@ class Recipe(Section):
         return result
 
     def over(self, changes: dict[str, Any]) -> Recipe:
-        """This recipe with changes laid over it. Only the parts that they name are written out and checked again.
+        """Return this recipe with changes laid over it. Only the parts that they name are written out and checked
+        again.
 
         Raises pydantic's ValidationError (see `read.changed`).
         """
         return self.replaced(**self.merged(self.model_dump(mode="json", include=set(changes)), changes))
 
     def replaced(self, **parts: Any) -> Recipe:
-        """This recipe with other parts in place of its own, which are checked."""
+        """Return this recipe with other parts instead of its own, which are checked."""
         made = self.model_copy()
         for part, value in parts.items():
             setattr(made, part, value)

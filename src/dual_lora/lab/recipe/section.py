@@ -1,4 +1,4 @@
-"""What every part of a recipe is, and where its settings come from."""
+"""The base class of a recipe's sections, and the origin of its settings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Section(BaseModel):
 
     @classmethod
     def merged(cls, values: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-        """Settings laid over others, mapping by mapping, both as they are written in a file."""
+        """Lay settings over others, mapping by mapping, both as they are written in a file."""
         result = laid_over(values, over)
         for given, other in cls.in_place:
             if over.get(given) and other not in over:
@@ -26,14 +26,14 @@ class Section(BaseModel):
 
 
 def laid_over(values: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """One mapping over another, mapping by mapping."""
+    """Lay one mapping over another, mapping by mapping."""
     both = {key: (values[key], value) for key, value in over.items() if key in values}
     mappings = {k: laid_over(a, b) for k, (a, b) in both.items() if isinstance(a, dict) and isinstance(b, dict)}
     return values | over | mappings
 
 
 class Origin(Section):
-    """Where a recipe's settings come from, and which figures others report for the same run."""
+    """The origin of a recipe's settings, and which figures others report for the same run."""
 
     sources: dict[str, str] = Field(
         default_factory=dict, description="Name of a source: its kind (paper, predecessor, ours) and what it is."

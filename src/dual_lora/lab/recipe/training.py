@@ -72,8 +72,8 @@ class TrainSection(Section):
 
     @classmethod
     def merged(cls, values: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-        """As of any section. `lr_warmup` drops the same among the arguments; patterns of `rates` that are given come
-        before those that are there, as the first that fits counts."""
+        """Merge as any section does. `lr_warmup` drops the same among the arguments; patterns of `rates` that are given
+        come before those that are there, as the first that fits counts."""
         result = super().merged(values, over)
         old, given = values.get("rates"), over.get("rates")
         if isinstance(old, dict) and isinstance(given, dict):

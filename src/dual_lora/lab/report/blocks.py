@@ -1,4 +1,4 @@
-"""What a page is made of. Plain values with their sources; every text is made here, so that a page only places it."""
+"""The blocks of a page. Plain values with their sources; every text is made here, so that a page only places it."""
 
 import re
 from collections.abc import Container, Sequence
@@ -18,18 +18,18 @@ MOODS: dict[str, Mood] = {
 
 
 def mood(verdict: str) -> Mood:
-    """How a verdict is coloured."""
+    """Return the colour of a verdict."""
     return MOODS.get(verdict, "open")
 
 
 def place(verdict: str) -> int:
-    """Where a verdict stands among others: sure ones first."""
+    """Return a verdict's place in the order of verdicts: sure ones first."""
     return [*MOODS, verdict].index(verdict)
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where figures come from: the file that was read, and what made that file."""
+    """The source of figures: the file that was read, and what made that file."""
 
     file: str
     command: str | None = None
@@ -141,7 +141,7 @@ class Text:
 
 @dataclass
 class Cards:
-    """Judgements or answers, side by side.
+    """A block of verdicts or answers, one card each.
 
     verdicts, sure ones first: {"verdict", "mood", "subject", "rest"}, the sentence in two parts. answers, a study's
     question in one glance: {"question", "anchor" of the section that answers it, "study", "compared" (with what),
@@ -186,7 +186,7 @@ class Page:
     made: str = ""
 
     def __post_init__(self) -> None:
-        """Every table, chart and list of verdicts gets a name of its own, for anchors and files, and its full title."""
+        """Give every table, chart and list of verdicts a name of its own, for anchors and files, and its full title."""
         used = {section.id for section in self.sections}
         for section, block in ((s, b) for s in self.sections for b in s.blocks if not isinstance(b, Text)):
             block.label = f"{section.name}: {block.title}" if section.name else block.title

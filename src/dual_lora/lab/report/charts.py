@@ -23,7 +23,8 @@ SAID = {"heat": "label x y", "intervals": "label x low high note"}  # of a point
 
 
 def drawings(charts: Sequence[Chart]) -> dict[str, list[Row]]:
-    """What the page's script needs, by the chart's id: each view's specification, legend, headings and rows of text."""
+    """Return the data of the page's script, by the chart's id: each view's specification, legend, headings and rows of
+    text."""
     names = Counter(_normalised(name) for chart in charts for name in _series(chart))
     usual = {name: i % COLOURS for i, (name, _) in enumerate(names.most_common())}
     return {chart.id: [_drawing(chart, view, _styles(chart, names, usual)) for view in chart.views] for chart in charts}

@@ -25,7 +25,7 @@ SKIPPED, IN_A_RUN = {"node_modules", ".git", ".venv"}, {"checkpoints", "adapter"
 
 @dataclass
 class Material:
-    """What was found, each with its file. problems: files that could not be read, in words."""
+    """The material of a report, each with its file. problems: files that could not be read, in words."""
 
     studies: list[tuple[Path, dict[str, Any]]] = field(default_factory=list)
     running: list[tuple[Path, dict[str, Any]]] = field(default_factory=list)
@@ -36,7 +36,7 @@ class Material:
 
     @property
     def counted(self) -> str:
-        """How much there is of each, in words; "" if nothing."""
+        """Say how much there is of each; "" if nothing."""
         kinds = (
             (self.studies, "study", "studies"),
             (self.running, "study under way", "studies under way"),
@@ -133,7 +133,7 @@ def _add_json(material: Material, file: Path, named: bool) -> None:
 
 
 def source_of(file: Path, made: dict[str, Any]) -> Source:
-    """Where figures come from: `made` is a study's "provenance" or an analysis's "made"."""
+    """Return the source of figures: `made` is a study's "provenance" or an analysis's "made"."""
     known = {key: str(made[key]) for key in ("command", "commit", "device", "finished") if made.get(key) is not None}
     versions = ", ".join(f"{name} {version}" for name, version in made.get("versions", {}).items())
     return Source(short_path(file), **known, versions=versions)

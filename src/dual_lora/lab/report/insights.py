@@ -56,7 +56,7 @@ def analysis_name(file: Path, analysis: dict[str, Any]) -> str:
 
 
 def analysis_sections(file: Path, analysis: dict[str, Any], title: str) -> list[Section]:
-    """One analysis file."""
+    """Return the sections of one analysis file."""
     runs = analysis["runs"]
     for row in (row for run in runs for row in run["layers"]):
         row["full"] = min(row["O"], row["I"])
@@ -258,7 +258,7 @@ def _contribution_point(r: Row) -> Row:
 
 
 def _runs(runs: list[Row]) -> Table:
-    """Where each run lies, and what made it."""
+    """List each run's folder, and what made it."""
     rows = [
         {**run, "run": run["name"], "trained": ", ".join(f"{key} {value}" for key, value in run["method"].items())}
         | {"states": ", ".join(map(str, run["steps"]))}

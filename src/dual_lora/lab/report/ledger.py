@@ -27,7 +27,7 @@ def ledger_sections(file: Path, rows: list[Row], title: str) -> list[Section]:
 
 
 def _measurement_key(row: Row) -> tuple[Any, ...]:
-    """What tells one measurement from another, on one device."""
+    """Return the fields that identify a measurement on one device."""
     return tuple(_text(row.get(key)) for key in ("work", "shape", "subject", "against", "threads", "device", "at"))
 
 
@@ -62,7 +62,7 @@ def _gates(title: str, rows: list[Row]) -> list[Block]:
 
 
 def _name(row: Row, rows: list[Row]) -> str:
-    """What was measured, and on which device where the rows are of several."""
+    """Return the name of a measurement, with the device where the rows are of several."""
     several = len({_text(each.get("device")) for each in rows}) > 1
     threads = f" · {row['threads']} threads" * (row["threads"] > 1)
     return f"{row['work']} · {row['against']}{threads}" + f" · {row.get('device')}" * several
@@ -94,7 +94,7 @@ def _curves(title: str, rows: list[Row]) -> list[Block]:
 
 
 def _plain(title: str, rows: list[Row]) -> list[Block]:
-    """All rows: which fields tell one measurement from another is not known, and a length would be one."""
+    """Return all rows: which fields tell one measurement from another is not known, and a length would be one."""
     keys = [k for k in dict.fromkeys(k for row in rows for k in row) if k not in ("kind", "versions", "python")]
     check_cells(len(rows), len(keys))
     shown = [{k: _text(v) if isinstance(v, dict | list) else v for k, v in row.items()} for row in rows]

@@ -29,7 +29,7 @@ class _Task(NamedTuple):
 
 
 def overall_sections(studies: Studies, source: Source | None = None) -> list[Section]:
-    """One section, if methods of one name were run on two tasks or more. source: of a single study."""
+    """Return one section, if methods of one name were run on two tasks or more. source: of a single study."""
     tasks = _tasks(studies)
     if not tasks:
         return []
@@ -61,7 +61,7 @@ def overall_sections(studies: Studies, source: Source | None = None) -> list[Sec
 
 
 def _tasks(studies: Studies) -> list[_Task]:
-    """Of each task the study with the most scores of it."""
+    """Return each task from the study with the most scores of it."""
     found = [task for _, results in studies for task in _study_tasks(results)]
     sizes = grouped(found, lambda task: task.name)
     return [max(some, key=lambda task: sum(map(len, task.scores.values()))) for some in sizes.values()]
@@ -91,7 +91,7 @@ def _study_tasks(results: dict[str, Any]) -> list[_Task]:
 
 
 def _profiles(tasks: list[_Task], methods: list[str], reference: str) -> list[Block]:
-    """Only of tasks that have a margin, the unit in which they are put together."""
+    """Chart the profiles of those tasks that have a margin, the unit in which they are put together."""
     known = [task for task in tasks if task.margin]
     if len(known) < 2:
         return []

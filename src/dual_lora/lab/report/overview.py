@@ -18,7 +18,7 @@ NOTE = (
 
 
 def overview_sections(studies: Studies) -> list[Section]:
-    """What a reader should know first."""
+    """Return the sections that a reader should see first."""
     answers = [_answer(name, results) for name, results in studies]
     table = Table("All studies", columns("study question compared answer"), answers, folded=True)
     return [Section("Questions and answers", [*_main_pair(studies), Cards(answers, "answers"), table], "Overview")]

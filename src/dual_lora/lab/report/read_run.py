@@ -1,4 +1,4 @@
-"""What a run's folder says of the run, for a page. The records that it was trained on are not opened."""
+"""A run's folder, read for a page. The records that it was trained on are not opened."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ RECORD, METRICS = "record.json", "metrics.jsonl"
 
 
 def read_run(record: Path) -> dict[str, Any]:
-    """What a run's folder says of it. Raises ValueError or OSError for what cannot be read, UserError for a link."""
+    """Read a run's folder. Raises ValueError or OSError for what cannot be read, UserError for a link."""
     folder = record.parent
     check_plain(folder, ENTRIES)
     evaluations = []

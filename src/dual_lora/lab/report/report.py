@@ -1,4 +1,4 @@
-"""Gather, build, write; and again when a source changes.
+"""The report command's work: gather, build, write; and again when a source changes.
 
 from dual_lora.lab.report.report import report
 report(["results", "benchmarks/ledger.jsonl"], "report.html")
@@ -37,7 +37,8 @@ SOURCE = "file command commit device finished versions"
 
 @dataclass(frozen=True)
 class Report:
-    """What was written: the page, its size in bytes, what it is made of, exported tables, what could not be read."""
+    """The files of a report: the page, its size in bytes, what it is made of, exported tables, what could not be
+    read."""
 
     file: str
     bytes: int

@@ -92,7 +92,7 @@ def _tuned(result: Row, items: list[Row], task: str | None = None) -> list[Row]:
 
 
 def _confusion(result: Row, items: list[Row]) -> list[Block]:
-    """Which class is taken for which, of the evaluations that noted the right one."""
+    """Show which class is taken for which, of the evaluations that noted the right one."""
     told = [item for item in _tuned(result, items, "classification") if "expected" in item]
     pairs = Counter((str(item["expected"]), str(item["predicted"])) for item in told)
     names = sorted({name for pair in pairs for name in pair})

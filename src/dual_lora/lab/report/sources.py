@@ -1,4 +1,4 @@
-"""What a report is to be made of is there: looked at before any library is imported."""
+"""A check that the sources of a report exist, before any library is imported."""
 
 import os
 from collections.abc import Iterable

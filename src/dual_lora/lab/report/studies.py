@@ -9,7 +9,7 @@ from typing import Any
 
 from dual_lora.lab.report.blocks import Axis, Block, Cards, Chart, Section, Source, Table, Text, View, mood, place
 from dual_lora.lab.report.columns import Row, columns, grouped
-from dual_lora.lab.report.doubts import doubts
+from dual_lora.lab.report.consistency import inconsistencies
 from dual_lora.lab.report.gather import short_path, source_of
 from dual_lora.lab.study import metrics
 from dual_lora.lab.study.job import settings_in_words
@@ -29,7 +29,7 @@ COST = (
 
 
 def study_name(file: Path, results: Any) -> str:
-    """What a study is called, finished or under way."""
+    """Return the name of a study, finished or under way."""
     return str(results["study"].get("name") or file.parent.name)
 
 
@@ -48,17 +48,17 @@ def verdict_title(name: str) -> str:
 
 
 def scenario(row: Mapping[str, Any]) -> str:
-    """Task, and the model where the study has several."""
+    """Return the task, with the model where the study has several."""
     return f"{row['task']} ({row['model']})" if row.get("model") else row["task"]
 
 
 def _verdict_blocks(results: Results, folded: bool) -> list[Block]:
-    """What may be said about one study, with the figures behind it. folded: the table, which the chart shows too."""
+    """Return the verdicts of one study, with the figures behind them. folded: the table, which the chart shows too."""
     study, comparisons = results["study"], results["comparisons"]
     blocks: list[Block] = [Text(study.get("question") or study["name"], "lead")]
     if not results.get("complete", True):
         blocks.append(Text("This study is not complete; what follows holds for the runs that are there.", "warning"))
-    blocks += [Text(doubt, "warning") for doubt in doubts(results)]
+    blocks += [Text(each, "warning") for each in inconsistencies(results)]
     if comparisons:
         words = ", ".join(f"{n} × {verdict}" for verdict, n in Counter(c["verdict"] for c in comparisons).most_common())
         blocks.append(Text(f"{len(comparisons)} comparison{'s'[: len(comparisons) != 1]}, tested together: {words}."))
@@ -156,7 +156,7 @@ def score_table(results: Results, keys: str) -> Table:
 
 
 def cost_table(results: Results) -> Table:
-    """What training and use of every method cost."""
+    """Return the cost of training and of use of every method."""
     methods, warning = results["methods"], _incomparable(results["methods"])
     rows = [
         {"scenario": scenario(m), "method": m["method"], "at_a_time": at_a_time(m), **m["cost"]}

@@ -10,7 +10,7 @@ from dual_lora.lab.terminal import Console, figures, printed
 
 
 def wide_console() -> Console:
-    """Standard output; wide enough for whole words in a file or a pipe."""
+    """Return a console on standard output; wide enough for whole words in a file or a pipe."""
     console = Console()
     return console if console.is_terminal else Console(width=160)
 

@@ -145,7 +145,7 @@ def _grpo(recipe: Recipe, ready: Prepared, watch: Watch, arguments: Any, model: 
 
 
 def _limit_template(tokenizer: Any) -> None:
-    """From here on a conversation that the tokenizer's template writes, for whomever, ends within the time that it has
+    """Make a conversation that the tokenizer's template writes end, from here on, within the time that it has
     elsewhere: TRL has answers written too, which the encoding of prompts does not."""
     write = tokenizer.apply_chat_template
 

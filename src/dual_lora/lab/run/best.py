@@ -71,7 +71,8 @@ class Best(TrainerCallback):
             return
         if loss < self.loss:  # NaN is not
             self.step, self.loss, self.without = state.global_step, float(loss), 0
-            self.weights = _weights(model) if self.keep else {}
+            own = _trained(model) if self.keep else ()
+            self.weights = {name: p.detach().to("cpu", copy=True) for name, p in own}
         else:
             self.without += 1
         if self.ended and state.global_step < state.max_steps:
@@ -94,11 +95,6 @@ class Best(TrainerCallback):
         with torch.no_grad():
             for name, weight in self.weights.items():
                 named[name].copy_(weight)
-
-
-def _weights(model: Any) -> dict[str, torch.Tensor]:
-    """Copies of what is trained, in the host's memory."""
-    return {name: p.detach().to("cpu", copy=True) for name, p in _trained(model)}
 
 
 def _trained(model: Any) -> Iterator[tuple[str, torch.Tensor]]:

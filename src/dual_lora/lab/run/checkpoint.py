@@ -61,7 +61,8 @@ def _check_weights(checkpoint: Path, model: Any, adapted: bool) -> None:
 
 
 def _check_state(checkpoint: Path, step: int, arguments: Any) -> None:
-    """What Trainer takes from there in place of the recipe: where it is, and how often it logs, saves and validates."""
+    """Check the fields that Trainer takes from a checkpoint instead of the recipe: its step, and how often it logs,
+    saves and validates."""
     try:
         state = read_object(checkpoint / STATE)
     except (OSError, ValueError) as error:
@@ -96,7 +97,7 @@ def keep_settings(trainer: Any, checkpoint: Path, longer: bool) -> None:
 
 
 def _settings(trainer: Any) -> dict[str, Any]:
-    """What the recipe says of each group of weights; some optimizers keep numbers of theirs there as well."""
+    """Return the recipe's settings of each group of weights; some optimizers keep numbers of theirs there as well."""
     groups = enumerate(trainer.optimizer.param_groups)
     return {f"{name} of group {i}": group[name] for i, group in groups for name in SETTINGS if name in group} | {
         "base_lrs": list(trainer.lr_scheduler.state_dict()["base_lrs"])

@@ -1,4 +1,4 @@
-"""What can be said of a run without a library: before torch and transformers are imported, which takes seconds.
+"""Checks of a run that need no library: they come before torch and transformers are imported, which takes seconds.
 
 Nothing here is the only check. What needs the model or PEFT's own classes is looked at again later, and what this file
 cannot tell it leaves to them.
@@ -43,17 +43,13 @@ def check_records(recipe: Recipe) -> None:
     """Raise UserError for training records that are missing and, where they are few, for what does not fit in them."""
     data = recipe.data
     named = {"train": data.train, "validation": data.validation if recipe.train.validate_every else None}
-    files = [find(one) for source in named.values() for one in _local_sources(source)]
-    hubs = any(one.strip().startswith("hub:") for source in named.values() for one in (source or "").split(" + "))
-    if hubs or sum(file.stat().st_size for file in files) > SMALL:
+    sources = [one for source in named.values() for part in (source or "").split(" + ") if (one := part.strip())]
+    local = [one for one in sources if not one.startswith("hub:")]
+    if sum(find(one).stat().st_size for one in local) > SMALL or len(local) < len(sources):
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they come when the records are read for the run
         classes_of(recipe.model.head, load_split(data, "train"))
-
-
-def _local_sources(source: str | None) -> Iterator[str]:
-    yield from (one for part in (source or "").split(" + ") if (one := part.strip()) and not one.startswith("hub:"))
 
 
 def check_method(recipe: Recipe) -> None:

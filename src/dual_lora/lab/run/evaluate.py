@@ -158,7 +158,8 @@ def _check_template(asked: Prompter, trained: Prompter) -> None:
 def mean_losses(
     tuned: Tuned, data: DataSection, examples: list[Example], variants: list[str], spec: EvaluateSection, progress: bool
 ) -> dict[str, float]:
-    """What training minimises, by variant: nats a token or a text, of a regression the squared error."""
+    """Return the loss that training minimises, by variant: nats a token or a text, of a regression the squared
+    error."""
     head = tuned.recipe.model.head if tuned.recipe else "causal"
     tasks: dict[str, Task] = {"causal": "loss", "classification": "classification", "regression": "regression"}
     spec = spec.model_copy(update={"tasks": [tasks[head]]})
@@ -167,7 +168,7 @@ def mean_losses(
 
 
 def _custom_examples(examples: list[Example], data: DataSection, spec: EvaluateSection) -> dict[str, str]:
-    """Examples that are not those of the split: by a print of them."""
+    """Return a digest of examples that are not those of the split; {} for those that are."""
     try:
         if examples == load_split(data, spec.split):
             return {}
@@ -196,7 +197,7 @@ def _changed_model(tuned: Tuned) -> dict[str, str]:
 
 
 def write_result(result: EvalResult, folder: Path) -> Path:
-    """items.jsonl with every item and result.json with the figures; returns the latter's path."""
+    """Write items.jsonl with every item and result.json with the figures; returns the latter's path."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = "".join(json_text(item) + "\n" for item in result.items)
     write_atomically(folder / "items.jsonl", lines)

@@ -1,4 +1,4 @@
-"""What stops a run, in one sentence, with what is left to go on from."""
+"""The reason why a run stopped, in one sentence, with what is left to go on from."""
 
 import signal
 from collections.abc import Iterator
@@ -50,7 +50,8 @@ def clear_failures(folder: RunFolder, recipe: Recipe) -> Iterator[None]:
 
 
 def _less_memory(recipe: Recipe) -> str:
-    """What the run has taken so far and there is, and the settings that it could still change, the cheapest first."""
+    """Say how much memory the run has taken and how much there is, and which settings would take less, the cheapest
+    first."""
     part, taken = recipe.train, f"The run had taken {size(peak_memory())} at its peak"
     there = f" of {size(total)}" if (total := total_memory()) else ""
     ways = []

@@ -135,7 +135,8 @@ def _body(
 
 
 def _labels(classes: list[str]) -> str:
-    """What tells the base's class of its head: the names, as Python writes them, or the number of values."""
+    """Return the arguments that tell the base's class of its head: the names, as Python writes them, or the number of
+    values."""
     names = label_settings(classes)
     if not names:
         return f", num_labels={len(classes)}"
@@ -272,7 +273,7 @@ def cell(text: object) -> str:
 
 
 def source_name(source: str) -> str:
-    """Records by name: a hub's name as it is, of a file its name alone."""
+    """Return the name of records: a hub's name as it is, of a file its name alone."""
     parts = [part.strip() for part in source.split(" + ")]
     return " + ".join(
         without_private_paths(part) if part.startswith("hub:") else Path(part.replace("\\", "/")).name for part in parts

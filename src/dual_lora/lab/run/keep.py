@@ -66,7 +66,7 @@ def keep(session: Session, begun: Begun, fitted: Fitted, passing: bool) -> RunRe
 
 
 def finished_result(folder: RunFolder) -> RunResult | None:
-    """What a run came to by its record; None where that does not say that it is finished."""
+    """Return the result in a run's record; None where that does not say that it is finished."""
     record = folder.recorded()
     try:
         return RunResult(**record["result"]) if record.get("state") == "finished" else None

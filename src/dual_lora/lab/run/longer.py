@@ -1,4 +1,4 @@
-"""Going on with a run for more steps than it was begun with.
+"""A run's continuation for more steps than it was begun with.
 
 Up to the end that it had, a longer run sees the very examples in the very order that it saw; what is added begins a new
 pass over the records. The learning rate goes on by the schedule of the whole, longer run, not from where it had ended.
@@ -56,7 +56,7 @@ def check_longer(folder: RunFolder, steps: int, start: int, method: Mapping[str,
 
 
 class Longer(TrainerCallback):
-    """Sets the learning rate to the longer run's, and says so."""
+    """A callback that sets the learning rate to the longer run's, and says so."""
 
     def __init__(self, end: int, shown: bool):
         self.end, self.shown = end, shown

@@ -64,7 +64,8 @@ def build_trainer(
 
 @contextmanager
 def recipe_environment(recipe: Recipe) -> Iterator[str]:
-    """Inside, the recipe counts, whatever a launcher says. Yields the precision for Trainer, see `_mixed_precision`."""
+    """Make the recipe count inside, whatever a launcher says. Yields the precision for Trainer, see
+    `_mixed_precision`."""
     under_deepspeed, asked = _deepspeed(), _mixed_precision(recipe)
     wanted = {"ACCELERATE_MIXED_PRECISION": "no" if asked == "none" else asked}
     if under_deepspeed:  # transformers refuses other values than the recipe's

@@ -1,4 +1,4 @@
-"""What a run says of records that have no answer: labels with their probabilities, or texts, in a file of results.
+"""Predictions for records without an answer: labels with their probabilities, or texts, in a file of results.
 
 Results are written as they come, into a file next to the one that is asked for. After an interruption the next call
 goes on where that file ends, if records, model and settings are the same.
@@ -39,7 +39,8 @@ BATCHES = 8  # at a time: their rows are sorted by length, computed, and then wr
 
 @dataclass
 class Predicted:
-    """What was written. agree: of the records that have an answer of their own, how many get the same one."""
+    """The summary of a file of predictions. agree: of the records that have an answer of their own, how many get the
+    same one."""
 
     source: str
     records: str
@@ -100,7 +101,7 @@ def predict(
             done += rows
     write_rows(out, records, done)
     unfinished.unlink(missing_ok=True)
-    agree = [_same(row, own) for row, e in zip(done, examples, strict=True) if (own := e.label or e.answer)]
+    agree = [_is_same_answer(row, own) for row, e in zip(done, examples, strict=True) if (own := e.label or e.answer)]
     labels = [str(row["predicted"]) for row in done if "probability" in row]
     names, counts = [*tuned.classes, *sorted({*labels} - {*tuned.classes})], Counter(labels)
     return Predicted(
@@ -244,7 +245,7 @@ def _result_columns(tuned: Tuned, examples: list[Example]) -> Iterator[str]:
     yield from (f"p({name})" for name in (tuned.classes or (examples[0].choices if examples else ())))
 
 
-def _same(row: dict[str, Any], given: str) -> bool:
+def _is_same_answer(row: dict[str, Any], given: str) -> bool:
     said = row["predicted"]
     if isinstance(said, float):
         return False

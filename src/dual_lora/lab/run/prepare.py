@@ -1,4 +1,4 @@
-"""What a run starts from: the loaded model, the encoded rows and their order; of LoRA-GA, gradients of the first rows.
+"""The start of a run: the loaded model, the encoded rows and their order; of LoRA-GA, gradients of the first rows.
 
 LoRA-GA (Wang et al., arXiv 2407.05000): before the factors are made, PEFT wants to see gradients of the full weights.
 It averages those of the first batches of the run's own data order, and puts the leading directions into A and B.

@@ -108,7 +108,7 @@ def reported(to: Sequence[str], task: str, run: str, folder: Path) -> Iterator[d
 
 
 def _in_mlflow(experiment: str, tag: str) -> str | None:
-    """MLflow gives a run its identifier: that of the run with our tag, if it is there already."""
+    """Return the identifier that MLflow gave to the run with our tag; None if there is no such run."""
     mlflow = importlib.import_module("mlflow")  # the user's choice, as the others are: no extra of ours
     found = mlflow.search_runs(
         experiment_names=[experiment], filter_string=f"tags.run = '{tag}'", max_results=1, output_format="list"

@@ -47,12 +47,12 @@ def rewards_of(recipe: Recipe) -> list[Callable[..., list[float]]]:
 
 def _reward(name: str, rule: Rule) -> Callable[..., list[float]]:
     def reward(completions: Sequence[Any], expected: Sequence[str], **_: Any) -> list[float]:
-        return [float(rule(_text(said), answer)) for said, answer in zip(completions, expected, strict=True)]
+        return [float(rule(_completion_text(said), answer)) for said, answer in zip(completions, expected, strict=True)]
 
     reward.__name__ = name
     return reward
 
 
-def _text(completion: Any) -> str:
+def _completion_text(completion: Any) -> str:
     """Return the text of a completion; of a conversation, its last message."""
     return completion if isinstance(completion, str) else str(completion[-1]["content"])

@@ -114,8 +114,8 @@ def score_exact_match(asked: Asked) -> Rows:
 
 
 def answer_in(text: str, extract: str, target: str) -> str:
-    """What ``text`` answers, "" if nothing. extract: a regular expression (its last group, or all of it), or
-    "commonsense": the first label of the kind that ``target``, the right answer, is of.
+    """Return the answer in ``text``, "" if there is none. extract: a regular expression (its last group, or all of it),
+    or "commonsense": the first label of the kind that ``target``, the right answer, is of.
 
     Raises UserError for a target that is no label of the commonsense tasks.
     """

@@ -134,7 +134,7 @@ def _check(session: Session) -> None:
 
 
 def _begin(session: Session) -> Begun:
-    """Data, model and method, and the checkpoint to go on from; recipe and record are written."""
+    """Make data, model and method, and find the checkpoint to go on from; write recipe and record."""
     recipe, folder = session.recipe, session.folder
     start, checkpoint = folder.last_checkpoint()
     known = longer.ends_of(folder.recorded()) if checkpoint else []

@@ -1,4 +1,4 @@
-"""Trainer callbacks: what is seen and written while a run goes on."""
+"""Trainer callbacks for what is seen and written while a run goes on."""
 
 import math
 import signal
@@ -128,7 +128,7 @@ class Watch(TrainerCallback):
             file.write(json_text(line) + "\n")
 
     def _mean_loss_of_run(self, loss: float) -> float:
-        """Trainer's mean over this session's steps since the last line, with those of earlier sessions in it."""
+        """Return Trainer's mean over this session's steps since the last line, with those of earlier sessions in it."""
         (total, before), (_, steps) = self._before, self._since
         self._since = self._before = 0.0, 0
         return (total + loss * (steps - before)) / steps if before else loss
@@ -190,7 +190,8 @@ class Watch(TrainerCallback):
 
 
 class RankAllocation(TrainerCallback):
-    """AdaLoRA gives its ranks away only if it is told of every step; without this it is LoRA, silently."""
+    """A callback that tells AdaLoRA of every step, so that it gives its ranks away; without it, it is LoRA,
+    silently."""
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         try:

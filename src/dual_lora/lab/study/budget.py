@@ -63,7 +63,7 @@ def planned_steps(recipe: Recipe, fetch: bool = False) -> int:
 
 @functools.lru_cache(maxsize=64)
 def _rows(model: str, data: str, held: tuple[tuple[str, str], ...]) -> int:
-    """Training records that are not left out as too long; without a model, all of them.
+    """Count the training records that are not left out as too long; without a model, all of them.
 
     held: what the files hold, so that changed ones are read again.
     """
@@ -298,7 +298,8 @@ def _fit_steps(study: Study, cell: Cell, a_step: float, seconds: float) -> None:
 
 
 def _fit_rank(study: Study, cell: Cell, peak: float, target: float, measure: Measure) -> None:
-    """Peak memory grows linearly with the rank: two probes give the line, a third one checks the answer."""
+    """Find the rank for a peak memory, which grows linearly with the rank: two probes give the line, a third one checks
+    the answer."""
     if abs(peak / target - 1) > 0.005 and cell.rank is not None:
         (wide,) = measure([probe_job(study, cell, cell.rank * MEMORY_RANKS)])
         slope = (_peak(wide) - peak) / (cell.rank * (MEMORY_RANKS - 1))

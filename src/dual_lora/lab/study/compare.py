@@ -242,7 +242,7 @@ class Runner:
         return f"{job}: {said}" + (f" · {note}" if note else "")
 
     def _outcome(self, job: Job) -> Outcome | None:
-        """What came of the job; its files are the truth."""
+        """Return the outcome of the job, None without one; its files are the truth."""
         if job.key not in self.done and (found := read_outcome(self.runs, job.key)):
             self._learn(job, found)
         return self.done.get(job.key)

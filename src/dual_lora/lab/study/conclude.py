@@ -1,4 +1,4 @@
-"""From pairs and methods, as a results.json has them, to what may be said of them; no run is looked at."""
+"""Conclusions from pairs and methods, as a results.json has them; no run is looked at."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -82,13 +82,13 @@ def _with_note(c: verdicts.Comparison, *parts: str, **changes: Any) -> verdicts.
 
 
 def _diverged_runs(method: MethodRow) -> int | None:
-    """How many final runs diverged; None if all did."""
+    """Return how many final runs diverged; None if all did."""
     everything = method["diverged_in_search"] or method["diverged"] == len(method["seeds"])
     return None if everything else method["diverged"]
 
 
 def _without_unearned_p(c: verdicts.Comparison, at: Methods) -> verdicts.Comparison:
-    """Without a p, and so without a verdict, where all runs of a method diverged, or one item stands for all others.
+    """Drop p, and so the verdict, where all runs of a method diverged, or one item stands for all others.
 
     The score that a diverged run counts with says only that it is no better than that: no ground for equivalence.
     """

@@ -1,4 +1,4 @@
-"""Where a study's runs are done: one after another here, in processes of their own, or on Ray. Same results.
+"""The places where a study's runs are done: one after another here, in processes of their own, or on Ray. Same results.
 
 The outcome file of a run is the only channel that counts: a worker writes it whole, the runner reads it. So a worker
 may be killed, and so may the runner; an orphaned worker notices its runner's death and ends.
@@ -31,7 +31,8 @@ Executor = Literal["serial", "process", "ray"]
 
 @dataclass(frozen=True)
 class Options:
-    """How the runs are done. fresh: each in a new process, so that its peak memory is its own to the last byte."""
+    """The way in which runs are done. fresh: each in a new process, so that its peak memory is its own to the last
+    byte."""
 
     executor: str = "serial"
     workers: int = 1
@@ -167,7 +168,7 @@ def _start_worker(runs: Path, options: Options, at_a_time: int, slot: int) -> _W
 
 
 def _worker_environment(slot: int, workers: int) -> dict[str, str]:
-    """What the environment says to the worker in this slot: how many cores it uses, and which GPU, in turn; and that it
+    """Return the environment of the worker in this slot: how many cores it uses, and which GPU, in turn; and that it
     imports nothing from the folder that the command is given in."""
     cores = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // workers))
     said = {"OMP_NUM_THREADS": cores, permission.SAFE_PATH: "1"}

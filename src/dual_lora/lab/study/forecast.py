@@ -52,7 +52,7 @@ class Records(NamedTuple):
 
 
 class Speed:
-    """What this machine's calibration says of a cell's steps; without one, what plain products let guess.
+    """The speed of a cell's steps by this machine's calibration; without one, a guess from plain products.
 
     card: a GPU that is taken by its published figures instead.
     """
@@ -179,7 +179,7 @@ def _similarity_keys(job: Job) -> list[tuple[str, ...]]:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a study would do. rows: one a cell; seconds: of everything that is left, with `workers` runs at a time."""
+    """The forecast of a study. rows: one a cell; seconds: of everything that is left, with `workers` runs at a time."""
 
     study: Study
     rows: list[dict[str, Any]]
@@ -264,12 +264,12 @@ def _row(cell: Cell, trials: int, seeds: int, speed: Speed, seconds: float) -> d
         "trials": trials,
         "seeds": seeds,
         "metric": cell.metric,
-        "peak_memory": _peak(cell) if speed.card else None,
+        "peak_memory": _peak_memory(cell) if speed.card else None,
         "seconds": seconds,
     }
 
 
-def _peak(cell: Cell) -> float:
+def _peak_memory(cell: Cell) -> float:
     """Bytes of a GPU at the fullest moment of a training step, every row at full length."""
     options = from_recipe(cell.recipe, on="gpu", **({"classes": cell.classes} if cell.classes else {}))
     return memory_of(options, simulate(options)).peak

@@ -1,4 +1,5 @@
-"""What a study adds to a training: parameters are held still or kept in low precision, a probe's steps are timed."""
+"""The additions of a study to a training: parameters are held still or kept in low precision, a probe's steps are
+timed."""
 
 import time
 from collections.abc import Mapping
@@ -12,7 +13,8 @@ from dual_lora.lab.run.loop import check_patterns
 
 
 class Freeze(TrainerCallback):
-    """Parameters stop moving after a share of the steps (0: they never move and keep their random start).
+    """A callback that holds parameters still after a share of the steps (0: they never move and keep their random
+    start).
 
     shares: regular expression of parameter names -> share of the run's steps.
     """
@@ -36,7 +38,7 @@ class Freeze(TrainerCallback):
 
 
 class Round(TrainerCallback):
-    """Parameters are rounded after every step: trained and stored in low precision, without a finer copy.
+    """A callback that rounds parameters after every step: trained and stored in low precision, without a finer copy.
 
     formats: regular expression of parameter names -> "bfloat16", "float16" or "int8" (symmetric, one scale a row).
     """

@@ -77,7 +77,7 @@ class Job:
 
 
 class Training(BaseModel):
-    """What training took; the file may say more. Seconds, bytes."""
+    """The cost of training; the file may say more. Seconds, bytes."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
@@ -121,8 +121,8 @@ def run_file(runs: Path, key: str, what: Literal["", "scores", "forgetting", "er
 
 
 def run_folder(runs: Path, key: Any) -> Path:
-    """Where a run's own files lie. Raises ValueError for a key, as a stranger's results may have it, that leads
-    elsewhere."""
+    """Return the folder of a run's own files. Raises ValueError for a key, as a stranger's results may have it, that
+    leads elsewhere."""
     if not isinstance(key, str) or not _KEY.fullmatch(key):
         raise ValueError(f"{key!r:.100} is no key of a run")
     return runs / key
@@ -214,7 +214,8 @@ def _scores_give_value(scores: NDArray[np.float64], metric: str | None, score: f
 
 
 def read_scores(runs: Path, key: str, what: Literal["scores", "forgetting"] = "scores") -> NDArray[np.float64]:
-    """What every item of a finished run adds to its metric [N, K]. Raises OSError or ValueError for a broken file."""
+    """Read what every item of a finished run adds to its metric [N, K]. Raises OSError or ValueError for a broken
+    file."""
     try:
         scores = np.asarray(read_json(unlinked(run_file(runs, key, what))), dtype=np.float64)
     except (TypeError, OverflowError) as error:
@@ -225,7 +226,7 @@ def read_scores(runs: Path, key: str, what: Literal["scores", "forgetting"] = "s
 
 
 def data_digest(recipe: Recipe) -> dict[str, str]:
-    """What the files of its records and of the text for `forgetting` held: a changed file makes another run."""
+    """Return digests of the recipe's records and of its text for `forgetting`: a changed file makes another run."""
     from dual_lora.lab.data.records import find, joined
 
     data = recipe.data
@@ -262,17 +263,17 @@ def _file_digest(path: Path) -> str:
 
 
 def task_name(model: str, task: str) -> str:
-    """How a task with a model is called in sentences."""
+    """Return the name of a task with a model in sentences."""
     return f"{task} ({model})" if model else task
 
 
 def cell_name(model: str, task: str, method: str) -> str:
-    """How a method on a task is called in sentences."""
+    """Return the name of a method on a task in sentences."""
     return f"{method} on {task_name(model, task)}"
 
 
 def settings_in_words(settings: Settings | None) -> str:
-    """What a search tries or chose (None: nothing), as people read it."""
+    """Say which settings a search tries or chose; "" for None."""
     return ", ".join(
         f"{name.rpartition('.')[2]} {f'{value:g}' if isinstance(value, float) else value}"
         for name, value in (settings or {}).items()

@@ -106,7 +106,8 @@ def features(
     classes: Sequence[str],
     prompts: Sequence[str] = (),
 ) -> list[Any]:
-    """What each of the N items adds: [N, K]. rows: as the evaluation keeps them; labels and classes: classifiers.
+    """Return what each of the N items adds: [N, K]. rows: as the evaluation keeps them; labels and classes:
+    classifiers.
 
     prompts: several answers to one prompt (E2E's references) are no independent items; for the loss they become one.
     """
@@ -153,7 +154,7 @@ def score_table(metric: str, runs: Sequence[Any]) -> Table:
 
 
 def reach(metric: str, runs: Sequence[Any]) -> float | None:
-    """How far one answer can move the metric, times N (`statistics.Spread`); None where items are measured.
+    """Return how far one answer can move the metric, times N (`statistics.Spread`); None where items are measured.
 
     runs: features [S, N, K] of all that is compared. Of a share it is the largest weight of an item, right or not: of
     several test sets the features have it in a second column. Matthews' correlation and F1 move most where a class is

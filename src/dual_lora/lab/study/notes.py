@@ -1,4 +1,4 @@
-"""What has to be said with the verdicts: of searches, of methods that learned nothing, of what is missing."""
+"""The notes on verdicts: of searches, of methods that learned nothing, of what is missing."""
 
 import math
 import re
@@ -23,7 +23,8 @@ def _cell(method: MethodRow) -> str:
 
 
 def end_of_search(method: MethodRow) -> str:
-    """Which value chosen for a method lies at an end of what was tried: it might do better outside. "" if none does."""
+    """Say which value chosen for a method lies at an end of what was tried: it might do better outside. "" if none
+    does."""
     means = _means(method)
     best = [score for settings, score in means if settings == method["settings"]]
     for name, chosen in (method["settings"] or {}).items():
@@ -65,7 +66,7 @@ def level_here(false_alarm: float | None, allowed: float) -> Iterator[str]:
 
 
 def near_choices(methods: Sequence[MethodRow], metric: str | None) -> Iterator[str]:
-    """Methods whose search was decided by less than its noise. metric: of the search; None for the task's."""
+    """Note methods whose search was decided by less than its noise. metric: of the search; None for the task's."""
     near = []
     for m in methods:
         judged = metric or m["metric"]
@@ -93,7 +94,7 @@ def other_choice(scores: NDArray[np.float64], deviation: float) -> float:
 
 
 def level_searches(methods: Sequence[MethodRow]) -> Iterator[str]:
-    """Searches whose trials all scored alike."""
+    """Note searches whose trials all scored alike."""
     for m in methods:
         scores = {t["score"] for t in m["trials"] if t["status"] == "done"}
         if len(m["trials"]) > 1 and len(scores) == 1 and all(t["status"] != "missing" for t in m["trials"]):
@@ -136,7 +137,7 @@ def why_unlearned_in(
 
 
 def failed_in_tuning(method: MethodRow, untrained: Sequence[UntrainedRow], metric: str | None) -> str:
-    """Which tuning runs failed at the learning rate that was chosen or a lower one; "" if none did.
+    """Say which tuning runs failed at the learning rate that was chosen or a lower one; "" if none did.
 
     A run fails that diverged or did not learn the task. metric: of the search; None for the task's.
     """
@@ -159,7 +160,7 @@ def failed_in_tuning(method: MethodRow, untrained: Sequence[UntrainedRow], metri
 
 
 def amended(results: Results) -> Iterator[str]:
-    """What was changed in a study after its beginning, when, and which verdicts changed by it."""
+    """Say what was changed in a study after its beginning, when, and which verdicts changed by it."""
     for a in results.get("amendments", []):
         seen = f" {a['ended']} of {a['of']} final runs known by then had ended." if "of" in a else ""
         changed = ", ".join(f"{c['candidate']} from {c['before']} to {c['after']}" for c in a.get("changed", []))
@@ -168,7 +169,7 @@ def amended(results: Results) -> Iterator[str]:
 
 
 def seen_before(plan: dict[str, Any] | None, amendments: Sequence[AmendmentRow]) -> list[str]:
-    """Final runs that were there before the plan was written, and that no amendment speaks of."""
+    """Note final runs that were there before the plan was written, and that no amendment speaks of."""
     before = (plan or {}).get("before") or 0
     if before <= max((a.get("ended", 0) for a in amendments), default=0):
         return []
@@ -176,7 +177,7 @@ def seen_before(plan: dict[str, Any] | None, amendments: Sequence[AmendmentRow])
 
 
 def tuned_by(search: Search | None, methods: Sequence[MethodRow]) -> list[str]:
-    """Searches that go by another metric than the one that judges."""
+    """Note searches that go by another metric than the one of the verdicts."""
     judges = dict.fromkeys(m["metric"] for m in methods)
     if search is None or search.metric is None:
         return []
@@ -185,7 +186,7 @@ def tuned_by(search: Search | None, methods: Sequence[MethodRow]) -> list[str]:
 
 
 def extended_searches(search: Search | None, methods: Sequence[MethodRow]) -> Iterator[str]:
-    """Searches that went on beyond their grid."""
+    """Note searches that went on beyond their grid."""
     found = []
     for m in methods:
         points = [t["settings"] for t in m["trials"] if t.get("beyond")]
@@ -199,7 +200,7 @@ def extended_searches(search: Search | None, methods: Sequence[MethodRow]) -> It
 
 
 def code_versions(methods: Sequence[MethodRow]) -> Iterator[str]:
-    """Scenarios whose final runs were done by different versions of the code, or do not all say by which."""
+    """Note scenarios whose final runs were done by different versions of the code, or do not all say by which."""
     for scenario in dict.fromkeys((m["model"], m["task"]) for m in methods):
         seeds = [seed for m in methods if (m["model"], m["task"]) == scenario for seed in m["seeds"]]
         codes = {seed.get("code") for seed in seeds if seed["status"] != "missing"}
@@ -212,7 +213,8 @@ def code_versions(methods: Sequence[MethodRow]) -> Iterator[str]:
 
 
 def unfinished(study: Study, finished: Sequence[Finished]) -> Iterator[str]:
-    """Which methods have no verdict yet: half of the seeds are no verdict, and would tempt to stop when it pleases."""
+    """Say which methods have no verdict yet: half of the seeds are no verdict, and would tempt to stop when it
+    pleases."""
     for f in finished:
         if f.complete:
             continue
@@ -223,17 +225,17 @@ def unfinished(study: Study, finished: Sequence[Finished]) -> Iterator[str]:
 
 
 def numbers_at_a_time(methods: Iterable[Mapping[str, Any]]) -> set[int | None]:
-    """All numbers of runs at a time in these methods of a results.json; None where a run does not say."""
+    """Return all numbers of runs at a time in these methods of a results.json; None where a run does not say."""
     return {n for m in methods for n in m.get("measured_beside", [])}
 
 
 def at_a_time(method: Mapping[str, Any]) -> str:
-    """How many runs there were at a time when this method's were measured, "?" where it was not recorded."""
+    """Return how many runs there were at a time when this method's were measured, "?" where it was not recorded."""
     return ", ".join("?" if n is None else str(n) for n in method.get("measured_beside", []))
 
 
 def shared_machine(methods: Sequence[MethodRow]) -> Iterator[str]:
-    """Times of runs that shared the machine differ from times of runs that had it for themselves."""
+    """Note that times of runs that shared the machine differ from times of runs that had it for themselves."""
     found = numbers_at_a_time(methods)
     if len(found) > 1:
         _, listed = _group_by_words(
@@ -252,14 +254,14 @@ def shared_machine(methods: Sequence[MethodRow]) -> Iterator[str]:
 
 
 def devices(finished: Sequence[Finished]) -> Iterator[str]:
-    """Runs of a study that went on elsewhere: times of two machines do not compare."""
+    """Note runs of a study that went on elsewhere: times of two machines do not compare."""
     found, listed = _group_by_words((o.device, str(f.cell)) for f in finished for _, o in f.finals if o and o.device)
     if len(found) > 1:
         yield f"Times and speeds are not comparable: the runs were done on different devices. {listed}."
 
 
 def precisions(finished: Sequence[Finished]) -> list[str]:
-    """In which precision the runs were done: figures of two do not compare."""
+    """Say in which precision the runs were done: figures of two do not compare."""
     recipes = [(f.cell.recipe, str(f.cell)) for f in finished]
     found, listed = _group_by_words(
         (f"{r.model.dtype} weights{'' if r.train.autocast == 'none' else f' with {r.train.autocast} autocast'}", cell)
@@ -277,7 +279,7 @@ def _group_by_words(pairs: Iterable[tuple[str, str]]) -> tuple[list[str], str]:
 
 
 def unmeasured(finished: Sequence[Finished]) -> list[str]:
-    """Costs of use that a method would not be measured by, and why."""
+    """Note costs of use that a method would not be measured by, and why."""
     return [
         f"{name.replace('_', ' ')} of {f.cell} could not be measured: {why}"
         for f in finished
@@ -291,7 +293,7 @@ _NUMBER = re.compile(r"(?<![\w./-])\d[\d,]*(?:\.\d+)?(?:e-?\d+)?(?![\w/-])|\b[0-
 
 
 def warned(ended: Iterable[Ended]) -> list[str]:
-    """What runs were warned of, by task. Where numbers alone differ, the first, and the count of the others."""
+    """List the warnings of runs, by task. Where numbers alone differ, the first, and the count of the others."""
     texts: dict[tuple[str, str], dict[str, list[str]]] = {}
     for job, outcome in ended:
         for text in outcome.warnings if outcome else ():

@@ -215,7 +215,7 @@ def _kept_warnings(said: list[str]) -> Iterator[None]:
 
 
 def _tidy(job: Job, folder: Path, keep: str) -> None:
-    """Checkpoints go (the outcome is written), and what the study was not told to keep."""
+    """Remove checkpoints (the outcome is written), and what the study was not told to keep."""
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     if keep == "all":
         return

@@ -1,4 +1,4 @@
-"""From a study to its cells: every method checked, its rank solved for, its validation kept apart from its test.
+"""The cells of a study: every method checked, its rank solved for, its validation kept apart from its test.
 
 One precision holds for the whole study: what `auto` stands for is chosen when the study is made, and kept with it.
 Times, scores and job keys depend on it, so a study never mixes runs of two choices, wherever it goes on.
@@ -191,7 +191,8 @@ def _keep_test_apart(study: Study, task: str, recipe: Recipe, metric: str) -> st
         return {hub_split(name) if name.startswith("hub:") else str(find(name).resolve()) for name in names}
 
     def tested(source: str | None) -> str:
-        """Which test records are those of this source, "" if none are. A whole split has each of its slices."""
+        """Return the test records that are those of this source, "" if none are. A whole split has each of its
+        slices."""
         mine = files(source) if source else set()
         theirs = {test: files(test) for test in tests}
         return next((t for t in tests if any(same_records(a, b) for a in mine for b in theirs[t])), "")

@@ -62,7 +62,7 @@ def pooled(question: str, asked: Sequence[tuple[Results, str, str]], margin: flo
     kinds = set()
     for results, candidate, reference in asked:
         name = results["study"]["name"]
-        two = [_method(results, name, m) for m in (candidate, reference)]
+        two = [_method_row(results, name, m) for m in (candidate, reference)]
         kinds.add((two[0]["task"], two[0]["metric"]))
         sign, differences = metrics.direction(two[0]["better"]), []
         for a, b in zip(two[0]["seeds"], two[1]["seeds"], strict=True):
@@ -91,7 +91,7 @@ def pooled(question: str, asked: Sequence[tuple[Results, str, str]], margin: flo
     return Pooled(question, metric, s.difference, low, high, s.error, p, len(d), counted, margin, bounded)
 
 
-def _method(results: Results, name: str, method: str) -> MethodRow:
+def _method_row(results: Results, name: str, method: str) -> MethodRow:
     found = [m for m in results["methods"] if m["method"] == method]
     if len(found) != 1:
         raise UserError(f"{name} has {len(found)} methods called {method}, expected one, on one task.")

@@ -19,7 +19,7 @@ def _rule(value: Any) -> re.Match[str] | None:
 
 
 def rank_rule(value: Any, rank: int | None, where: str) -> Any:
-    """`2r`, `r/2` or `8 sqrt(r)` in a field becomes that function of the rank; anything else stays what it is."""
+    """Turn `2r`, `r/2` or `8 sqrt(r)` in a field into that function of the rank; anything else stays what it is."""
     match = _rule(value)
     if not match:
         return value

@@ -66,7 +66,7 @@ def rejudge(results: Results) -> Results:
 
 
 def _missing(study: Study, pairs: list[verdicts.Comparison]) -> int:
-    """How many pairs the whole study has beyond these; twice as many where forgetting is measured as well."""
+    """Return how many pairs the whole study has beyond these; twice as many where forgetting is measured as well."""
     planned = len(wanted_pairs(study, list(study.variants()))) * len(study.tasks) * max(1, len(study.models))
     forgetting = sum(pair.metric == "forgetting" for pair in pairs)
     return max(0, planned - (len(pairs) - forgetting)) * (2 if forgetting else 1)

@@ -1,4 +1,4 @@
-"""From finished runs to what may be said: scores, comparisons, costs and Pareto fronts, as plain values."""
+"""The results of a study from its finished runs: scores, comparisons, costs and Pareto fronts, as plain values."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ RESULTS_FORMAT = 2  # 1: verdicts by one pooled error; `rejudge` brings such a f
 
 
 class Cost(NamedTuple):
-    """Its name for people, whether less of it is better, and what a run (and its training) says of it."""
+    """A cost's name for people, whether less of it is better, and what a run (and its training) says of it."""
 
     label: str
     less: bool
@@ -51,7 +51,7 @@ def build_results(
     plan: dict[str, Any] | None = None,
     bases: Sequence[Ended] = (),
 ) -> Results:
-    """Everything that the study says, ready for results.json. untrained: {"model", "task", "score"} a scenario.
+    """Return everything that the study says, ready for results.json. untrained: {"model", "task", "score"} a scenario.
 
     amendments, plan: as the study's folder has them. bases: runs of untrained models, for their warnings.
     """
@@ -157,14 +157,14 @@ def _pairs(
 
 
 def wanted_pairs(study: Study, names: Sequence[str]) -> list[tuple[str, str]]:
-    """Candidates and references, of these methods of one scenario."""
+    """Return pairs of candidate and reference, of these methods of one scenario."""
     if study.pairs == "all":
         return [(a, b) for i, b in enumerate(names) for a in names[i + 1 :]]
     return [(name, study.baseline) for name in names if name != study.baseline and study.baseline in names]
 
 
 def _missing(study: Study, finished: Sequence[Finished]) -> int:
-    """How many pairs wait for runs that have not ended, those in forgetting counted too."""
+    """Return how many pairs wait for runs that have not ended, those in forgetting counted too."""
     count = 0
     for scenario in dict.fromkeys(f.cell.scenario for f in finished):
         here = [f for f in finished if f.cell.scenario == scenario]
@@ -230,7 +230,7 @@ def _method(study: Study, f: Finished, table: stats.Table | None, reference: sta
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    """None where a value is missing."""
+    """Return the mean; None where a value is missing."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known and len(known) == len(values) else None
 
@@ -241,7 +241,7 @@ def _run(job: Job, outcome: Outcome | None) -> RunRow:
 
 
 def _cost(cell: Cell, runs: Sequence[Outcome]) -> dict[str, float | None]:
-    """Medians over the seeds; what is measured once is taken from where it was measured."""
+    """Return the medians over the seeds; what is measured once is taken from where it was measured."""
     medians: dict[str, float | None] = {}
     for name, cost in COSTS.items():
         known = [value for run in runs if (value := cost.of(run, run.training or Training())) is not None]
@@ -250,7 +250,7 @@ def _cost(cell: Cell, runs: Sequence[Outcome]) -> dict[str, float | None]:
 
 
 def pareto(methods: Sequence[MethodRow]) -> list[ParetoRow]:
-    """For every task and cost: each method's quality and cost, and whether no other is better in both."""
+    """Return for every task and cost each method's quality and cost, and whether no other is better in both."""
     fronts: list[ParetoRow] = []
     for model, task in dict.fromkeys((m["model"], m["task"]) for m in methods):
         here = [m for m in methods if (m["model"], m["task"]) == (model, task) and m["score"] is not None]

@@ -1,4 +1,5 @@
-"""What a results.json holds, as types: everything that reads results goes by them. Plain values, as JSON has them."""
+"""The content of a results.json, as types: everything that reads results goes by them. Plain values, as JSON has
+them."""
 
 from typing import Any, NotRequired, TypedDict
 

@@ -1,4 +1,4 @@
-"""What is tried before the final runs, by the same rule for every method, and what is chosen of it."""
+"""The search before the final runs: what is tried, by the same rule for every method, and which of it is chosen."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def next_beyond_grid(best: Settings, tried: Sequence[Settings]) -> Settings | No
 
 
 def dotted(name: str) -> str:
-    """`learning_rate` -> `train.learning_rate`. Raises ValueError for a name outside train and method."""
+    """Turn `learning_rate` into `train.learning_rate`. Raises ValueError for a name outside train and method."""
     full = f"train.{name}" if name in TrainSection.model_fields else name
     part, _, field = full.partition(".")
     if part == "method" and field:

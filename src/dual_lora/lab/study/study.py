@@ -61,7 +61,7 @@ THOROUGH: dict[str, Any] = {
 
 
 def usual_margins() -> dict[str, Any]:
-    """What margins.yaml holds: one margin a metric with its reason, and which studies had another before."""
+    """Return the content of margins.yaml: one margin a metric with its reason, and which studies had another before."""
     file = Path(__file__).with_name("margins.yaml")
     return dict(parse_yaml(file.read_text(encoding="utf-8"), file.name))
 
@@ -120,7 +120,7 @@ class TaskEntry(Section):
 
 
 class Budget(Section):
-    """What the study makes equal for all methods."""
+    """The budget that the study makes equal for all methods."""
 
     match: Literal["parameters", "time", "memory", "none"] = Field(
         "none",
@@ -166,7 +166,8 @@ class Study(Section):
         "reference", description="Which comparisons are made and corrected for: with the reference, or of all pairs."
     )
     budget: Budget = Field(
-        default_factory=lambda: Budget.model_validate({}), description="What the study makes equal for all methods."
+        default_factory=lambda: Budget.model_validate({}),
+        description="The budget that the study makes equal for all methods.",
     )
     seeds: list[int] = Field(default=[1, 2, 3, 4, 5], description="Seeds of the final runs: a list, or how many.")
     subsets: Literal["one", "own"] = Field(
@@ -287,7 +288,7 @@ class Study(Section):
 
     @property
     def scenarios(self) -> int:
-        """How many tasks there are, each with each model."""
+        """Return how many tasks there are, each with each model."""
         return len(self.tasks) * max(1, len(self.models))
 
     @property

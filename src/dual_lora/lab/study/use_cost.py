@@ -1,4 +1,4 @@
-"""What a trained adapter costs in use: merging it, and running the model with it unmerged."""
+"""The cost of a trained adapter in use: merging it, and running the model with it unmerged."""
 
 import statistics
 import time

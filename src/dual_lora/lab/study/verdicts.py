@@ -1,4 +1,4 @@
-"""What may be said about one method against another: comparisons, corrected for their number, and their verdicts."""
+"""Verdicts on one method against another: comparisons, corrected for their number."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ NAMES = ("candidate", "reference")
 
 
 class Verdict(StrEnum):
-    """What may be said about a candidate against its reference."""
+    """The verdict on a candidate against its reference."""
 
     BETTER = "significantly better"
     WORSE = "significantly worse"
@@ -68,12 +68,12 @@ class Comparison:
 
     @property
     def seeds(self) -> int:
-        """How many paired seeds there were."""
+        """The number of paired seeds."""
         return self.spread.seeds
 
     @property
     def items(self) -> int:
-        """How many paired test items there were (1 where the metric has none)."""
+        """The number of paired test items (1 where the metric has none)."""
         return self.spread.items
 
     @property
@@ -178,7 +178,8 @@ def compare_spread(
 
 
 def judge(comparisons: Sequence[Comparison], level: float = 0.05, missing: int = 0) -> list[Comparison]:
-    """Verdicts for comparisons that are made together, corrected for their number and for those that are yet to come.
+    """Return verdicts for comparisons that are made together, corrected for their number and for those that are yet to
+    come.
 
     `level` bounds the chance that any of them is wrong: a difference where there is none, or equivalence where the
     difference is as large as the margin (`statistics.corrected`).

@@ -1,4 +1,4 @@
-"""What a candidate is, by its tokens' log-probabilities c, those of base b and of adapter a. Numbers only.
+"""A diagnosis of a candidate, by its tokens' log-probabilities c, those of base b and of adapter a. Numbers only.
 
 The strength is the projection t = ⟨c − b, a − b⟩ / ‖a − b‖²: 0 is off, 1 is on, 2 is merged twice. Rounding and other
 adapters leave a residual c − a. A fault is named only where a really computed model with that fault explains what was
@@ -222,14 +222,15 @@ def _named_scale(scale: float, warms_up: bool) -> tuple[Word, str]:
 
 
 class _Coarse:
-    """What rounding to four bits does to these tokens, before a merge and after it; computed when first asked for."""
+    """The effect of rounding to four bits on these tokens, before a merge and after it; computed when first asked
+    for."""
 
     def __init__(self, cut: Cut, known: Known, guesses: Guesses, effect: float):
         self.cut, self.known, self.guesses, self.effect = cut, known, guesses, effect
 
     @cached_property
     def _patterns(self) -> list[tuple[Tensor, float, float]]:
-        """Each with its distance from the adapter, and the strength that it keeps."""
+        """Return each pattern with its distance from the adapter, and the strength that it keeps."""
         base, tuned = self.known.base, self.known.tuned
         patterns = map(self.cut, self.guesses.coarse().values())
         return [(p, rms(p - tuned), projection(p - base, tuned - base, self.known.rows)[0]) for p in patterns]
@@ -252,8 +253,9 @@ class _Coarse:
 
 
 def _rest(known: Known, finding: Finding, coarse: _Coarse, unpacked: bool, looks: bool) -> tuple[Word, str]:
-    """No fault explains it: rounding, if it is no more than four bits do (unpacked: than sixteen) and the strength is
-    kept; else another adapter. Where four bits do half of what the adapter does, it has to look like theirs (`looks`).
+    """Name what no fault explains: rounding, if it is no more than four bits do (unpacked: than sixteen) and the
+    strength is kept; else another adapter. Where four bits do half of what the adapter does, it has to look like theirs
+    (`looks`).
     """
     residual, strength = finding.left["on"], finding.strength or 0.0
     if unpacked:

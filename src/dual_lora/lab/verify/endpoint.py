@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.verify.logprobs import SPACES, Probe
-from dual_lora.serving.asking import Reply, ask
+from dual_lora.serving.http_request import Response, send_request
 
 TOKENS = ("DUAL_LORA_API_KEY", "OPENAI_API_KEY")  # environment variables, the first that is set counts
 LARGEST = 32 << 20  # bytes of an answer that are read
@@ -34,7 +34,7 @@ NO_FLOOR = -math.inf
 
 @dataclass
 class Answer:
-    """What a server told: log-probabilities of the tokens at `kept` (indices into all places), and their floors.
+    """A server's answer: log-probabilities of the tokens at `kept` (indices into all places), and their floors.
 
     written: {token id: how the server writes it}, as far as it said. echoed: it told the prompt's own tokens.
     """
@@ -74,7 +74,7 @@ class Endpoint:
         return self._singly(probes, texts)
 
     def prompt_tokens(self, messages: Sequence[dict[str, Any]]) -> tuple[int | None, list[Entry]]:
-        """How many tokens the server makes of a conversation, and the first token that it answers with.
+        """Return how many tokens the server makes of a conversation, and the first token that it answers with.
 
         (None, []) where it has no chat.
         """
@@ -86,7 +86,7 @@ class Endpoint:
         return _prompt_tokens(told), _entries(told)
 
     def text_tokens(self, text: str) -> int | None:
-        """How many tokens the server makes of a text; None if it does not say."""
+        """Return how many tokens the server makes of a text; None if it does not say."""
         try:
             return _prompt_tokens(self._post("/completions", {"prompt": text, "max_tokens": 1, "temperature": 0}))
         except _Refused:
@@ -161,7 +161,7 @@ class Endpoint:
             self.url + path, json.dumps({"model": self.model, **body}).encode(), headers, method="POST"
         )
         try:
-            reply = ask(request, self.timeout, LARGEST)
+            reply = send_request(request, self.timeout, LARGEST)
         except TimeoutError:
             raise UserError(f"{self.url} did not answer within {self.timeout:g} s (--timeout).") from None
         except (OSError, http.client.HTTPException) as error:
@@ -181,8 +181,8 @@ class Endpoint:
             raise UserError(f"{self.url}{path} did not answer in JSON: is it an OpenAI-compatible server?")
         return told
 
-    def _error_text(self, path: str, reply: Reply) -> str:
-        if reply.sends_on:
+    def _error_text(self, path: str, reply: Response) -> str:
+        if reply.is_redirect:
             return f"{self.url} sends on to another address, which is not followed: name that one."
         try:
             told = json.loads(reply.body)
@@ -214,8 +214,8 @@ class Entry:
         return any(name[:1] == " " and name.strip() for name in (n.translate(SPACES) for n in self.others))
 
     def value_of(self, token: int, text: str, blanks: bool) -> float | None:
-        """What is told of a token among the likeliest: by its number, by its text, or where the server writes no blanks
-        by its text without them, if only one there has it."""
+        """Return the log-probability of a token among the likeliest: by its number, by its text, or where the server
+        writes no blanks by its text without them, if only one there has it."""
         if self.ids:
             return self.ids.get(token)
         written = {name.translate(SPACES): value for name, value in self.others.items()}
@@ -247,7 +247,7 @@ def _entries(told: dict[str, Any]) -> list[Entry]:
 
 
 def _prompt_tokens(told: dict[str, Any]) -> int | None:
-    """How many tokens of the prompt an answer counts, if it says so."""
+    """Return how many tokens of the prompt an answer counts, if it says so."""
     usage = told.get("usage")
     count = usage.get("prompt_tokens") if isinstance(usage, dict) else None
     return count if isinstance(count, int) else None
@@ -281,7 +281,8 @@ def _entry(token: str, value: Any, top: dict[str, Any]) -> Entry:
 
 
 def _number(value: Any) -> float | None:
-    """JSON has no minus infinity: servers say null, or a very low number. Nor has it an end of whole numbers."""
+    """Return a number of an answer. JSON has no minus infinity: servers say null, or a very low number. Nor has it an
+    end of whole numbers."""
     known = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
     return max(float(value), -1e4) if known else None
 

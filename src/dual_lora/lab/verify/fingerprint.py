@@ -43,8 +43,8 @@ _Column = Annotated[list[_Number], Field(min_length=1, max_length=512)]
 _Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-def _whole(probe: Probe) -> Probe:
-    """What the bounds of the single fields do not say of a probe in a file."""
+def _check_probe(probe: Probe) -> Probe:
+    """Check of a probe in a file what the bounds of its single fields leave open. Raises ValueError."""
     if max(probe.places) >= len(probe.ids) or len(probe.texts) != len(probe.ids) or probe.start > len(probe.ids):
         raise ValueError("places or texts do not fit ids")
     said = [message.get(key) for message in probe.messages for key in ("role", "content")]
@@ -54,7 +54,7 @@ def _whole(probe: Probe) -> Probe:
 
 
 class Fingerprint(BaseModel):
-    """What an adapter gives, as it was saved. Columns are log-probabilities in the order of the probes' places."""
+    """An adapter's outputs, as they were saved. Columns are log-probabilities in the order of the probes' places."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -65,7 +65,7 @@ class Fingerprint(BaseModel):
     base_sample: _Hash
     tokenizer: _Hash
     chat_template: _Hash | None = None
-    probes: Annotated[list[Annotated[Probe, AfterValidator(_whole)]], Field(min_length=1, max_length=64)]
+    probes: Annotated[list[Annotated[Probe, AfterValidator(_check_probe)]], Field(min_length=1, max_length=64)]
     columns: Annotated[dict[Text, _Column], Field(max_length=32)]
     rounding: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     rounded_strength: Annotated[float, Field(ge=-10, le=10)] = 1.0
@@ -85,7 +85,7 @@ class Fingerprint(BaseModel):
         return Known(base, tuned, rows_of(self.probes), self.rounding, self.rounded_strength, self.warms_up)
 
     def texts(self) -> dict[int, str]:
-        """How the tokenizer of the adapter writes the probes' tokens, by their ids."""
+        """Return how the adapter's tokenizer writes the probes' tokens, by their ids."""
         return {token: text for probe in self.probes for token, text in zip(probe.ids, probe.texts, strict=True)}
 
 
@@ -99,7 +99,8 @@ class StoredGuesses:
         self.known = dict(sorted(known.items()))
 
     def scaled(self, strength: float) -> Tensor | None:
-        """By cubics that stay between their ends, as a polynomial through all would not; beyond the last its own."""
+        """Interpolate by cubics that stay between their ends, as a polynomial through all would not; beyond the last
+        its own."""
         from scipy.interpolate import PchipInterpolator
 
         if len(self.known) < 4:
@@ -192,7 +193,7 @@ def can_be_made(tuned: Tuned) -> bool:
 
 
 def hash_of_base(model: Any) -> str:
-    """Of some tensors, by name, the first and last numbers in bf16: a copy in another precision hashes alike."""
+    """Hash the first and last numbers, in bf16, of some tensors by name: a copy in another precision hashes alike."""
     named = sorted(base_parameters(model).items())
     total = hashlib.sha256()
     for name, parameter in named[:: max(1, len(named) // SAMPLED)]:
@@ -205,7 +206,7 @@ def hash_of_base(model: Any) -> str:
 
 
 def _most_different_tokens(probes: list[Probe], base: Tensor, tuned: Tensor) -> list[Probe]:
-    """Of few prompts those tokens on which the two differ most, and a third on which they agree."""
+    """Return a few prompts with the tokens on which the two differ most, and a third on which they agree."""
     prompts = sorted(by_difference(probes, base, tuned)[:PROMPTS])
     each = TOKENS // max(1, len(prompts))
     apart = (tuned - base).abs().split([len(probe.places) for probe in probes])

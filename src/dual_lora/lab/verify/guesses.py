@@ -42,7 +42,7 @@ class ModelGuesses:
             yield what, self.without(missing)
 
     def without(self, missing: set[str]) -> Tensor:
-        """Where the layers of these names have lost the adapter."""
+        """Score the model with the layers of these names without their adapter."""
         with strengths(self.model, lambda name: 0.0 if name in missing else 1.0):
             return score(self.model, self.probes)
 
@@ -60,7 +60,8 @@ class ModelGuesses:
 
 
 def known_of(tuned: Any, probes: list[Probe], before: tuple[Tensor, Tensor] | None = None) -> Known:
-    """What base and adapter give, and what rounding does to it; before: the two, where they were computed already.
+    """Compute what base and adapter give, and what rounding does to it; before: the two, where they were computed
+    already.
 
     A base too large to be copied, or in four bits, is taken to round as much as its adapter's outputs in bf16 do.
     """
@@ -87,7 +88,7 @@ def known_of(tuned: Any, probes: list[Probe], before: tuple[Tensor, Tensor] | No
 
 
 def _fits_a_copy(model: Any, largest: int = LARGEST_COPIED) -> bool:
-    """Not for a base that is packed in few bits already, nor for one too large."""
+    """Whether the base can be copied: not one that is packed in few bits already, nor one too large."""
     held = list(base_parameters(model).values())
     size = sum(p.numel() * p.element_size() for p in held)
     return size <= largest and all(p.is_floating_point() for p in held)
@@ -146,7 +147,7 @@ def parts(model: Any) -> dict[str, set[str]]:
 
 
 def strength_notes(tuned: Any) -> list[str]:
-    """What an adapter says of its own strength."""
+    """Return notes on an adapter's own strength."""
     factors = [float(layer.warmup_factor("default").min()) for layer in (_warming_layers(tuned) if tuned else [])]
     if factors and min(factors) < 1:
         return [f"it was saved during its warm-up: λ is {min(factors):.2f}"]

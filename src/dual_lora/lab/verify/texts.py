@@ -25,7 +25,7 @@ def plain_counts(tokenizer: Any) -> dict[str, int]:
 
 
 def hash_of_tokenizer(tokenizer: Any) -> str:
-    """Of its vocabulary: every token with its number."""
+    """Hash the tokenizer's vocabulary: every token with its number."""
     words = sorted((number, token) for token, number in tokenizer.get_vocab().items())
     return hashlib.sha256(json.dumps(words).encode()).hexdigest()
 
@@ -36,7 +36,7 @@ def hash_of_template(tokenizer: Any) -> str | None:
 
 
 def compare_tokenizers(own: Any, other: Any, texts: Sequence[str], conversations: Sequence[Probe]) -> Finding | None:
-    """What differs between two tokenizers on these texts and conversations; None if nothing does."""
+    """Return the first difference between two tokenizers on these texts and conversations; None if there is none."""
     for text in texts:
         if own(text, add_special_tokens=False).input_ids != other(text, add_special_tokens=False).input_ids:
             return Finding(OTHER, f"it makes other tokens of {shortened(text)!r}")
@@ -69,7 +69,8 @@ def compare_server(
     conversations: Sequence[Probe],
     right: bool,
 ) -> tuple[Finding | None, list[str]]:
-    """What a server makes of words, by the numbers of tokens that it counts and the tokens that it writes; and notes.
+    """Compare a server's tokens with the adapter's, by the numbers of tokens that it counts and the tokens that it
+    writes; returns a finding, None if they agree, and notes.
 
     texts: how the adapter's tokenizer writes tokens, by their ids. right: its weights are the adapter's, so that an
     answer with another first token had another prompt.

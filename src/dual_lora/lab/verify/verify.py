@@ -62,7 +62,7 @@ class Report:
 
 @dataclass
 class Reference:
-    """What the adapter gives: from the loaded model, or from its fingerprint."""
+    """The adapter's own outputs: from the loaded model, or from its fingerprint."""
 
     probes: list[Probe]
     known: Known
@@ -83,7 +83,7 @@ class Reference:
 
     @property
     def conversations(self) -> list[Probe]:
-        """Those that a chat template has written."""
+        """The probes that a chat template has written."""
         return [probe for probe in self.probes if probe.messages]
 
 
@@ -189,7 +189,8 @@ def _from_fingerprint(saved: Fingerprint) -> Reference:
 def _verify_itself(
     source: str, saved: Fingerprint | None, prompts: str | None, base: str | None, dtype: str | None
 ) -> Report:
-    """By its fingerprint; if that agrees and prompts are given, or if there is none, by what it changes of its base."""
+    """Verify an adapter by its fingerprint; if that agrees and prompts are given, or if there is none, by what it
+    changes of its base."""
     if saved is not None:
         report = _verify_reloaded(source, saved, base, dtype)
         if prompts is None or not report.good:
@@ -250,7 +251,7 @@ def _config_differences(one: Path, other: Path | None) -> list[str]:
         read = [read_object(folder / "adapter_config.json") for folder in (one, other)]
     except (OSError, ValueError):
         return []
-    pair = [{name: _ordered(value) for name, value in config.items()} for config in read]
+    pair = [{name: _sorted_names(value) for name, value in config.items()} for config in read]
     names = [n for n in sorted({*pair[0], *pair[1]}) if pair[0].get(n) != pair[1].get(n) and n != "peft_version"]
     lines = [f"{n} is {_shown(pair[1].get(n))} there and {_shown(pair[0].get(n))} here" for n in names]
     return lines[:6]
@@ -260,8 +261,9 @@ def _shown(value: Any) -> str:
     return shortened(json.dumps(value))
 
 
-def _ordered(value: Any) -> Any:
-    """Names without an order of their own: PEFT has target modules in a set, which each process writes in another."""
+def _sorted_names(value: Any) -> Any:
+    """Sort names without an order of their own: PEFT has target modules in a set, which each process writes in
+    another."""
     return sorted(value) if isinstance(value, list) and all(isinstance(each, str) for each in value) else value
 
 
@@ -282,14 +284,10 @@ def _text_differences(own: Reference, tokenizer: Any) -> Finding | None:
     if tokenizer is None:
         return None
     if own.tuned is not None:
-        return compare_tokenizers(own.tuned.tokenizer, tokenizer, [*PLAIN, *_sample_texts(own)], own.conversations)
+        samples = [own.tuned.tokenizer.decode(p.ids, skip_special_tokens=True) for p in own.probes[:4]]
+        return compare_tokenizers(own.tuned.tokenizer, tokenizer, [*PLAIN, *samples], own.conversations)
     assert own.saved is not None
     return compare_hashes((own.saved.tokenizer, own.saved.chat_template), tokenizer, bool(own.conversations))
-
-
-def _sample_texts(own: Reference) -> list[str]:
-    assert own.tuned is not None
-    return [own.tuned.tokenizer.decode(p.ids, skip_special_tokens=True) for p in own.probes[:4]]
 
 
 def _verify_server(source: str, own: Reference, server: Endpoint) -> Report:

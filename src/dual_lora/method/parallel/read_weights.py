@@ -92,7 +92,7 @@ def _weight_paths(tree: ast.FunctionDef) -> set[Path]:
 
 
 class _Names:
-    """What the local names of a function stand for, as far as it is a module below `self`."""
+    """The modules below `self` that the local names of a function stand for."""
 
     def __init__(self, tree: ast.FunctionDef):
         self.known: dict[str, set[Path]] = {tree.args.args[0].arg: {()}}

@@ -6,17 +6,17 @@ from collections.abc import Iterator
 from dual_lora.lab.errors import described
 from dual_lora.lab.study import metrics
 from dual_lora.lab.study.rejudge import NEW_WORDS, rejudge
-from dual_lora.lab.study.rows import ComparisonRow, MethodRow, Results
+from dual_lora.lab.study.rows import ComparisonRow, Results
 
 LISTED = 3
 
 
-def doubts(results: Results) -> list[str]:
-    """What does not follow from the figures in the same file, in a sentence; nothing where all agree."""
+def inconsistencies(results: Results) -> list[str]:
+    """Say in a sentence which verdicts and scores do not follow from the figures in the same file; [] if all do."""
     if not results["comparisons"]:
         return []
     try:
-        found = [*_score_doubts(results), *_verdict_doubts(results)]
+        found = [*_score_inconsistencies(results), *_verdict_inconsistencies(results)]
     except Exception as error:  # whatever a stranger's file makes the statistics raise
         said = described(error)[:200]
         return [f"Whether these verdicts follow from the file's figures could not be computed ({said})."]
@@ -29,7 +29,7 @@ def doubts(results: Results) -> list[str]:
     ]
 
 
-def _verdict_doubts(results: Results) -> Iterator[str]:
+def _verdict_inconsistencies(results: Results) -> Iterator[str]:
     for said, follows in zip(results["comparisons"], rejudge(results)["comparisons"], strict=True):
         if NEW_WORDS.get(said["verdict"], said["verdict"]) != follows["verdict"]:
             yield f"{_pair(said)} is called {said['verdict']}, and by its figures it is {follows['verdict']}"
@@ -37,8 +37,9 @@ def _verdict_doubts(results: Results) -> Iterator[str]:
             yield f"the interval or p of {_pair(said)} is another than its spread gives"
 
 
-def _score_doubts(results: Results) -> Iterator[str]:
-    """Of each comparison the difference of its scores, of each method its score among them and the mean of its runs."""
+def _score_inconsistencies(results: Results) -> Iterator[str]:
+    """Check each comparison's difference with its scores, and each method's score there with that in its row and the
+    mean of its runs."""
     at = {(m["model"], m["task"], m["method"]): m for m in results["methods"]}
     for c in results["comparisons"]:
         sign = metrics.direction(c["better"])
@@ -55,13 +56,10 @@ def _score_doubts(results: Results) -> Iterator[str]:
                 yield f"{method['method']} has the score {method['score']} in one table and {score} in another"
     for method in results["methods"]:
         runs = [run["score"] for run in method["seeds"]]
-        if _has_all_scores(method) and not _same(method["score"], math.fsum(runs) / len(runs)):  # type: ignore[arg-type]
+        if method["diverged"] or not runs or None in runs:
+            continue
+        if not _same(method["score"], math.fsum(runs) / len(runs)):  # type: ignore[arg-type]
             yield f"the score of {method['method']} is {method['score']}, the mean of its runs is another"
-
-
-def _has_all_scores(method: MethodRow) -> bool:
-    runs = method["seeds"]
-    return bool(runs) and not method["diverged"] and all(run["score"] is not None for run in runs)
 
 
 def _pair(c: ComparisonRow) -> str:

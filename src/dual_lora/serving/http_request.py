@@ -1,4 +1,4 @@
-"""One question over HTTP. The whole answer, an error's body included, comes within one deadline; no redirection is
+"""One request over HTTP. The whole answer, an error's body included, comes within one deadline; no redirection is
 followed."""
 
 import contextlib
@@ -15,32 +15,33 @@ from typing import Any, NamedTuple
 PIECE = 1 << 16  # bytes that are read at a time
 
 
-class Reply(NamedTuple):
-    """What a server said. body: as far as it was read."""
+class Response(NamedTuple):
+    """The response of a server. body: as far as it was read."""
 
     status: int
     body: bytes
 
     @property
-    def sends_on(self) -> bool:
-        """Whether it names another address, which is not asked."""
+    def is_redirect(self) -> bool:
+        """Whether it names another address, to which no request is sent."""
         return 300 <= self.status < 400
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """urllib would take the key, and the question, to whatever address an answer names."""
+    """A handler that follows no redirection: urllib would take the key, and the request, to whatever address an answer
+    names."""
 
     def redirect_request(self, *_: Any, **__: Any) -> None:
         return None
 
 
-def _recording_connections(kept: list[http.client.HTTPConnection]) -> list[urllib.request.BaseHandler]:
-    """Handlers that put each connection that they open into a list."""
+def _recording_connections(connections: list[http.client.HTTPConnection]) -> list[urllib.request.BaseHandler]:
+    """Return handlers that append each connection that they open to `connections`."""
 
     def open_as(kind: type[http.client.HTTPConnection]) -> Callable[..., http.client.HTTPConnection]:
         def opened(*args: Any, **options: Any) -> http.client.HTTPConnection:
-            kept.append(kind(*args, **options))
-            return kept[-1]
+            connections.append(kind(*args, **options))
+            return connections[-1]
 
         return opened
 
@@ -55,30 +56,30 @@ def _recording_connections(kept: list[http.client.HTTPConnection]) -> list[urlli
     return [Plain(), Secure()]
 
 
-def ask(request: urllib.request.Request, seconds: float, largest: int) -> Reply:
+def send_request(request: urllib.request.Request, seconds: float, largest: int) -> Response:
     """Send a request and read up to `largest` bytes of the answer and one more. Proxies are the environment's.
 
     Raises TimeoutError where all of it takes longer than `seconds`, OSError and http.client.HTTPException where the
     server cannot be reached or speaks no HTTP.
     """
-    ends, kept = time.monotonic() + seconds, list[http.client.HTTPConnection]()
+    deadline, connections = time.monotonic() + seconds, list[http.client.HTTPConnection]()
     try:
-        return _with_time_limit(seconds, lambda: _answer(request, seconds, largest, ends, kept))
+        return _with_deadline(seconds, lambda: _open_and_read(request, seconds, largest, deadline, connections))
     except TimeoutError:
-        for connection in kept:  # its reader would wait on for a server that never ends its "100 Continue"
+        for connection in connections:  # its reader would wait on for a server that never ends its "100 Continue"
             with contextlib.suppress(OSError, AttributeError):
                 connection.sock.shutdown(socket.SHUT_RDWR)
         raise
 
 
-def _answer(
+def _open_and_read(
     request: urllib.request.Request,
     seconds: float,
     largest: int,
-    ends: float,
-    kept: list[http.client.HTTPConnection],
-) -> Reply:
-    opener = urllib.request.build_opener(_NoRedirect, *_recording_connections(kept))
+    deadline: float,
+    connections: list[http.client.HTTPConnection],
+) -> Response:
+    opener = urllib.request.build_opener(_NoRedirect, *_recording_connections(connections))
     try:
         reply = opener.open(request, timeout=seconds)
     except urllib.error.HTTPError as error:
@@ -89,19 +90,19 @@ def _answer(
         raise
     with reply:
         try:
-            return Reply(reply.status, _read(reply, largest + 1, ends))
+            return Response(reply.status, _read(reply, largest + 1, deadline))
         except http.client.HTTPException:
             if reply.status < 300:
                 raise
-            return Reply(reply.status, b"")  # the status says enough
+            return Response(reply.status, b"")  # the status says enough
 
 
-def _read(reply: Any, most: int, ends: float) -> bytes:
+def _read(reply: Any, limit: int, deadline: float) -> bytes:
     """The body, or so much of it. A reader that nobody waits for any more ends with the next piece that comes."""
     pieces: list[bytes] = []
-    left = most
+    left = limit
     while left and (piece := reply.read1(min(left, PIECE))):
-        if time.monotonic() > ends:
+        if time.monotonic() > deadline:
             raise TimeoutError
         pieces.append(piece)
         left -= len(piece)
@@ -110,15 +111,15 @@ def _read(reply: Any, most: int, ends: float) -> bytes:
     return b"".join(pieces)
 
 
-def _with_time_limit(seconds: float, work: Callable[[], Reply]) -> Reply:
+def _with_deadline(seconds: float, work: Callable[[], Response]) -> Response:
     """Return what `work` returns. Raises TimeoutError if it takes longer; a socket's own limit is for each read."""
-    came: Future[Reply] = Future()
+    result: Future[Response] = Future()
 
     def run() -> None:
         try:
-            came.set_result(work())
+            result.set_result(work())
         except BaseException as error:
-            came.set_exception(error)
+            result.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
-    return came.result(seconds)
+    return result.result(seconds)

@@ -25,7 +25,8 @@ Methods = dict[str, MethodRow]
 
 @dataclass(frozen=True)
 class Advice:
-    """What `dual-lora advise` says. use: the method, None if not known; rate: the learning rate that was best for it.
+    """The result of `dual-lora advise`. use: the method, None if not known; rate: the learning rate that was best for
+    it.
 
     sentences: the answer, then one for each other method. methods: rows of the table. how: how it was decided.
     needed: minutes that a clear answer would take, None where the answer is clear or more minutes would not give it.
@@ -45,12 +46,12 @@ class Advice:
     out: str
 
     def plain(self) -> Values:
-        """For `--json`."""
+        """Return plain values for `--json`."""
         return dataclasses.asdict(self) | {"why": str(self.why)}
 
 
 def advice_of(results: Results, whole: Study, work: Work, source: object, minutes: float, out: Path) -> Advice:
-    """From a finished study's results. whole: the same study at the recipe's own length."""
+    """Make the advice from a finished study's results. whole: the same study at the recipe's own length."""
     study = build_study(results["study"])
     methods = {m["method"]: m for m in results["methods"]}
     judged = {c["candidate"]: c for c in results["comparisons"]}
@@ -95,7 +96,8 @@ def _failure(method: MethodRow, untrained: list[UntrainedRow]) -> Why | None:
 
 
 def _learning_rate_doubt(method: MethodRow, untrained: list[UntrainedRow]) -> str:
-    """What makes the learning rate of the method that lost look wrong: then the rates were compared, too."""
+    """Say why the learning rate of the losing method looks wrong, so that rates were compared as well; "" if it does
+    not."""
     ended = [seed for seed in method["seeds"] if seed["score"] is not None]
     idle = sum(bool(notes.why_unlearned_in(method, s["score"], [s["figures"]], untrained)) for s in ended)
     if method["diverged_in_search"] or method["diverged"]:
@@ -116,7 +118,7 @@ def _rival(c: ComparisonRow, methods: Methods, failed: bool) -> Rival:
 
 
 def upper(c: ComparisonRow) -> float | None:
-    """How much better the candidate may be: the upper end of the interval that its verdict goes by.
+    """Return how much better the candidate may be: the upper end of the interval that its verdict goes by.
 
     Where few right or wrong answers differ, that of the interval which they allow (`statistics.against_margin`).
     """
