@@ -114,7 +114,8 @@ def peak_memory() -> int:
 
 
 def total_memory() -> int:
-    """Bytes of the accelerator's memory, or of the machine's; a container's limit where that is less. 0: not known."""
+    """Bytes of the accelerator's memory, or of the machine's; a container's or a process's limit where that is less.
+    0: not known."""
     import torch
 
     if torch.cuda.is_available():
@@ -125,6 +126,11 @@ def total_memory() -> int:
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         with contextlib.suppress(OSError, ValueError):  # "max" is no number
             found.append(int(Path(limit).read_text()))
+    with contextlib.suppress(ImportError):  # Windows has no such limits
+        import resource
+
+        limits = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_DATA, resource.RLIMIT_AS)]
+        found += [limit for limit in limits if limit != resource.RLIM_INFINITY]
     return min(found, default=0)
 
 
