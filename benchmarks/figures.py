@@ -97,10 +97,12 @@ def grown(rows: Iterable[dict[str, Any]]) -> str:
     """What the pictures show at their ends, and where that was measured."""
     curves = plot.newest(list(rows))
     tokens, rank = ({row["at"]: row["ratio"] for row in curves[name]} for name in ("tokens", "rank"))
+    by_tokens, by_rank = plot.where(curves["tokens"]), plot.where(curves["rank"])
+    first = "" if by_tokens == by_rank else f" ({by_tokens})"
     return (
         f"The ratio to LoRA's time for one layer of 2048² in fp32 is {tokens[16]:.2f} at 16 tokens, {tokens[512]:.2f} "
-        f"at 512 and {tokens[4096]:.2f} at 4,096\n({plot.where(curves['tokens'])}). With the rank it goes from "
-        f"{rank[4]:.2f} at 4 to {rank[256]:.2f} at 256 ({plot.where(curves['rank'])})."
+        f"at 512 and {tokens[4096]:.2f} at 4,096{first}.\nWith the rank it goes from "
+        f"{rank[4]:.2f} at 4 to {rank[256]:.2f} at 256 ({by_rank})."
     )
 
 

@@ -24,6 +24,9 @@ _ALERT = re.compile(r"^> \[!(NOTE|TIP|IMPORTANT|WARNING|CAUTION)\]\n((?:^>.*(?:\
 _TABS = re.compile(r"^<!-- tabs -->\n(.*?)^<!-- /tabs -->$", re.MULTILINE | re.DOTALL)
 _PERCENT = re.compile(r"(?<=\d) (?=%)")
 _INLINE = re.compile(r"(?<!<pre>)(?<!</span>)<code>([^<]*-[^<]*)</code>")
+_CELL = re.compile(r"<td\b.*?</td>", re.DOTALL)
+_WORDS = re.compile(r"<code>([^<]* [^<]*)</code>")
+SENTENCE = 24  # letters of code with blanks from which on a cell may break it between its words
 LONGEST = 32  # letters of code that stay together: all of them fit on a phone
 _LOADED = re.compile(
     r"<(?:script|img|iframe|source|video|audio)\b[^>]*\ssrc=\"?(?:https?:)?//"
@@ -113,10 +116,21 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Where no line may break: before a %, and behind the hyphens of an option in code, if a phone has room for it."""
+    """Where a line breaks: not before a %, nor behind the hyphens of an option in code, if a phone has room for it.
+
+    Code in a cell stays in one piece, but a message or a command breaks between its words.
+    """
     parts = re.split(r"(<pre.*?</pre>)", html, flags=re.DOTALL)
     html = "".join(part if part.startswith("<pre") else _PERCENT.sub("\u00a0", part) for part in parts)
+    html = _CELL.sub(lambda cell: _WORDS.sub(_by_words, cell[0]), html)
     return _INLINE.sub(lambda found: f"<code>{re.sub('[^ ]+', _together, found[1])}</code>", html)
+
+
+def _by_words(code: re.Match[str]) -> str:
+    if len(code[1]) <= SENTENCE:
+        return code[0]
+    words = (f'<span class="together">{word}</span>' for word in code[1].split(" "))
+    return f'<code class="words">{" ".join(words)}</code>'
 
 
 def _together(word: re.Match[str]) -> str:

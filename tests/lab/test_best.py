@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from dual_lora.lab.commands.train import _early
 from dual_lora.lab.files.folder import RunFolder
 from dual_lora.lab.model.opened import open_tuned
 from dual_lora.lab.recipe.read import build_recipe, identity
@@ -39,6 +40,7 @@ def weights_of(folder):
 
 
 def test_the_best_is_saved_and_the_run_ends_early(values, tmp_path):
+    values["train"]["checkpoint_every"] = 50
     result = run(build_recipe(values), tmp_path / "run", progress=False)
     losses = validations(tmp_path / "run")
     best = min(losses, key=losses.get)
@@ -49,6 +51,7 @@ def test_the_best_is_saved_and_the_run_ends_early(values, tmp_path):
     assert measured < losses[result.steps]
     record = json.loads((tmp_path / "run/record.json").read_text())
     assert record["result"]["best_step"] == best
+    assert (tmp_path / f"run/checkpoints/checkpoint-{result.steps}").is_dir(), "a longer run goes on from there"
     again = run(build_recipe(values), tmp_path / "run", resume=True, progress=False)
     assert again == result, "a finished run stays as it is"
     assert open_tuned(tmp_path / "run").adapted
@@ -91,6 +94,8 @@ def test_the_card_says_it(values, write_recipe, call, tmp_path):
     said = " ".join(out.replace("│", " ").split())
     assert "ended by 3 validations without a lower loss" in said
     assert "weights of step" in said
+    recipe = SimpleNamespace(train=SimpleNamespace(patience=1, keep_best=False))
+    assert _early(recipe, SimpleNamespace(stopped_early=True)) == ", ended by a validation without a lower loss"
 
 
 def test_a_validation_in_the_warm_up_does_not_count(values, tmp_path):

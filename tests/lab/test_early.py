@@ -2,6 +2,7 @@
 
 import errno
 import json
+import sys
 
 import pytest
 from peft import PeftConfig
@@ -13,6 +14,7 @@ from dual_lora.lab.model.methods import method_config, method_fields
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.run.early import check, check_method, declared_fields
 from dual_lora.lab.run.failures import _less_memory
+from dual_lora.lab.run.record import total_memory
 from forked import forking
 
 HEAVY = {"torch", "transformers", "peft", "datasets", "scipy", "pandas", "huggingface_hub"}
@@ -196,3 +198,13 @@ def test_a_device_without_memory_says_what_would_help():
     least = {"path": "x", "dtype": "bfloat16"}
     recipe = build_recipe({"model": least, "train": {"batch_size": 1, "gradient_checkpointing": True}})
     assert "What helps: a smaller data.max_length (now 512)." in _less_memory(recipe)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limits")
+def test_a_limit_of_the_process_counts_as_its_memory(monkeypatch):
+    """As `ulimit -d` sets it."""
+    import resource
+
+    limits = {resource.RLIMIT_DATA: 7 * 10**8, resource.RLIMIT_AS: resource.RLIM_INFINITY}
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (limits[kind], resource.RLIM_INFINITY))
+    assert total_memory() == 7 * 10**8

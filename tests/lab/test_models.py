@@ -62,6 +62,17 @@ def test_hub_model_without_network_is_one_sentence():
         load_tokenizer("no-owner/no-model")
 
 
+def test_a_long_text_gets_no_warning_of_transformers(tiny_encoder, tmp_path, capfd):
+    """The laboratory cuts such texts and counts them."""
+    folder = tmp_path / "short"
+    shutil.copytree(tiny_encoder, folder)
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": 4}))
+    example = Example("row 1", text=("is it red ? " * 9,), label="a")
+    encode_texts([example], load_tokenizer(str(folder)), 8, ["a"])
+    assert "sequence length" not in "".join(capfd.readouterr())
+
+
 def test_broken_files_are_one_sentence(tmp_path):
     (tmp_path / "m.gguf").write_bytes(b"GGUF but not really")
     with pytest.raises(UserError, match="could not be loaded"):

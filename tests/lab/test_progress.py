@@ -91,8 +91,11 @@ def test_evaluation_and_calibration_have_lines(log, lm_values, monkeypatch, tmp_
         return {"on": "cpu", "date": "2026-01-01", "costs": costs}
 
     monkeypatch.setattr(calibrate, "calibrate", calibrating)
+    log().clear()
     with pytest.raises(SystemExit, match="0"):
         main(["estimate", "--calibrate"])
+    assert log()[0] == "measuring the speed of this machine"
+    assert progress.console.file.getvalue() == ""  # rich writes empty lines into a log
 
 
 @pytest.mark.parametrize(("busy", "said"), [(0.5, True), (0.95, False)], ids=["waiting", "working"])

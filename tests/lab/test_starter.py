@@ -48,8 +48,18 @@ def records(*rows):
             {"text": "a", "label": "b"},
         ),
         ([{"de": t, "en": t[::-1]} for t in TEXTS], "prompt", "causal", {"prompt": "de", "answer": "en"}),
+        (
+            [{"Text": t, "Klasse": "xy"[i == 2]} for i, t in enumerate(TEXTS[:3])],
+            "text",
+            "classification",
+            {"text": "Text", "label": "Klasse"},
+        ),
+        ([{"Kommentar": t} for t in TEXTS], "document", "causal", {"text": "Kommentar"}),
     ],
-    ids=["labelled", "named", "numbers", "question", "completion", "alpaca", "chat", "facts", "unnamed", "pairs"],
+    ids=[
+        *("labelled", "named", "numbers", "question", "completion", "alpaca", "chat", "facts", "unnamed", "pairs"),
+        *("few", "alone"),
+    ],
 )
 def test_the_task_is_guessed_from_the_columns(rows, form, head, fields):
     found = guess(records(*rows))
@@ -58,7 +68,7 @@ def test_the_task_is_guessed_from_the_columns(rows, form, head, fields):
 
 def test_columns_that_say_nothing_are_an_error():
     rows = [{"a": i, "b": t, "c": t} for i, t in enumerate(TEXTS)]
-    with pytest.raises(UserError, match="not clear from the columns a, b, c: name them"):
+    with pytest.raises(UserError, match="not clear from the columns a, b, c: name a text and its class"):
         guess(records(*rows))
     assert guess(records(*rows), {"prompt": "b", "answer": "c"}).fields == {"prompt": "b", "answer": "c"}
     with pytest.raises(UserError, match="There is no column 'd' for answer: found a, b, c"):
@@ -138,6 +148,31 @@ def test_what_would_be_trained_on(table, tiny_encoder, call):
     assert train["duplicates"] == 38
     assert train["lengths"] == {"median": 5, "95 %": 5, "longest": 5}
     assert train["columns"] == ["id", "review", "sentiment"]
+
+
+def test_every_command_takes_the_columns_that_check_data_names(tmp_path, tiny_encoder, call, monkeypatch):
+    """Without these options train and predict raise an error, and it names the same ones."""
+    monkeypatch.chdir(tmp_path)
+    lines = [f"{i};the sea is {'warm' if i % 2 else 'cold'} ?;{'gut' if i % 2 else 'öde'}\n" for i in range(20)]
+    Path("x.csv").write_text("Nr;Text;Klasse\n" + "".join(lines))
+    Path("named.csv").write_text("text,label\n" + "the sea is warm ?,gut\nthe sea is cold ?,öde\n" * 4)
+    Path("odd.csv").write_text("a,b,c\n1,x y,z\n2,y x,w\n")
+    code, out, err = call("check-data", "x.csv")
+    said = " ".join(out.replace("│", " ").split())
+    options = "--data.fields.text Text --data.fields.label Klasse"
+    assert (code, "Nr is not used, Text is the text, Klasse is the label" in said) == (0, True), err
+    assert f"options {options}, for train and predict" in said
+    code, _, err = call("check-data", "odd.csv")
+    assert "(--data.fields.text and --data.fields.label, or --data.fields.prompt" in " ".join(err.split())
+    train = ("train", "--model.path", tiny_encoder, "--model.head", "classification", "--train.steps", 1)
+    code, _, err = call(*train, "--data.train", "x.csv", "--out", "run")
+    assert f"Say which field is which: {options}, in a recipe" in err
+    code, _, err = call(*train, "--data.train", "named.csv", "--out", "named")
+    assert code == 0, err
+    code, _, err = call("predict", "named", "x.csv")
+    assert f"Name the field: {options}." in err
+    assert call("predict", "named", "x.csv", *options.split())[0] == 0
+    assert call(*train, "--data.train", "x.csv", *options.split(), "--out", "run")[0] == 0
 
 
 def test_records_that_cannot_be_used_end_it_with_status_one(table, call):

@@ -43,10 +43,13 @@ def lines(said: Callable[[], str], shown: bool = True) -> Iterator[None]:
 
 
 class Working(Live):
-    """A spinner and what goes on. rich's own takes over standard output and error, through which our guard against
-    control characters would write the spinner's as text."""
+    """A spinner and what goes on; in a log one line.
 
-    def __init__(self, what: str = ""):
+    rich's own takes over standard output and error, through which our guard against control characters would write the
+    spinner's as text.
+    """
+
+    def __init__(self, what: str):
         self.shown = Spinner("dots", Text(what))
         super().__init__(
             self.shown,
@@ -56,6 +59,13 @@ class Working(Live):
             redirect_stdout=False,
             redirect_stderr=False,
         )
+
+    def start(self, refresh: bool = False) -> None:
+        """Show it on a terminal; a log gets one line, and none of rich's empty ones."""
+        if self.console.is_terminal:
+            super().start(refresh)
+        else:
+            print(self.shown.text, file=sys.stderr, flush=True)
 
     def say(self, what: str) -> None:
         """Change the text of what goes on."""
@@ -67,12 +77,9 @@ def stage(what: str, shown: bool = True) -> Iterator[None]:
     """Say what goes on before or after a bar: a spinner on a terminal, a line in a log."""
     if not shown or os.environ.get("RANK", "0") != "0":
         yield
-    elif console.is_terminal:
+    else:
         with Working(what):
             yield
-    else:
-        print(what, file=sys.stderr, flush=True)
-        yield
 
 
 class Bar:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -10,12 +11,12 @@ from pydantic import create_model
 
 from dual_lora.lab.commands.card import facts_card, finish
 from dual_lora.lab.commands.parameters import Json, flag_values, flags
-from dual_lora.lab.data.guess import HEADS, guess
+from dual_lora.lab.data.guess import HEADS, RECIPE_OPTIONS, field_options, guess
 from dual_lora.lab.data.records import read_records
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.progress import stage
 from dual_lora.lab.recipe.read import build_recipe, read_recipe, shipped_recipes
-from dual_lora.lab.recipe.schema import DataSection, Recipe
+from dual_lora.lab.recipe.schema import FIELDS, DataSection, Recipe
 
 if TYPE_CHECKING:
     from dual_lora.lab.data.check import Checked
@@ -52,7 +53,7 @@ def check_data(
     overrides = flag_values(given)
     if test is not None:
         overrides = Recipe.merged({"data": {"test": test}}, overrides)
-    data, task, model = _data_to_check(file, overrides, head)
+    data, task, model, guessed = _data_to_check(file, overrides, head)
     tokenizer = None
     if model := base or model:
         with stage(f"loading the tokenizer of {model}"):
@@ -66,31 +67,31 @@ def check_data(
         sets = check(data, task, tokenizer)
     good = not any(each.errors for each in sets)
     result = {"good": good, "head": task, "fields": data.fields, "sets": [each.plain() for each in sets]}
-    finish(result, _cards(sets, task, tokenizer is not None), json)
+    finish(result, _cards(sets, data, task, tokenizer is not None, guessed), json)
     if not good:
         raise SystemExit(1)
 
 
-def _data_to_check(file: str, overrides: dict[str, Any], head: Any) -> tuple[DataSection, str, str | None]:
-    """The data, the head and the model of a recipe, or of a file of records by its columns."""
+def _data_to_check(file: str, overrides: dict[str, Any], head: Any) -> tuple[DataSection, str, str | None, bool]:
+    """The data, the head and the model of a recipe, or of a file of records by its columns; whether it is guessed."""
     is_recipe = file.endswith((".yaml", ".yml")) or (Path(file) / "recipe.yaml").is_file()
     if is_recipe or (file in shipped_recipes() and not Path(file).is_file()):
         recipe = read_recipe(file, overrides | ({"model": {"head": head}} if head else {}))
         if recipe.data.train is None:
             raise UserError(f"{file} names no training records (data.train): give --data.train FILE.")
-        return recipe.data, recipe.model.head, recipe.model.path
+        return recipe.data, recipe.model.head, recipe.model.path, False
     plain = {"model": {"path": "-"}, "data": {"train": file}}
     data = build_recipe(Recipe.merged(plain, overrides), "flags").data
     records = read_records(file.split(" + ")[0].strip(), data.columns)
     if data.format == "auto" and not data.fields:
-        found = guess(records)
+        found = guess(records, options=RECIPE_OPTIONS)
         data = data.model_copy(update={"format": found.format, "fields": found.fields})
-        return data, head or found.head, None
+        return data, head or found.head, None, bool(found.fields)
     form = data.format if data.format != "auto" else "text" if "label" in {*data.fields, *records[0].values} else ""
-    return data, head or ("classification" if form == "text" else "causal"), None
+    return data, head or ("classification" if form == "text" else "causal"), None, False
 
 
-def _cards(sets: list[Checked], head: str, in_tokens: bool) -> Any:
+def _cards(sets: list[Checked], data: DataSection, head: str, in_tokens: bool, guessed: bool) -> Any:
     from rich.console import Group
 
     cards = []
@@ -100,9 +101,11 @@ def _cards(sets: list[Checked], head: str, in_tokens: bool) -> Any:
             "records": f"{each.records:,} of {each.source}, {len(each.examples):,} of them can be used",
         }
         if each.columns:
-            facts["columns"] = ", ".join(each.columns)
+            facts["columns"] = ", ".join(_meanings(each.columns, data))
         if each.format:
             facts["format"] = f"{each.format}, to train a {HEADS[head]}"
+        if guessed:
+            facts["options"] = f"{field_options(data.fields)}, for train and predict to take the columns so too"
         if each.labels:
             shown = [f"{label}: {count:,}" for label, count in [*each.labels.items()][:LISTED]]
             facts["labels"] = " · ".join(shown) + (f" · {len(each.labels) - LISTED} more" * (len(each.labels) > LISTED))
@@ -117,3 +120,13 @@ def _cards(sets: list[Checked], head: str, in_tokens: bool) -> Any:
         card.border_style = "red" if each.errors else "yellow" if each.warnings else "green"
         cards.append(card)
     return Group(*cards)
+
+
+def _meanings(columns: list[str], data: DataSection) -> Iterator[str]:
+    """Each column with what it is taken for."""
+    ours = {theirs: ours for ours, theirs in data.fields.items()}
+    for name in columns:
+        if name in ours:
+            yield f"{name} is the {ours[name]}"
+        else:
+            yield name if name in (*FIELDS, data.group) else f"{name} is not used"

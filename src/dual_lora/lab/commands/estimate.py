@@ -100,8 +100,8 @@ def estimate(
     from dual_lora.lab.cost.side_by_side import largest, parse_size, side_by_side
     from dual_lora.lab.progress import Working, lines
 
-    doing = ""
-    with Working() as working, lines(lambda: doing):
+    doing = f"estimating {what}" if what else "measuring the speed of this machine"
+    with Working(doing) as working, lines(lambda: doing):
 
         def say(text: str) -> None:
             nonlocal doing

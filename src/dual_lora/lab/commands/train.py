@@ -90,7 +90,9 @@ def train(
 
 def _early_stop_note(recipe: Recipe, result: RunResult) -> str:
     """Say that validations ended the run, and whose weights are saved."""
-    ended = f", ended by {recipe.train.patience} validations without a lower loss" if result.stopped_early else ""
+    count = recipe.train.patience
+    validations = "a validation" if count == 1 else f"{count} validations"
+    ended = f", ended by {validations} without a lower loss" if result.stopped_early else ""
     return ended + (
         f", weights of step {result.best_step} saved" if recipe.train.keep_best and result.best_step else ""
     )

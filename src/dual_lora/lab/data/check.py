@@ -103,7 +103,7 @@ def _read(result: Checked, source: str, data: DataSection, head: str) -> None:
     for column in names:
         if count := len(records) - filled[column]:
             result.empty[column] = result.empty.get(column, 0) + count
-    plain = data if data.format != "auto" else data.model_copy(update={"format": format_of(records[0], data)})
+    plain = data if data.format != "auto" else data.model_copy(update={"format": format_of(records, data)})
     result.format = plain.format
     failed: list[tuple[str, UserError]] = []
     with _collecting_warnings(result):

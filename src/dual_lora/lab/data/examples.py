@@ -56,7 +56,7 @@ def read_examples(source: str, data: DataSection, records: list[Record] | None =
         records = [
             replace(r, values=r.values | values, theirs=data.fields) for r, values in zip(records, renamed, strict=True)
         ]
-    form = data.format if data.format != "auto" else format_of(records[0], data)
+    form = data.format if data.format != "auto" else format_of(records, data)
     examples = [example_of(record, form) for record in records]
     if data.answers == "text":
         examples = [in_words(example) for example in examples]
@@ -75,7 +75,7 @@ def records_of(source: str, data: DataSection) -> list[Record]:
     records = read_records(source, data.columns)
     if not source.endswith(".txt"):
         return records
-    form = format_of(records[0], data) if data.format == "auto" else data.format
+    form = format_of(records, data) if data.format == "auto" else data.format
     return whole_text(source) if form == "document" else records
 
 

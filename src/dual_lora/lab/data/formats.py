@@ -1,11 +1,13 @@
 """The formats of records: what an example is, and how one is made of a record, whatever format it came in."""
 
+import contextlib
 import re
 from collections.abc import Callable, Container
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dual_lora._warning import warn
+from dual_lora.lab.data.guess import field_options, guess
 from dual_lora.lab.data.records import Record
 from dual_lora.lab.data.values import is_missing, list_in, text_in, value_of, written
 from dual_lora.lab.errors import UserError
@@ -46,29 +48,29 @@ class Example:
 OPTIONAL = {"input", "tools", "choices"}  # fields that a record need not have
 
 
-def format_of(record: Record, data: DataSection) -> str:
-    """The format that records like this one have. Raises UserError where none fits."""
-    values = record.values | {
-        ours: record.values[theirs] for ours, theirs in data.fields.items() if theirs in record.values
-    }
-    return _format(replace(record, values=values), data.fields)
-
-
-def _format(record: Record, named: Container[str]) -> str:
-    """The format of a record: one of which a field was named in data.fields, before any other that fits."""
-    if set(record.values) == {"line"}:
-        return "facts" if "||" in str(record.values["line"]) else "document"
-    fitting = {
-        form: keys for form, (_, *known) in _FORMATS.items() for keys in reversed(known) if keys <= set(record.values)
-    }
-    if fitting:
-        return min(fitting, key=lambda form: not any(key in named for key in fitting[form]))
+def format_of(records: list[Record], data: DataSection) -> str:
+    """The format that these records have, by the first. Raises UserError where none fits, with the fields to name."""
+    first = records[0]
+    named = {ours: first.values[theirs] for ours, theirs in data.fields.items() if theirs in first.values}
+    if form := _format(first.values | named, data.fields):
+        return form
+    fields = {"text": "NAME", "label": "NAME"}
+    with contextlib.suppress(UserError):
+        fields = guess(records, data.fields).fields or fields
     raise UserError(
-        f"{record.where}: fields {', '.join(map(str, record.values))} fit no format; expected messages (or "
+        f"{first.where}: fields {', '.join(map(str, first.values))} fit no format; expected messages (or "
         "conversations), or instruction and output, or prompt and answer (or completion), or text and label, or text. "
-        "Say which field is which: --data.fields.text NAME --data.fields.label NAME, in a recipe data.fields: {text: "
-        "NAME, label: NAME}; `dual-lora recipes init` guesses them."
+        f"Say which field is which: {field_options(fields)}, in a recipe data.fields: "
+        f"{{{', '.join(f'{ours}: {theirs}' for ours, theirs in fields.items())}}}."
     )
+
+
+def _format(values: dict[str, Any], named: Container[str]) -> str:
+    """The format of a record: one of which a field was named in data.fields, before any other that fits; or ""."""
+    if set(values) == {"line"}:
+        return "facts" if "||" in str(values["line"]) else "document"
+    fitting = {form: keys for form, (_, *known) in _FORMATS.items() for keys in reversed(known) if keys <= set(values)}
+    return min(fitting, key=lambda form: not any(key in named for key in fitting[form]), default="")
 
 
 def example_of(record: Record, form: str) -> Example:

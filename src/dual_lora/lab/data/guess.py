@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from shlex import quote
 from typing import Any, Literal
 
 from dual_lora.lab.data.records import Record
@@ -25,6 +26,10 @@ NAMES = {
     "text_pair": ("text_pair", "sentence2", "hypothesis", "text2"),
 }
 FIRST_OF_PAIR = ("sentence1", "premise", "text1")
+# How a person names the columns: of `recipes init`, of a command without such options, and of those with a recipe's.
+INIT_OPTIONS = "--text and --label, or --prompt and --answer"
+OTHER_COMMAND = f"`dual-lora recipes init` takes {INIT_OPTIONS}"
+RECIPE_OPTIONS = "--data.fields.text and --data.fields.label, or --data.fields.prompt and --data.fields.answer"
 
 
 @dataclass(frozen=True)
@@ -38,8 +43,8 @@ class Guess:
     classes: list[str] = field(default_factory=list)
 
 
-def guess(records: list[Record], given: Mapping[str, str] | None = None) -> Guess:
-    """The likeliest use of these records. given: ours: theirs, of fields that a person named.
+def guess(records: list[Record], given: Mapping[str, str] | None = None, options: str = OTHER_COMMAND) -> Guess:
+    """The likeliest use of these records. given: ours: theirs, of fields that a person named. options: that name them.
 
     Raises UserError where no two columns look like a question and its answer, naming the columns.
     """
@@ -72,9 +77,7 @@ def guess(records: list[Record], given: Mapping[str, str] | None = None) -> Gues
         return labelled
     if found["prompt"] and found["answer"] and found["prompt"] != found["answer"]:
         return _guess_of("prompt", "causal", found, names, ("prompt", "answer"))
-    if len(names) == 1 and found["text"]:
-        return _guess_of("document", "causal", found, names, ("text",))
-    return _by_values(seen, names)
+    return _by_values(seen, names, found["text"]) or _refuse_unclear(names, options)
 
 
 def _labelled(seen: list[Record], found: dict[str, str], names: list[str], given: Mapping[str, str]) -> Guess | None:
@@ -91,23 +94,36 @@ def _labelled(seen: list[Record], found: dict[str, str], names: list[str], given
     return _guess_of("text", head, found | {"text": text}, names, ("text", "label", *pair), classes)
 
 
-def _by_values(seen: list[Record], names: list[str]) -> Guess:
-    """Guess from the values of columns whose names say nothing: the longest texts, and a column of few different values
-    or another text."""
+def _by_values(seen: list[Record], names: list[str], text: str) -> Guess | None:
+    """Guess from the values of columns whose names say nothing: the longest texts, and a column of few different values or another text.
+
+    text: the column whose name says that it holds the texts, or "". Values that repeat in the other one are classes.
+    """
     texts = [name for name in names if all(isinstance(value, str) for value in _values(seen, name))]
-    by_length = sorted(texts, key=lambda name: -sum(map(len, _values(seen, name))))
-    if by_length:
-        longest = by_length[0]
+    longest = text if text in texts else max(texts, key=lambda name: sum(map(len, _values(seen, name))), default="")
+    if longest:
         for name in names:
             head, classes = _kind_of(_values(seen, name))
-            if name != longest and head == "classification" and len(classes) * 5 <= len(seen):
+            few = len(classes) * 5 <= len(seen) or (text == longest and len(names) == 2 and len(classes) < len(seen))
+            if name != longest and head == "classification" and few:
                 return _guess_of("text", head, {"text": longest, "label": name}, names, ("text", "label"), classes)
         if len(names) == 2 and len(texts) == 2:
             return _guess_of("prompt", "causal", {"prompt": names[0], "answer": names[1]}, names, ("prompt", "answer"))
+        if names == texts == [longest]:
+            return _guess_of("document", "causal", {"text": longest}, names, ("text",))
+    return None
+
+
+def _refuse_unclear(names: list[str], options: str) -> Guess:
     raise UserError(
-        f"What is to be learned is not clear from the columns {', '.join(names)}: name them, a text and its class with "
-        "--text and --label, or a prompt and its answer with --prompt and --answer."
+        f"What is to be learned is not clear from the columns {', '.join(names)}: name a text and its class, or a "
+        f"prompt and its answer ({options})."
     )
+
+
+def field_options(fields: Mapping[str, str]) -> str:
+    """The options by which every command takes these columns. fields: ours: theirs."""
+    return " ".join(f"--data.fields.{ours} {quote(theirs)}" for ours, theirs in fields.items())
 
 
 def _guess_of(

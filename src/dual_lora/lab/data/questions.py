@@ -1,10 +1,12 @@
 """Records without an answer: what a model is asked by, in the formats that it was trained on."""
 
+import contextlib
 from dataclasses import replace
 from typing import Any
 
 from dual_lora.lab.data.examples import in_words, read_examples
 from dual_lora.lab.data.formats import Example
+from dual_lora.lab.data.guess import field_options, guess
 from dual_lora.lab.data.records import Record, find, read_records
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.read import delimiter_of
@@ -26,7 +28,7 @@ def read_questions(source: str, data: DataSection, head: str) -> tuple[list[Reco
         name = "text" if head != "causal" else "line" if data.format == "facts" else "prompt"
         records = [Record({name: record.values["line"]}, record.where) for record in records]
     if data.format == "auto" and records:
-        _check_has_question(records[0], data)
+        _check_has_question(records, data, head)
     theirs = {ours: data.fields.get(ours, ours) for ours in ANSWERS}
     filled = [Record(_with_placeholder_answer(record.values, theirs, head), record.where) for record in records]
     needed = {ours: name for ours, name in data.fields.items() if ours not in theirs}
@@ -41,15 +43,19 @@ def read_questions(source: str, data: DataSection, head: str) -> tuple[list[Reco
     return records, asked
 
 
-def _check_has_question(record: Record, data: DataSection) -> None:
-    """Raise UserError for a record without any field that a model is asked by."""
+def _check_has_question(records: list[Record], data: DataSection, head: str) -> None:
+    """Raise UserError for records without any field that a model is asked by, with the field that is likely it."""
+    record = records[0]
     names = {data.fields.get(ours, ours) for ours in ASKED_BY}
     if names.isdisjoint(record.values):
         found = [str(name) for name in record.values]
+        ours = ("prompt", "answer") if head == "causal" else ("text", "label")
+        likely = {ours[0]: found[0]}
+        with contextlib.suppress(UserError):
+            likely = dict(zip(ours, guess(records).fields.values(), strict=False)) or likely
         raise UserError(
             f"{record.where}: no field to predict from. Expected {', '.join(ASKED_BY[:-1])}; the record has "
-            f"{', '.join(found)}. Name the field: --data.fields.prompt {found[0]}, or --data.fields.text for a "
-            "classifier."
+            f"{', '.join(found)}. Name the field: {field_options(likely)}."
         )
 
 

@@ -77,6 +77,8 @@ def load_tokenizer(path: str, location: Location | None = None) -> PreTrainedTok
         tokenizer.init_kwargs.pop("auto_map", None)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    # Texts that are too long are cut or left out, and counted: the warning of an index error would be wrong.
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer
 
 

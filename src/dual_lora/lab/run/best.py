@@ -76,7 +76,7 @@ class Best(TrainerCallback):
         else:
             self.without += 1
         if self.ended and state.global_step < state.max_steps:
-            self.stopped = control.should_training_stop = True
+            self.stopped = control.should_save = control.should_training_stop = True  # it may get longer from here
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not self.main or self.step is None:

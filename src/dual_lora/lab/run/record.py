@@ -115,7 +115,8 @@ def peak_memory() -> int:
 
 
 def total_memory() -> int:
-    """Bytes of the accelerator's memory, or of the machine's; a container's limit where that is less. 0: not known."""
+    """Bytes of the accelerator's memory, or of the machine's; a container's or a process's limit where that is less.
+    0: not known."""
     import torch
 
     if torch.cuda.is_available():
@@ -123,7 +124,13 @@ def total_memory() -> int:
     found = []
     with contextlib.suppress(OSError, ValueError, AttributeError):
         found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    return min([*found, *container_limits()], default=0)
+    found += container_limits()
+    with contextlib.suppress(ImportError):  # Windows has no such limits
+        import resource
+
+        limits = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_DATA, resource.RLIMIT_AS)]
+        found += [limit for limit in limits if limit != resource.RLIM_INFINITY]
+    return min(found, default=0)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
