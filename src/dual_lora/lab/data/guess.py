@@ -95,7 +95,7 @@ def _labelled(seen: list[Record], found: dict[str, str], names: list[str], given
 
 
 def _by_values(seen: list[Record], names: list[str], text: str) -> Guess | None:
-    """Guess from the values of columns whose names say nothing: the longest texts, and one of few values or another text.
+    """Guess from the values of columns whose names say nothing: the longest texts, one of few values or another text.
 
     text: the column whose name says that it holds the texts, or "". Values that repeat in the other one are classes.
     """
