@@ -44,6 +44,7 @@ def test_what_is_shown():
     assert shown("\x1b[2J\x9b") == "\\u001b[2J\\u009b"
     assert not obeyed(shown(HOSTILE))
     assert shown("a\u202egpj.exe\u202c \u2066b\u2069") == "a\\u202egpj.exe\\u202c \\u2066b\\u2069"
+    assert shown("half a pair: \ud800").encode() == b"half a pair: \\ud800"
     assert shown("שלום \u200fעולם, می\u200cروم") == "שלום \u200fעולם, می\u200cروم"
 
 

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from dual_lora.lab.report import blocks
 
 MOODS = {"good": "green", "bad": "red", "same": "cyan", "open": "yellow"}
-# All but the tab and the new line; and what turns the direction of writing, so that other words seem to stand there.
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+# All but the tab and the new line; what turns the direction of writing, so that other words seem to stand there; and
+# half of a surrogate pair, which no stream takes.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def shown(text: str) -> str:

@@ -49,7 +49,8 @@ def read_body(headers: Iterable[tuple[bytes, bytes]], body: bytes) -> dict[str, 
 
 
 def json_object(text: str | bytes) -> dict[str, Any]:
-    """A JSON object; {} for all else. Raises Unclear for one with two models, and for values without an end."""
+    """A JSON object; {} for all else. Raises Unclear for one with two models, for values without an end, and for what
+    another reader may get further with: a nesting (the stack that is left differs), a number of thousands of digits."""
     try:
         said = text if isinstance(text, str) else text.decode(json.detect_encoding(text), "surrogatepass")
         if (count := _values_in(said)) > MOST_VALUES:
@@ -57,8 +58,10 @@ def json_object(text: str | bytes) -> dict[str, Any]:
         body = json.loads(said, object_pairs_hook=_Fields)
     except Unclear:
         raise
-    except (ValueError, RecursionError):
+    except (json.JSONDecodeError, UnicodeDecodeError):
         return {}
+    except (ValueError, RecursionError):
+        raise Unclear("The request is nested too deeply, or holds a number of thousands of digits.") from None
     if not isinstance(body, _Fields):
         return {}
     if body.models > 1:
@@ -120,7 +123,11 @@ def _models_in_parts(options: dict[bytes, bytes], body: bytes) -> list[str]:
     before, *parts = (b"\r\n" + body).split(b"\r\n--" + boundary)
     if before or not parts or not re.match(rb"--(\r\n|$)", parts[-1]):
         raise Unclear("The form does not begin and end with its boundary.")
-    return [value.decode(errors="replace") for part in parts[:-1] for name, value in [_part(part)] if name == b"model"]
+    found = [value for part in parts[:-1] for name, value in [_part(part)] if name == b"model"]
+    try:
+        return [value.decode() for value in found]
+    except UnicodeDecodeError:  # which some readers take for Latin-1
+        raise Unclear("The form's model is not in UTF-8: send it in UTF-8.") from None
 
 
 def _check_count(count: int) -> None:
