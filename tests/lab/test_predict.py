@@ -211,6 +211,8 @@ def test_every_format_is_read_without_an_answer(tmp_path):
         UserError, match=r"no field to predict from\. Expected prompt, .* has message\. .*--data.fields.prompt mess"
     ):
         asked({"message": "a"})
+    with pytest.raises(UserError, match=r"Name the field: --data.fields.messages dialog\."):
+        asked({"dialog": chat})
     with pytest.raises(
         UserError, match=r"x.jsonl, line 1: the record has only a text, and a language model needs a prompt"
     ):

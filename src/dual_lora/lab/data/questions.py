@@ -52,7 +52,9 @@ def _check_has_question(records: list[Record], data: DataSection, head: str) -> 
         ours = ("prompt", "answer") if head == "causal" else ("text", "label")
         likely = {ours[0]: found[0]}
         with contextlib.suppress(UserError):
-            likely = dict(zip(ours, guess(records).fields.values(), strict=False)) or likely
+            fields = guess(records).fields
+            fits = ("text" in fields) == (head != "causal")
+            likely = fields if fits and fields else dict(zip(ours, fields.values(), strict=False)) or likely
         raise UserError(
             f"{record.where}: no field to predict from. Expected {', '.join(ASKED_BY[:-1])}; the record has "
             f"{', '.join(found)}. Name the field: {field_options(likely)}."
