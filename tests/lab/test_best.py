@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dual_lora.lab.commands.train import _early
+from dual_lora.lab.commands.train import _early_stop_note
 from dual_lora.lab.files.folder import RunFolder
 from dual_lora.lab.model.opened import open_tuned
 from dual_lora.lab.recipe.read import build_recipe, identity
@@ -95,7 +95,7 @@ def test_the_card_says_it(values, write_recipe, call, tmp_path):
     assert "ended by 3 validations without a lower loss" in said
     assert "weights of step" in said
     recipe = SimpleNamespace(train=SimpleNamespace(patience=1, keep_best=False))
-    assert _early(recipe, SimpleNamespace(stopped_early=True)) == ", ended by a validation without a lower loss"
+    assert _early_stop_note(recipe, SimpleNamespace(stopped_early=True)) == ", ended by a validation without a lower loss"
 
 
 def test_a_validation_in_the_warm_up_does_not_count(values, tmp_path):

@@ -15,7 +15,7 @@ from dual_lora.lab.progress import Working, stage
 with guarded():
     with stage("loading \\x1b[2J the model"):
         time.sleep(0.4)
-    with Working() as working:
+    with Working("reading") as working:
         working.say("simulating")
         time.sleep(0.4)
     print("done")

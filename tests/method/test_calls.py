@@ -33,7 +33,7 @@ def trained(config, layers=1):
     model = get_peft_model(nn.Sequential(*(nn.Linear(64, 64) for _ in range(layers))), config)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     chain, x = model.base_model.model, torch.randn(32, 64)
-    for _ in range(6):  # the first four are watched
+    for _ in range(12):  # the first ten are watched
         chain(x).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
