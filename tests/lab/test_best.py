@@ -95,7 +95,8 @@ def test_the_card_says_it(values, write_recipe, call, tmp_path):
     assert "ended by 3 validations without a lower loss" in said
     assert "weights of step" in said
     recipe = SimpleNamespace(train=SimpleNamespace(patience=1, keep_best=False))
-    assert _early_stop_note(recipe, SimpleNamespace(stopped_early=True)) == ", ended by a validation without a lower loss"
+    note = _early_stop_note(recipe, SimpleNamespace(stopped_early=True))
+    assert note == ", ended by a validation without a lower loss"
 
 
 def test_a_validation_in_the_warm_up_does_not_count(values, tmp_path):

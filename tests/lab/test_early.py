@@ -183,7 +183,7 @@ def _caused(error, cause):
     ],
 )
 def test_memory_that_is_not_there(error, said, monkeypatch):
-    monkeypatch.setattr("dual_lora.lab.errors.memory_limit", lambda: 0)  # a command that ran in this process has set one
+    monkeypatch.setattr("dual_lora.lab.errors.memory_limit", lambda: 0)  # one that a command has set
     assert said in memory_full(error)
     assert bool(memory_full(error)) is bool(said)
 
