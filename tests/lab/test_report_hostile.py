@@ -134,9 +134,19 @@ def test_what_is_no_text_is_replaced(tmp_path):
     (folder / "study" / "results.json").rename(os.path.join(bad, "results.json"))
     report([folder], tmp_path / "r.html", tables=tmp_path / "tables")
     page = (tmp_path / "r.html").read_text(encoding="utf-8")
-    assert "half ?" in page
+    assert "half \\ud800" in page
     assert "�/results.json" in page
     assert len(list((tmp_path / "tables").iterdir())) > 20
+
+
+def test_control_characters_in_names_are_written_out(tmp_path):
+    """A page is read with `less` and `cat` as well."""
+    folder = material.write(tmp_path / "work", "\x1b[2Jred \u202e")
+    report([folder], tmp_path / "r.html")
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "\\u001b[2Jred \\u202e" in page
+    assert "\x1b" not in page
+    assert "\u202e" not in page
 
 
 def test_only_a_report_is_overwritten(tmp_path):

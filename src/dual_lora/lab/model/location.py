@@ -81,7 +81,9 @@ def is_plain(loaded: object) -> bool:
 
 def is_here(path: str) -> bool:
     """Whether a model's path is on this machine, and not a name on the hub."""
-    return path.startswith("package:") or Path(path).expanduser().exists()
+    with contextlib.suppress(RuntimeError):  # there is no such person as in ~NAME
+        return path.startswith("package:") or Path(path).expanduser().exists()
+    return False
 
 
 def locate(path: str, revision: str | None = None) -> Location:
@@ -90,7 +92,10 @@ def locate(path: str, revision: str | None = None) -> Location:
         raise UserError(f"The model {path} is on this machine, so it has no revision {revision!r}: leave that out.")
     if path.startswith("package:"):
         return _in_package(path.removeprefix("package:"))
-    here = Path(path).expanduser()
+    try:
+        here = Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"There is no model {path}: {error}") from None
     if here.suffix == ".gguf":
         if not here.is_file():
             raise UserError(f"There is no model file {path}.")

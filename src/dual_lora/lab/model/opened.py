@@ -271,6 +271,8 @@ def _model_section(config: Any, adapter: Path, dtype: str) -> ModelSection:
         raise UserError(f"The adapter {adapter} does not name its base model: give --base.")
     head = "classification" if config.task_type == "SEQ_CLS" else "causal"
     path = config.base_model_name_or_path
+    if not isinstance(path, str):
+        raise UserError(f"The adapter {adapter} names {path!r} as its base model, expected a name: give --base.")
     revision = None if is_here(path) else getattr(config, "revision", None)
     return ModelSection(path=path, head=head, revision=revision, dtype=dtype)  # type: ignore[arg-type]
 

@@ -19,6 +19,7 @@ from dual_lora.lab.report.blocks import Chart, Page, Table
 from dual_lora.lab.report.charts import drawings
 from dual_lora.lab.report.columns import grouped
 from dual_lora.lab.report.exports import FORMS, lines
+from dual_lora.lab.terminal import shown
 
 SIGN = "Written by <code>dual-lora report</code>"  # stands in every page; by it the command knows a page of its own
 
@@ -31,7 +32,9 @@ def render(page: Page, live: int = 0) -> str:
     tables = {b.id: {kind: lines(b, kind) for kind in FORMS} for b in blocks if isinstance(b, Table)}
     data = {"charts": drawings(charts), "tables": tables}
     hashes = " ".join(map(_hash, (script, library)))
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    environment = Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, finalize=_without_controls
+    )
     return environment.from_string(_text("page.html")).render(
         page=page,
         live=live,
@@ -45,6 +48,11 @@ def render(page: Page, live: int = 0) -> str:
         library=_compressed(library) if charts else "",
         data=_compressed(json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)),
     )
+
+
+def _without_controls(value: object) -> object:
+    """Write out control characters: a page is read in a terminal as well."""
+    return shown(value) if type(value) is str else value
 
 
 @cache
