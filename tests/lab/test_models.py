@@ -21,7 +21,7 @@ from dual_lora.lab.data.formats import Example
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.export.export import merge
 from dual_lora.lab.model.load import load_model, load_tokenizer
-from dual_lora.lab.model.location import Location, locate
+from dual_lora.lab.model.location import Location, check_here, locate
 from dual_lora.lab.model.opened import open_tuned
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.recipe.schema import ModelSection
@@ -317,6 +317,23 @@ def test_another_base_has_not_the_adapter_s_revision(hub, tiny_lm, lm_values, tm
     hub.clear()
     open_tuned(tmp_path / "run" / "adapter", base=str(tiny_lm))
     assert hub == []
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
+    """transformers asks it for each file, for almost five minutes."""
+    import huggingface_hub
+
+    asked = []
+
+    def out_of_reach(name, revision, timeout):
+        asked.append((name, timeout))
+        raise OSError("no route to host")
+
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(huggingface_hub, "model_info", out_of_reach)
+    with pytest.raises(UserError, match=r"There is no model 'me/none'.*the hub cannot be reached \(no route to host\)"):
+        check_here("me/none")
+    assert asked == [("me/none", 10)]
 
 
 def test_a_home_that_nobody_has():

@@ -19,6 +19,7 @@ from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.named_files import check_plain_name
 from dual_lora.lab.read import has_second_name, read_object
 
+HUB_SECONDS = 10  # for an answer whether it has a model
 WEIGHTS = (".safetensors", ".bin", ".gguf")
 NEXT_TO_GGUF = (
     "config.json",
@@ -227,12 +228,13 @@ def _settings_in(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def check_here(path: str, revision: str | None = None, others: str = "") -> None:
-    """Raise UserError for a model that cannot be loaded: of a name on the hub, where nothing may be downloaded.
+    """Raise UserError for a model that cannot be loaded: its name is of the hub, it is not in the cache, and nothing
+    may be downloaded or the hub does not answer.
 
     others: what else the path may name, for the message, as in ", run or adapter".
     """
     location = locate(path, revision)
-    if is_here(path) or os.environ.get("HF_HUB_OFFLINE", "0").upper() not in ("1", "ON", "YES", "TRUE"):
+    if is_here(path):
         return
     from huggingface_hub import try_to_load_from_cache
 
@@ -240,11 +242,27 @@ def check_here(path: str, revision: str | None = None, others: str = "") -> None
         held = try_to_load_from_cache(location.name, "config.json", revision=revision)
     except ValueError:  # no name that a hub would have
         held = None
-    if not isinstance(held, str):
-        raise UserError(
-            f"There is no model{others} {path!r}: no such folder is here, the hub's cache has none of that name, and "
-            f"HF_HUB_OFFLINE forbids a download.{suggest_model(path, runs=bool(others))}"
-        )
+    if isinstance(held, str):
+        return
+    sought = f"There is no model{others} {path!r}: no such folder is here, the hub's cache has none of that name, and"
+    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
+        raise UserError(f"{sought} HF_HUB_OFFLINE forbids a download.{suggest_model(path, runs=bool(others))}")
+    if (why := _hub_is_out_of_reach(location)) is not None:
+        raise UserError(f"{sought} the hub cannot be reached ({why}).{suggest_model(path, runs=bool(others))}")
+
+
+def _hub_is_out_of_reach(location: Location) -> str | None:
+    """Ask the hub once, and return why there was no answer. transformers asks for each file, for minutes in all."""
+    from huggingface_hub import model_info
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        model_info(location.name, revision=location.revision, timeout=HUB_SECONDS)
+    except (HfHubHTTPError, HFValidationError):  # an answer, or a name that transformers will refuse
+        return None
+    except Exception as error:  # of httpx, or of requests
+        return str(error) or type(error).__name__
+    return None
 
 
 def check_source(source: str) -> None:
