@@ -73,6 +73,16 @@ def memory_limit() -> int:
     return max(0, soft)  # infinity is -1
 
 
+def process_limits() -> list[int]:
+    """Bytes that this process may take by its limits, of what it writes and of all that it maps; empty: no limit."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return []
+    limits = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_DATA, resource.RLIMIT_AS)]
+    return [limit for limit in limits if limit != resource.RLIM_INFINITY]
+
+
 def most_memory(reads: bool = False, root: str = "/") -> int:
     """Bytes that a command may take of this machine, or of its container where that has less; 0: not known.
 

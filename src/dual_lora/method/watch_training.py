@@ -53,9 +53,9 @@ class Watch:
             if not any(layer() for layer in self.layers):
                 watches.discard(self)
             return  # it may be chosen to train later
-        self.held |= held.intersection(map(id, factors))
-        first = next((id(f) for f in factors if id(f) in self.held), None)
-        if not any(id(f) in held for f in factors):
+        own = held.intersection(map(id, factors))
+        self.held |= own
+        if not own:
             self.foreign_steps += not self.own_steps and any(f.grad is not None for f in factors)
             if self.foreign_steps == FOREIGN_STEPS:
                 self._warn(
@@ -64,7 +64,7 @@ class Watch:
                     "moving or sharding the model)."
                 )
             return
-        if first not in held:
+        if next(id(f) for f in factors if id(f) in self.held) not in own:
             return  # of several optimizers that each hold a part, one counts
         self.own_steps += 1
         if self.own_steps == OWN_STEPS:

@@ -12,7 +12,7 @@ from pydantic import create_model
 from dual_lora.lab.commands.card import facts_card, finish
 from dual_lora.lab.commands.parameters import Json, flag_values, flags
 from dual_lora.lab.data.guess import HEADS, RECIPE_OPTIONS, field_options, guess
-from dual_lora.lab.data.records import read_records
+from dual_lora.lab.data.records import joined, read_records
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.progress import stage
 from dual_lora.lab.recipe.read import build_recipe, read_recipe, shipped_recipes
@@ -82,7 +82,7 @@ def _data_to_check(file: str, overrides: dict[str, Any], head: Any) -> tuple[Dat
         return recipe.data, recipe.model.head, recipe.model.path, False
     plain = {"model": {"path": "-"}, "data": {"train": file}}
     data = build_recipe(Recipe.merged(plain, overrides), "flags").data
-    records = read_records(file.split(" + ")[0].strip(), data.columns)
+    records = read_records(joined(file)[0], data.columns)
     if data.format == "auto" and not data.fields:
         found = guess(records, options=RECIPE_OPTIONS)
         data = data.model_copy(update={"format": found.format, "fields": found.fields})

@@ -40,7 +40,7 @@ class Lengths(NamedTuple):
 def lengths_of(recipe: Recipe) -> Lengths | str:
     """The lengths of the training rows, or why they are not known: the records or the tokenizer are not here."""
     from dual_lora.lab.data.examples import load_split
-    from dual_lora.lab.data.records import find
+    from dual_lora.lab.data.records import find, joined
     from dual_lora.lab.model.load import load_tokenizer, quiet
     from dual_lora.lab.model.location import is_here
 
@@ -52,7 +52,7 @@ def lengths_of(recipe: Recipe) -> Lengths | str:
     if not is_here(recipe.model.path):
         return "the model's tokenizer is not here"
     try:
-        if sum(find(one.strip()).stat().st_size for one in source.split(" + ")) > MOST_BYTES:
+        if sum(find(one).stat().st_size for one in joined(source)) > MOST_BYTES:
             return f"the files of records have more than {MOST_BYTES / 1e6:.0f} MB"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they come when the run begins

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from dual_lora.lab.errors import UserError, suggest
@@ -149,10 +148,11 @@ def model_config(path: str) -> tuple[PreTrainedConfig, Head]:
 
     Raises UserError for what is neither a folder, nor a package's model, nor a published name.
     """
+    from dual_lora.lab.model.location import is_here
     from dual_lora.lab.recipe.published import known_name, published_family, published_names
     from dual_lora.lab.recipe.read import shipped_recipes
 
-    if not Path(path).expanduser().exists() and not path.startswith("package:"):
+    if not is_here(path):
         if known_name(path) is None:
             known = [*published_names(), *shipped_recipes()]
             lists = "`dual-lora estimate --models` and `dual-lora recipes` list names."

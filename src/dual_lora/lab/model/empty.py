@@ -38,10 +38,10 @@ def load_config(path: str, revision: str | None = None, **more: Any) -> PreTrain
     from transformers import AutoConfig
 
     from dual_lora.lab.model.load import quiet
-    from dual_lora.lab.model.location import Location, check_settings, locate, own_code_hint
+    from dual_lora.lab.model.location import Location, check_settings, expanded, locate, own_code_hint
     from dual_lora.lab.recipe.published import known_name, published_config
 
-    here = Path(path).expanduser()
+    here = expanded(path)
     try:
         with quiet():
             if known_name(path) and not here.exists():

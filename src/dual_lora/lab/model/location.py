@@ -82,9 +82,17 @@ def is_plain(loaded: object) -> bool:
 
 def is_here(path: str) -> bool:
     """Whether a model's path is on this machine, and not a name on the hub."""
-    with contextlib.suppress(RuntimeError):  # there is no such person as in ~NAME
-        return path.startswith("package:") or Path(path).expanduser().exists()
+    with contextlib.suppress(UserError):
+        return path.startswith("package:") or expanded(path).exists()
     return False
+
+
+def expanded(path: str) -> Path:
+    """Return a model's path with the ~ written out. Raises UserError for the home of somebody who is not here."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"There is no model {path}: {error}") from None
 
 
 def locate(path: str, revision: str | None = None) -> Location:
@@ -93,10 +101,7 @@ def locate(path: str, revision: str | None = None) -> Location:
         raise UserError(f"The model {path} is on this machine, so it has no revision {revision!r}: leave that out.")
     if path.startswith("package:"):
         return _in_package(path.removeprefix("package:"))
-    try:
-        here = Path(path).expanduser()
-    except RuntimeError as error:
-        raise UserError(f"There is no model {path}: {error}") from None
+    here = expanded(path)
     if here.suffix == ".gguf":
         if not here.is_file():
             raise UserError(f"There is no model file {path}.")
@@ -155,7 +160,7 @@ def check_answers(path: str) -> None:
     One that is missing or damaged is left to whoever loads it.
     """
     try:
-        kinds = read_object(Path(path).expanduser() / "config.json").get("architectures") or [""]
+        kinds = read_object(expanded(path) / "config.json").get("architectures") or [""]
         kind = str(kinds[0])
     except (OSError, ValueError, TypeError, LookupError):
         return
@@ -287,7 +292,7 @@ def suggest_model(path: str, runs: bool = False) -> str:
     with contextlib.suppress(metadata.PackageNotFoundError, ValueError):
         if any(f.suffix in (".gguf", ".safetensors") for f in metadata.distribution(path).files or []):
             return f" Did you mean package:{path}?"
-    given = Path(path).expanduser()
+    given = expanded(path)
     beside = given.parent if given.parent.is_dir() else Path()
     marks = ("config.json", "record.json", "adapter_config.json") if runs else ("config.json",)
     with contextlib.suppress(OSError):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from dual_lora.lab.data.classes import classes_of
 from dual_lora.lab.data.examples import load_split
-from dual_lora.lab.data.records import find
+from dual_lora.lab.data.records import find, joined
 from dual_lora.lab.errors import UserError, suggest
 from dual_lora.lab.files.folder import RunFolder
 from dual_lora.lab.model.location import check_here, locate
@@ -43,7 +43,7 @@ def check_records(recipe: Recipe) -> None:
     """Raise UserError for training records that are missing and, where they are few, for what does not fit in them."""
     data = recipe.data
     named = {"train": data.train, "validation": data.validation if recipe.train.validate_every else None}
-    sources = [one for source in named.values() for part in (source or "").split(" + ") if (one := part.strip())]
+    sources = [one for source in named.values() for one in joined(source or "") if one]
     local = [one for one in sources if not one.startswith("hub:")]
     if sum(find(one).stat().st_size for one in local) > SMALL or len(local) < len(sources):
         return

@@ -18,6 +18,7 @@ from jinja2 import Environment, StrictUndefined, UndefinedError
 from dual_lora._warning import warn
 from dual_lora.lab import yaml_text
 from dual_lora.lab.data.encode import VALUE
+from dual_lora.lab.data.records import joined
 from dual_lora.lab.errors import UserError, damaged
 from dual_lora.lab.files.folder import RunFolder, result_of
 from dual_lora.lab.files.write import write_listed
@@ -274,9 +275,9 @@ def cell(text: object) -> str:
 
 def source_name(source: str) -> str:
     """Return the name of records: a hub's name as it is, of a file its name alone."""
-    parts = [part.strip() for part in source.split(" + ")]
     return " + ".join(
-        without_private_paths(part) if part.startswith("hub:") else Path(part.replace("\\", "/")).name for part in parts
+        without_private_paths(one) if one.startswith("hub:") else Path(one.replace("\\", "/")).name
+        for one in joined(source)
     )
 
 

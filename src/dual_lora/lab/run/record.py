@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from dual_lora.lab.memory import container_limits
+from dual_lora.lab.memory import container_limits, process_limits
 from dual_lora.lab.read import lines_of, parse_json, regular
 
 PACKAGE = Path(__file__).parents[2]
@@ -124,13 +124,7 @@ def total_memory() -> int:
     found = []
     with contextlib.suppress(OSError, ValueError, AttributeError):
         found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    found += container_limits()
-    with contextlib.suppress(ImportError):  # Windows has no such limits
-        import resource
-
-        limits = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_DATA, resource.RLIMIT_AS)]
-        found += [limit for limit in limits if limit != resource.RLIM_INFINITY]
-    return min(found, default=0)
+    return min([*found, *container_limits(), *process_limits()], default=0)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -173,7 +173,7 @@ def _metric(study: Study, task: str, recipe: Recipe) -> str:
 def _keep_test_apart(study: Study, task: str, recipe: Recipe, metric: str) -> str:
     """Raise UserError for records in two sets. Returns a note on overlaps that the recipe declares."""
     from dual_lora.lab.data.overlap import shared, undeclared
-    from dual_lora.lab.data.records import find, hub_split, same_records
+    from dual_lora.lab.data.records import find, hub_split, joined, same_records
 
     data = recipe.data
     if data.tests and not metrics.is_share(metric):
@@ -187,8 +187,7 @@ def _keep_test_apart(study: Study, task: str, recipe: Recipe, metric: str) -> st
         raise UserError(f"tasks.{task}: the recipe names no test records: set data.test.")
 
     def files(source: str) -> set[str]:
-        names = (name.strip() for name in source.split(" + "))
-        return {hub_split(name) if name.startswith("hub:") else str(find(name).resolve()) for name in names}
+        return {hub_split(one) if one.startswith("hub:") else str(find(one).resolve()) for one in joined(source)}
 
     def tested(source: str | None) -> str:
         """Return the test records that are those of this source, "" if none are. A whole split has each of its
