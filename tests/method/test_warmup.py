@@ -189,7 +189,6 @@ def deepspeed(model, flattened=False):
 
 LOOPS = {
     "several passes a step": lambda m: rounds(m, AdamW(trainable(m)), passes=3),
-    "two optimizers on one gradient": lambda m: rounds(m, SGD(trainable(m), lr=0.1), AdamW(trainable(m))),
     "optimizers made anew": lambda m: [train(m, 1) for _ in range(3)],
     "those of other models": lambda m: (train(Mlp()), rounds(m, AdamW(trainable(m)))),
     "a rate of zero": lambda m: (train(m, 2, lr=0.0), rounds(m, AdamW(trainable(m)))),

@@ -2,9 +2,9 @@
 
 An adapter's steps are those of the optimizer that holds its first trainable factor in the order B, A, D, C. A step is
 counted for each layer whose factor has a gradient; a layer that the data never reach stays at λ = 0. Nested steps (of a
-wrapper, a subclass, ZeroRedundancyOptimizer) count once, and so do the steps of two optimizers on one gradient. Steps
-at a learning rate of 0 (of the factors' groups), and steps that a gradient scaler skips, change nothing and are not
-counted. Updates without a torch.optim.Optimizer are counted by `count_step`.
+wrapper, a subclass, ZeroRedundancyOptimizer) count once. Steps at a learning rate of 0 (of the factors' groups), and
+steps that a gradient scaler skips, change nothing and are not counted. Updates without a torch.optim.Optimizer are
+counted by `count_step`.
 
 Adapters without a warm-up add no time to a step.
 """
@@ -28,8 +28,8 @@ warming_layers: weakref.WeakSet[Any] = weakref.WeakSet()  # the layers that have
 counted_steps = 0  # by optimizers, of any adapter
 # Of each optimizer: `counted_steps` before its last step.
 _count_before_step: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
-# Of a layer's adapter: `counted_steps` at its last count, the optimizer, the gradient and the gradient's version.
-_last_counts: weakref.WeakKeyDictionary[Any, dict[str, tuple[int, Any, Any, int]]] = weakref.WeakKeyDictionary()
+# Of a layer, by adapter: `counted_steps` at its last count.
+_last_counts: weakref.WeakKeyDictionary[Any, dict[str, int]] = weakref.WeakKeyDictionary()
 
 
 class Warmup:
@@ -162,24 +162,21 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             those = [f for f in (B, A, D, C) if f.requires_grad or f.grad is not None]
             moved = those and id(those[0]) in held and not moving.isdisjoint(map(id, those))
             if moved and those[0].grad is not None:
-                _count_once(layer, adapter, optimizer, those[0].grad)
+                _count_once(layer, adapter, optimizer)
         if not layer.dual_lora_left:
             warming_layers.discard(layer)
     for one in list(watch_training.watches):
         one.after_step(optimizer, held)
 
 
-def _count_once(layer: Warmup, adapter: str, optimizer: Optimizer, grad: Tensor) -> None:
-    """Count a step, unless a step inside it was counted, or another optimizer's step on the same gradient."""
+def _count_once(layer: Warmup, adapter: str, optimizer: Optimizer) -> None:
+    """Count a step, unless a step inside it was counted."""
     global counted_steps
-    seen = _last_counts.setdefault(layer, {})
-    when, by, of, version = seen.get(adapter, (0, None, None, 0))
-    inside = when > _count_before_step.get(optimizer, 0)
-    same = by is not None and by() not in (None, optimizer) and of() is grad and grad._version == version
-    if not inside and not same:
+    counts = _last_counts.setdefault(layer, {})
+    if counts.get(adapter, 0) <= _count_before_step.get(optimizer, 0):
         layer.count_step(adapter)
         counted_steps += 1
-        seen[adapter] = counted_steps, weakref.ref(optimizer), weakref.ref(grad), grad._version
+        counts[adapter] = counted_steps
 
 
 register_optimizer_step_pre_hook(torch._dynamo.disable(_before_step))
