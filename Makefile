@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # of processor time for their imports in place of 6.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-all tutorial crash fuzz vllm serving test-quick test-oldest test-oldest-lab test-newest test-next coverage lint types format models docs pictures recording release-check bench bench-curves bench-gpu compile-table peft-conformance lock locked sbom clean
+.PHONY: help demo test test-all tutorial crash fuzz mutate vllm serving test-quick test-oldest test-oldest-lab test-newest test-next coverage lint types format models docs pictures recording release-check bench bench-curves bench-gpu compile-table peft-conformance lock locked sbom clean
 
 help:                ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1 — /p' $(MAKEFILE_LIST)
@@ -55,6 +55,10 @@ coverage: $(VENV)/.ready ## what of the package the quick tests run, line by lin
 	$(PY) -m coverage erase
 	$(PY) -m coverage run -m pytest -m "not slow and not model and not long" @tests/quick.txt
 	$(PY) -m coverage combine --quiet && $(PY) -m coverage html --quiet && $(PY) -m coverage report --format=total
+
+mutate: $(VENV)/.ready ## small errors in the modules that pyproject.toml names under [tool.mutmut]; lists those that no test finds
+	$(PY) -m pip install --quiet "mutmut>=3.8"
+	$(PY) -m mutmut run && $(PY) -m mutmut results
 
 tutorial: $(VENV)/.ready ## the tutorial from top to bottom with its real model (ten minutes)
 	WHOLE_TUTORIAL=1 $(PY) -m pytest tests/test_docs.py -m model
@@ -199,4 +203,4 @@ $(TOOLS)/.ready:
 	@touch $@
 
 clean:               ## remove the environment and what runs have left
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-oldest-lab $(VENV)-newest $(VENV)-next $(VENV)-vllm $(VENV)-llama-cpp $(VENV)-locked $(TOOLS) sbom.cdx.json runs demo-output build dist site htmlcov .coverage* src/*.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-oldest-lab $(VENV)-newest $(VENV)-next $(VENV)-vllm $(VENV)-llama-cpp $(VENV)-locked $(TOOLS) sbom.cdx.json runs demo-output build dist site htmlcov mutants .coverage* src/*.egg-info .pytest_cache .ruff_cache .mypy_cache
