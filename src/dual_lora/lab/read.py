@@ -18,6 +18,14 @@ LARGEST_YAML = 2_000_000  # bytes; the longest shipped file has 20,000
 MOST_VALUES = 100_000  # in a YAML file, what its aliases repeat counted again
 
 
+def expanded(path: str, kind: str) -> Path:
+    """Write out the ~ of a path to a `kind` of file. Raises UserError for a home that is not known here."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"There is no {kind} {path}: its home folder is not known on this machine.") from None
+
+
 def regular(file: Path, largest: int = LARGEST) -> Path:
     """The file, unless reading it might never end (ValueError). Raises OSError where there is none."""
     state = file.stat()

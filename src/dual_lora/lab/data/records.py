@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from dual_lora.lab.errors import UserError, being_read, described, suggest
-from dual_lora.lab.read import delimiter_of, lines_of, not_utf8, parse_json, regular, repeated
+from dual_lora.lab.read import delimiter_of, expanded, lines_of, not_utf8, parse_json, regular, repeated
 
 _SEPARATORS = {",": "a comma", ";": "a semicolon", "\t": "a tab"}  # of a .csv file
 
@@ -34,7 +34,7 @@ class Record:
 
 def data_folder() -> Path:
     """Return the folder in which relative data paths are sought after the working folder."""
-    return Path(os.environ.get("DUAL_LORA_DATA", "../shared/data")).expanduser()
+    return expanded(os.environ.get("DUAL_LORA_DATA", "../shared/data"), "data folder")
 
 
 def joined(source: str) -> list[str]:
@@ -50,7 +50,7 @@ def stamp(path: Path) -> tuple[Path, int, int]:
 
 def find(source: str) -> Path:
     """The file that ``source`` names. Raises UserError saying where it was sought."""
-    path = Path(source).expanduser()
+    path = expanded(source, "data file")
     candidates = [path] if path.is_absolute() else [path, data_folder() / path]
     for candidate in candidates:
         if candidate.is_file():

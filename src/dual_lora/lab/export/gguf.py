@@ -18,6 +18,7 @@ from dual_lora.lab.files.write import free_file, write_atomically
 from dual_lora.lab.model.location import own_code
 from dual_lora.lab.model.opened import open_tuned
 from dual_lora.lab.permission import SAFE_PATH
+from dual_lora.lab.read import expanded
 
 SCRIPT, LORA_SCRIPT = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"
 ON_PATH = (SCRIPT, "convert-hf-to-gguf", "llama-convert-hf-to-gguf")
@@ -141,7 +142,7 @@ def find_converter(given: str | None = None) -> list[str]:
     """
     for where, path in (("--converter", given), (f"${VARIABLE}", os.environ.get(VARIABLE))):
         if path:
-            script = Path(path).expanduser()
+            script = expanded(path, "converter")
             script = script / SCRIPT if script.is_dir() else script
             if not script.is_file():
                 raise UserError(f"{where} is {path}, but there is no {script}.")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dual_lora.lab.errors import UserError, described, memory_full
+from dual_lora.lab.read import expanded
 from dual_lora.lab.recipe.schema import method_in
 
 if TYPE_CHECKING:
@@ -38,10 +39,10 @@ def load_config(path: str, revision: str | None = None, **more: Any) -> PreTrain
     from transformers import AutoConfig
 
     from dual_lora.lab.model.load import quiet
-    from dual_lora.lab.model.location import Location, check_settings, expanded, locate, own_code_hint
+    from dual_lora.lab.model.location import Location, check_settings, locate, own_code_hint
     from dual_lora.lab.recipe.published import known_name, published_config
 
-    here = expanded(path)
+    here = expanded(path, "model")
     try:
         with quiet():
             if known_name(path) and not here.exists():

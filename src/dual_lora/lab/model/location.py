@@ -17,7 +17,7 @@ from typing import Any
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.named_files import check_plain_name
-from dual_lora.lab.read import has_second_name, read_object
+from dual_lora.lab.read import expanded, has_second_name, read_object
 
 HUB_SECONDS = 10  # for an answer whether it has a model
 WEIGHTS = (".safetensors", ".bin", ".gguf")
@@ -83,16 +83,8 @@ def is_plain(loaded: object) -> bool:
 def is_here(path: str) -> bool:
     """Whether a model's path is on this machine, and not a name on the hub."""
     with contextlib.suppress(UserError):
-        return path.startswith("package:") or expanded(path).exists()
+        return path.startswith("package:") or expanded(path, "model").exists()
     return False
-
-
-def expanded(path: str) -> Path:
-    """Return a model's path with the ~ written out. Raises UserError for the home of somebody who is not here."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        raise UserError(f"There is no model {path}: {error}") from None
 
 
 def locate(path: str, revision: str | None = None) -> Location:
@@ -101,7 +93,7 @@ def locate(path: str, revision: str | None = None) -> Location:
         raise UserError(f"The model {path} is on this machine, so it has no revision {revision!r}: leave that out.")
     if path.startswith("package:"):
         return _in_package(path.removeprefix("package:"))
-    here = expanded(path)
+    here = expanded(path, "model")
     if here.suffix == ".gguf":
         if not here.is_file():
             raise UserError(f"There is no model file {path}.")
@@ -160,7 +152,7 @@ def check_answers(path: str) -> None:
     One that is missing or damaged is left to whoever loads it.
     """
     try:
-        kinds = read_object(expanded(path) / "config.json").get("architectures") or [""]
+        kinds = read_object(expanded(path, "model") / "config.json").get("architectures") or [""]
         kind = str(kinds[0])
     except (OSError, ValueError, TypeError, LookupError):
         return
@@ -292,7 +284,7 @@ def suggest_model(path: str, runs: bool = False) -> str:
     with contextlib.suppress(metadata.PackageNotFoundError, ValueError):
         if any(f.suffix in (".gguf", ".safetensors") for f in metadata.distribution(path).files or []):
             return f" Did you mean package:{path}?"
-    given = expanded(path)
+    given = expanded(path, "model")
     beside = given.parent if given.parent.is_dir() else Path()
     marks = ("config.json", "record.json", "adapter_config.json") if runs else ("config.json",)
     with contextlib.suppress(OSError):
