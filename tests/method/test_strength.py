@@ -3,10 +3,16 @@
 import copy
 import operator
 import pickle
+import warnings
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from peft.helpers import rescale_adapter_scale
+from peft.tuners.lora import LoraLayer
 from tiny import ONE_GRAPH, Mlp, adapted, changed, layer, layers, points, state, train, trainable
+
+from dual_lora import DualLoraConfig
 
 CHANGES = {
     "to": lambda model: model.to("cpu"),
@@ -74,6 +80,44 @@ def test_a_strength_written_as_for_lora_acts_compiled_too(way, copied):
                 for run in (model, compiled):
                     torch.testing.assert_close(run(points()), theirs(points()))
             assert counter.frame_count == before
+
+
+@pytest.mark.parametrize("way", WRITTEN)
+def test_a_strength_that_is_to_train_is_refused(way):
+    """LoRA's gives it a gradient. A plain tensor is the number that it holds."""
+    module, other = layers(adapted(init_std=0.3)).values()
+    before = module(points())
+    with pytest.raises(ValueError, match="requires a gradient, and there is none for it"), torch.no_grad():
+        WRITTEN[way](module, torch.nn.Parameter(torch.tensor(2.0)))
+    assert torch.equal(module(points()), before)
+    WRITTEN[way](other, torch.tensor(2.0))
+    assert dict(other.scaling) == {"default": 2.0}
+
+
+def test_scripts_that_look_for_loras_layers_find_these():
+    """`isinstance(module, LoraLayer)`, as PEFT's own helper asks."""
+    model = adapted(init_std=0.3).eval()
+    assert [m for m in model.modules() if isinstance(m, LoraLayer)] == [*layers(model).values()]
+    assert not isinstance(model.base_model.model.first.base_layer, LoraLayer)
+    full, half = model(points()), copy.deepcopy(model)
+    for module in layers(half).values():
+        module.set_scale("default", 0.5)
+    with rescale_adapter_scale(model, 0.5):
+        assert torch.equal(model(points()), half(points()))
+    assert torch.equal(model(points()), full)
+
+
+def test_lora_over_it_is_refused_and_below_it_works():
+    options = dict(r=4, target_modules=["first"])
+    for below, above in ((DualLoraConfig, LoraConfig), (LoraConfig, DualLoraConfig)):
+        inner = get_peft_model(Mlp(), below(**options)).base_model.model
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`|You are trying to modify a model")
+            if above is DualLoraConfig:
+                get_peft_model(inner, above(**options))(points())
+                continue
+            with pytest.raises(TypeError, match=r"cannot hold an adapter of LoraConfig.*merge the Dual LoRA adapter"):
+                get_peft_model(inner, above(**options))
 
 
 # Inference mode, in which models are often loaded.

@@ -279,6 +279,25 @@ def test_the_papers_start_rises_with_the_steps(kind):
         optimizer.zero_grad()
 
 
+def test_a_penalty_on_the_update_reaches_the_factors(kind):
+    """As with LoRA: ‖ΔW‖ or ΔW's share in another update, as a part of the loss."""
+    model = adapted(kind)
+    given = leaves(model)
+    for part, layer in parts(model).items():
+        ours = layer._matrix(layer.get_delta_weight("default"))
+        # What has no part in the layer, such as the padding's row, is 0 in ours alone.
+        G = torch.randn(ours.shape, generator=torch.Generator().manual_seed(4)) * (ours.detach() != 0)
+        theirs = update(layer, given[part], "default")
+        assert_near(ours * G.ne(0), theirs * G.ne(0), what=f"{part}: ΔW")
+        factors = layer.factors("default")
+        got = torch.autograd.grad(ours, factors, 3 * G, retain_graph=True)
+        for name, own, want in zip("ABCD", got, torch.autograd.grad(theirs, given[part], 3 * G), strict=True):
+            assert want.any()
+            assert_near(own, want, what=f"{part}: {name}")
+        with torch.no_grad():
+            assert not layer.get_delta_weight("default").requires_grad
+
+
 def test_training_moves_the_factors_alone(kind):
     model, x = adapted(kind, init_weights=True).train(), kind.x()
     before, target = stored(model), outputs(model, x) + 1

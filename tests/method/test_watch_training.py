@@ -121,6 +121,42 @@ def test_factors_that_a_script_for_lora_leaves_out_are_noticed():
     assert len(told(caught)) == 1
 
 
+def of_peft(model, ratio):
+    from peft.optimizers import create_loraplus_optimizer
+
+    return create_loraplus_optimizer(model, torch.optim.SGD, lr=0.01, loraplus_lr_ratio=ratio)
+
+
+def by_hand(model, ratio, *higher):
+    groups = dict(params=of(model, *higher), lr=0.01 * ratio), dict(params=[], lr=0.01)
+    own = {id(p) for p in groups[0]["params"]}
+    groups[1]["params"] += [p for p in trainable(model) if id(p) not in own]
+    optimizer = torch.optim.SGD(groups)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 10)  # all rates are 0 in the first step
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    ("made", "told_of"),
+    [
+        (lambda model: of_peft(model, 16.0), True),
+        (lambda model: by_hand(model, 16.0, "lora_B"), True),
+        (lambda model: of_peft(model, 1.0), False),
+        (lambda model: by_hand(model, 16.0, "lora_B", "lora_D"), False),
+        (lambda model: by_hand(model, 4.0, "lora_C", "lora_D"), False),
+        (lambda model: by_hand(model, 4.0, "first"), False),
+    ],
+    ids=["of PEFT", "by hand", "one rate", "B and D", "C and D", "by layer"],
+)
+def test_rates_by_lora_s_names_are_noticed(made, told_of):
+    """LoRA+: B's rate, which D is to have as well. It comes once, before anything has moved."""
+    model = adapted(init_weights=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(model, 6, optimizer=made(model))
+    assert ["learning rates as LoRA+" in message for message in told(caught)] == [True] * told_of
+
+
 def test_factors_that_are_frozen_or_have_an_optimizer_of_their_own_are_no_fault():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -110,8 +111,9 @@ class FactorsLayer(Warmup, Strength, Seeds, nn.Module, BaseTunerLayer):
         self,
         adapter_name: str,
         r1: int,
-        r2: int,
-        alpha: float | None,
+        r2: int = 0,
+        alpha: float | None = None,
+        *,
         config: DualLoraConfig,
         share: float = EXACT,
         key: str = "",
@@ -122,8 +124,14 @@ class FactorsLayer(Warmup, Strength, Seeds, nn.Module, BaseTunerLayer):
         share: the share of the tokens that gradients are estimated from, as the operator takes it.
         key: the layer's name, which the seed of a frozen direction depends on.
 
-        Raises ValueError for a complex weight, a weight cut by a foreign plan, and a `plain_rank` that is not below r1.
+        Raises ValueError for a complex weight, a weight cut by a foreign plan, and a `plain_rank` that is not below r1;
+        TypeError for a LoRA, which PEFT adds to what it takes for a LoRA's layer.
         """
+        if not isinstance(config, DualLoraConfig):
+            raise TypeError(
+                f"A Dual LoRA layer cannot hold an adapter of {type(config).__name__} next to its own: merge the Dual "
+                "LoRA adapter first (`merge_and_unload()`), or put the other one on the base before it."
+            )
         base: Any = self.get_base_layer()
         sharded.refuse_bare_parts(base)
         if isinstance(getattr(base, "weight", None), Tensor) and base.weight.is_complex():
@@ -320,6 +328,10 @@ class FactorsLayer(Warmup, Strength, Seeds, nn.Module, BaseTunerLayer):
                 numbers[adapter_name] = numbers[adapter_name].to(device)
         self._scale(adapter_name)
         mark_as_stored(self._stored_factors(adapter_name))
+
+
+# Scripts find the layers whose strength they set by `isinstance(module, LoraLayer)`. Without this they would find none.
+LoraLayer.register(FactorsLayer)
 
 
 def _after_load(layer: FactorsLayer, incompatible_keys: Any) -> None:

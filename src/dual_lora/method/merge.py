@@ -9,11 +9,13 @@ from torch import Tensor, nn
 
 from .._warning import warn
 from ..core import dispatch
+from ..core.compose_op import dual_lora_weight
 from ..core.reference import Adapter
 from .cache import composed_weights
 from .factors import FactorsLayer
 from .parallel import sharded
 from .precision import Warned
+from .scaler import loss_scale
 
 _TORCH_TYPES = nn.Parameter, Tensor
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -41,9 +43,17 @@ class MergeLayer(FactorsLayer):
         return result
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """Return ΔW of an adapter at its present λ, fp32, in the layout of the stored weight."""
-        with torch.no_grad():
-            return self._from_matrix(self._compose(None, [self.adapter(adapter)], torch.float32))
+        """Return ΔW of an adapter at its present λ, fp32, in the layout of the stored weight.
+
+        Differentiable in the factors, as LoRA's is: a penalty on ΔW trains them, by the method's own gradients.
+        """
+        return self._from_matrix(self._delta(self.adapter(adapter)))
+
+    def _delta(self, adapter: Adapter) -> Tensor:
+        """Return ΔW of an adapter, or of a part of its rows, as a matrix."""
+        if torch.is_grad_enabled() and any(factor.requires_grad for factor in adapter.factors):
+            return dual_lora_weight(None, [adapter], loss_scale(adapter.factors.A.device))
+        return self._compose(None, [adapter], torch.float32)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge adapters into the base weight.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.reference import Form, scaling
+from ..core.reference import Form, refuse_trained, scaling
 from ..core.tokens import EXACT
 
 
@@ -35,7 +35,8 @@ class AdapterState:
 
 
 class Scaling(dict[str, float]):
-    """Strengths by adapter. Every way of writing one also replaces the tensor that holds it.
+    """Strengths by adapter. Every way of writing one also replaces the tensor that holds it. A strength that trains is
+    refused.
 
     The tensor is replaced and not overwritten, because a graph that waits for its backward has saved the old one.
     """
@@ -46,6 +47,10 @@ class Scaling(dict[str, float]):
         self.update(values)
 
     def __setitem__(self, name: str, value: float) -> None:
+        if isinstance(value, Tensor):
+            with torch.enable_grad():  # one that is put in place for training later
+                refuse_trained(value)
+            value = value.item()
         super().__setitem__(name, value)
         if name in self.tensors:
             self.tensors[name] = _scale_tensor(value, self.tensors[name].dtype, self.tensors[name].device)

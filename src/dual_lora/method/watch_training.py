@@ -24,12 +24,14 @@ class Watch:
     def __init__(self, adapter: str, layers: list[Any]):
         self.adapter, self.layers = adapter, [weakref.ref(layer) for layer in layers]
         self.own_steps = self.foreign_steps = 0
+        self.rates_told = False
         self.held: set[int] = set()  # the ids of the factors that some optimizer holds
         watches.add(self)
 
     def before_step(self, optimizer: Optimizer) -> None:
-        """Raise TypeError for an optimizer that is made for LoRA's two factors."""
+        """Raise TypeError for an optimizer that is made for LoRA's two factors, and warn of rates that are."""
         if type(optimizer).__name__ != "LoraFAOptimizer":
+            self._check_rates(optimizer)
             return
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if any(id(f) in held for f in self._factors()):
@@ -41,6 +43,26 @@ class Watch:
                 "and does not fit Dual LoRA, which has four factors. Nothing was trained, and A is no longer frozen: "
                 "make another optimizer, such as torch.optim.AdamW."
             )
+
+    def _check_rates(self, optimizer: Optimizer) -> None:
+        """Warn before the first step of LoRA+ by LoRA's names, which gives B a rate of its own, and D that of A."""
+        if self.own_steps or self.rates_told:
+            return
+        rates = {id(p): g.get("initial_lr", g.get("lr")) for g in optimizer.param_groups for p in g["params"]}
+        for layer in (one() for one in self.layers):
+            if layer is None or self.adapter not in layer.states or not layer.states[self.adapter].r2:
+                continue
+            A, B, C, D = (rates.get(id(factor)) for factor in layer._stored_factors(self.adapter))
+            if B is not None and D is not None and A == C == D != B:
+                self.rates_told = True
+                warn(
+                    f"The factors of the Dual LoRA adapter {self.adapter!r} have learning rates as LoRA+ gives them by "
+                    f"LoRA's names: B has {float(B):.3g}, and D, which is on the output's side as well, has "
+                    f"{float(D):.3g} like A and C. Put the parameters with '.dual_lora_D.' in their name in the group "
+                    "of B. (PEFT's `create_loraplus_optimizer` also takes those of embeddings for a linear layer's.)",
+                    stacklevel=4,
+                )
+                return
 
     def _factors(self) -> list[Tensor]:
         alive = [layer for layer in (one() for one in self.layers) if layer is not None]

@@ -82,10 +82,8 @@ class MultiheadAttention(DualLoraLayer):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW of the stacked input projections, fp32, [3E, I]; zero where a separate projection has no columns."""
-        with torch.no_grad():
-            parts = self._parts(self.adapter(adapter)).values()
-            deltas = [dispatch.compose(None, [part], torch.float32) for part in parts]
-            return torch.cat([nn.functional.pad(d, (0, self.in_features - d.shape[1])) for d in deltas])
+        deltas = map(self._delta, self._parts(self.adapter(adapter)).values())
+        return torch.cat([nn.functional.pad(d, (0, self.in_features - d.shape[1])) for d in deltas])
 
     # Merge: like every layer's, for one or three weights and the output projection.
 
