@@ -42,14 +42,19 @@ def compositions(monkeypatch):
     return made
 
 
+def tokens(rows=None):
+    """One token of so many sequences, as decoding sees them."""
+    return (points() if rows is None else points(rows)).unsqueeze(1)
+
+
 def run(model, x=None, mode=torch.no_grad):
     with mode():
-        return model(points() if x is None else x).clone()
+        return model(tokens() if x is None else x).clone()
 
 
 def truth(model, x=None):
     """The same without the cache: with gradients on it is not used."""
-    return model(points() if x is None else x).detach()
+    return model(tokens() if x is None else x).detach()
 
 
 def test_used_in_evaluation_without_gradients(model, compositions):
@@ -78,11 +83,14 @@ def test_its_weight_is_the_merged_weight(model):
 
 @pytest.mark.parametrize("why", ["gradients", "training", "many rows"])
 def test_not_used(model, why):
-    x = points()
+    x = tokens()
+    run(model)
+    composed_weights.clear()
     if why == "training":
         model.train()
+        x = points()
     if why == "many rows":
-        x = points(layer_module.CACHED_ROWS + 1)
+        x = tokens(layer_module.CACHED_ROWS + 1)
     with torch.set_grad_enabled(why == "gradients"):
         model(x)
     assert composed_weights.bytes_held == 0
@@ -90,14 +98,28 @@ def test_not_used(model, why):
 
 @pytest.mark.parametrize("rows", [1, layer_module.CACHED_ROWS])
 def test_used_for_few_rows(model, rows):
-    run(model, points(rows))
+    run(model, tokens(rows))
     assert composed_weights.bytes_held > 0
+
+
+def test_a_layer_without_sequences_goes_by_those_with_sequences(model, compositions):
+    """As an expert in a model that decodes. Alone, or in an evaluation, its weight is composed in every pass."""
+    for _ in range(2):
+        run(model, points())
+    assert composed_weights.bytes_held == 0
+    run(model)
+    kept = len(compositions)
+    run(model, points())
+    assert len(compositions) == kept
+    run(model, points(layer_module.DECODED_TOKENS + 1).unsqueeze(0))
+    run(model, points())
+    assert composed_weights.bytes_held == 0
 
 
 def test_a_model_in_training_mode_that_decodes(model, compositions):
     """As RL trainers generate: without gradients, and never in eval mode."""
     model.train()
-    step = points(3).unsqueeze(1)  # one token of three sequences
+    step = tokens(3)
     expected = truth(model, step)
     for _ in range(4):
         torch.testing.assert_close(run(model, step), expected, rtol=1e-5, atol=1e-6)
@@ -236,7 +258,7 @@ def test_factors_that_were_thawed_are_followed_through_backward(model):
 
 def test_a_transform_of_the_factors_raises_a_clear_error(model):
     name, B = next((n, p) for n, p in model.named_parameters() if "dual_lora_B.default" in n)
-    x = points()
+    x = tokens()
     with torch.no_grad(), pytest.raises(NotImplementedError, match="vmap"):
         torch.func.vmap(lambda B: torch.func.functional_call(model, {name: B}, x))(torch.stack([B, 2 * B]))
 
@@ -279,7 +301,7 @@ def test_memory_is_given_back(model, act):
 def test_dtypes(model):
     run(model)
     model.to(torch.bfloat16)
-    x = points().bfloat16()
+    x = tokens().bfloat16()
     torch.testing.assert_close(run(model, x), truth(model, x), rtol=0.05, atol=0.05)
     assert all(e.weight.dtype == torch.bfloat16 for e in composed_weights._entries.values())
     model.float()
@@ -309,10 +331,10 @@ def test_a_model_made_in_inference_mode():
     """Inference tensors have no version counter; nothing of theirs is kept."""
     with torch.inference_mode():
         model = adapted(init_weights=False).eval()
-        first = model(points())
+        first = model(tokens())
         assert composed_weights.bytes_held == 0
         layer(model).dual_lora_B["default"].mul_(2)
-        assert not torch.equal(model(points()), first)
+        assert not torch.equal(model(tokens()), first)
 
 
 def test_bounded_with_one_warning(model, monkeypatch):
@@ -358,15 +380,15 @@ def test_writes_through_data_are_not_seen_until_cleared(model):
 @pytest.mark.parametrize("rows", [1, 20], ids=["kept", "too many rows to keep"])
 def test_a_sequence_is_composed_for_anew(model, compositions, rows):
     """An average of weights that is put in place through `.data` after one evaluation, and evaluated itself."""
-    tokens = points()[:1, None]
+    token = tokens(1)
     sequence = points()[:1].expand(rows, layer_module.DECODED_TOKENS + 1, -1).contiguous()
-    before = run(model, tokens)
-    run(model, tokens.expand(-1, layer_module.DECODED_TOKENS, -1))
+    before = run(model, token)
+    run(model, token.expand(-1, layer_module.DECODED_TOKENS, -1))
     assert len(compositions) == 2, "a few tokens at once are decoding"
     layer(model).dual_lora_B["default"].data.mul_(2)
-    assert torch.equal(run(model, tokens), before), "the documented limit"
+    assert torch.equal(run(model, token), before), "the documented limit"
     torch.testing.assert_close(run(model, sequence), truth(model, sequence), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(run(model, tokens), truth(model, tokens), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(run(model, token), truth(model, token), rtol=1e-5, atol=1e-6)
 
 
 def test_threads_may_add_and_drop_while_others_count(monkeypatch):
@@ -401,9 +423,9 @@ def test_a_model_without_adapters_is_left_alone():
 def test_a_graph_holds_no_kept_weight(model):
     run(model)
     with torch.no_grad():
-        graph = make_fx(lambda x: model(x))(points())
+        graph = make_fx(lambda x: model(x))(tokens())
         layer(model).dual_lora_B["default"].mul_(2)
-        torch.testing.assert_close(graph(points()), model(points()))
+        torch.testing.assert_close(graph(tokens()), model(tokens()))
 
 
 def test_a_pass_without_numbers_leaves_nothing(model):

@@ -47,12 +47,15 @@ def test_further_arguments_are_the_bases():
     torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-4)
 
 
-def test_its_composed_weight_is_kept_in_inference():
+def test_its_composed_weight_is_kept_while_a_model_decodes():
     base, x = case("scaled")
     model, _ = adapted(base)
     composed_weights.clear()
     with torch.no_grad():
         model.eval()(x)
+        assert composed_weights.bytes_held == 0
+        composed_weights.decoding = True  # as a layer with sequences finds
+        model(x)
     assert composed_weights.bytes_held == base.weight.nbytes
 
 

@@ -1,4 +1,4 @@
-"""Composed weights kept for inference.
+"""Composed weights kept while a model decodes.
 
 Without them every decoding step would compose every weight anew: 2 (r1 + r2) flops an entry for one multiply-add.
 
@@ -10,9 +10,9 @@ factors, `train()`, loading, merging and adapter changes, and (linear layers) wh
 
 Writes to the same memory past autograd are not noticed: `param.data.mul_()` (as weight averages do), writes through
 `param.detach().numpy()`, or to a vector whose parts are the parameters (`vector_to_parameters`, evolution strategies).
-`param.data = other`, with other memory, is noticed. A linear layer composes its weight again for a prompt or an
-evaluation of sequences (`DECODED_TOKENS`). In other layers, or without sequences, call `composed_weights.clear()` after
-such writes.
+`param.data = other`, with other memory, is noticed. So nothing is kept where such writes are usual: a model whose
+inputs are no sequences, or longer ones than `DECODED_TOKENS`, has its weights composed in every pass. Only between two
+steps of decoding call `composed_weights.clear()` after such writes.
 """
 
 import threading
@@ -66,6 +66,7 @@ class ComposedWeights:
 
     def __init__(self, limit_bytes: int = 4 << 30):
         self.limit_bytes = limit_bytes
+        self.decoding = False  # whether the last sequences were of few tokens; layers without sequences go by it
         self._entries: weakref.WeakKeyDictionary[nn.Module, _Entry] = weakref.WeakKeyDictionary()
         self._warned = Warned()
         self._lock = threading.RLock()  # several threads may generate at once
@@ -123,6 +124,7 @@ class ComposedWeights:
 
     def clear(self) -> None:
         """Drop all composed weights, e.g. after writing to parameters through `.data`."""
+        self.decoding = False
         with self._lock:
             for layer in list(self._entries):
                 self.drop(layer)

@@ -29,7 +29,7 @@ from .parallel import sharded
 from .replaced import original, replaced, turn
 from .scaler import loss_scale
 
-# Up to so many rows of x, composing the weight costs more than its product, and inference keeps the composed weight.
+# Up to so many rows of x, composing the weight costs more than its product, and decoding keeps the composed weight.
 CACHED_ROWS = 256
 # Up to so many tokens of a sequence at once are decoding (one token, or some that a draft model proposes). More are a
 # prompt or an evaluation: then the weight is composed again, because a write to it may have gone unnoticed.
@@ -77,14 +77,17 @@ class DualLoraLayer(MergeLayer):
             )
         return names
 
-    def _may_cache(self, x: Tensor | None = None) -> bool:
-        """Whether a composed weight may be cached: in inference, but not in a graph, where it would be a constant.
+    def _may_keep(self, x: Tensor | None = None) -> bool:
+        """Whether a composed weight may be kept: while a model decodes, but not in a graph, whose constant it would be.
 
-        x: an input of one token per sequence counts as inference in training mode too, because trainers generate there.
+        x: an input that shows whether the model decodes, [batch, tokens, features]. One token a sequence is decoding in
+        training mode too, because trainers generate there.
         """
         if torch.is_grad_enabled() or is_traced() or torch._C._len_torch_dispatch_stack():  # make_fx, fake tensors
             return False
-        if sharded.is_gathered(self):
+        if x is not None and x.dim() == 3:
+            composed_weights.decoding = x.shape[1] <= DECODED_TOKENS
+        if not composed_weights.decoding or sharded.is_gathered(self):
             return False
         return not self.training or (x is not None and x.dim() == 3 and x.shape[1] == 1)
 
@@ -107,7 +110,7 @@ class DualLoraLayer(MergeLayer):
         dtype = dtype or autocast_dtype(operand.device, operand.dtype) or operand.dtype
         matrix, adapters = None if weight is None else self._matrix(weight), [*chosen.values()]
         make = partial(dual_lora_weight, matrix, adapters, loss_scale(operand.device), dtype=dtype)
-        if keeps and weight is not None and self._may_cache():
+        if keeps and weight is not None and self._may_keep():
             return Composed(self._cached_weight(weight, chosen, dtype, make), matrix, adapters)
         return Composed(make(), matrix, adapters)
 
@@ -301,7 +304,7 @@ class Linear(MapLayer):
         self, x: Tensor, weight: Tensor | Handle | None, bias: Tensor | None, chosen: Adapters, source: Any = None
     ) -> Tensor:
         """x (W + ΣΔW)ᵀ + bias; in inference by a composed weight that is kept while `source`, which W is of, stays."""
-        keeps = source is not None and self._may_cache(x) and x.numel() <= CACHED_ROWS * self.in_features
+        keeps = source is not None and self._may_keep(x) and x.numel() <= CACHED_ROWS * self.in_features
         # A prompt, an evaluation or a training step begins. (Not in a graph, which would depend on the lengths.)
         begins = not torch.compiler.is_compiling() and (
             (x.ndim == 3 and x.shape[1] > DECODED_TOKENS) or (self.training and not keeps)
