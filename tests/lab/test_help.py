@@ -58,6 +58,37 @@ def test_the_script_is_one(call, tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+COMPLETE = """
+. "$1"
+for cur in run '"run' ~/run ./~; do
+  COMP_WORDS=(dual-lora report "$cur") COMP_CWORD=2
+  _dual_lora
+  for reply in "${COMPREPLY[@]}"; do
+    eval "printf '%s\\n' $reply"
+    [[ $cur == '"'* ]] && eval "true \"$reply\""
+  done
+done
+"""
+
+
+@pytest.mark.parametrize("install", [False, True])
+def test_bash_runs_nothing_of_a_name_that_it_completes(install, call, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "script").write_text(call("completion", "bash", *["--install"] * install)[1])
+    script = next((tmp_path / ".local").rglob("dual-lora")) if install else tmp_path / "script"
+    names = ["run", "run$(touch ran)", "run`touch ran`", "run;touch ran;", "run a blank", "run'", "./~$(touch ran)"]
+    for name in [*names, "run\n$(touch ran)", "run\x1b$(touch ran)", "run\udcff$(touch ran)"]:
+        (tmp_path / "here" / name).mkdir(parents=True)
+    (tmp_path / "run at home").mkdir()
+    done = subprocess.run(
+        ["bash", "--norc", "-c", COMPLETE, "-", str(script)],
+        cwd=tmp_path / "here", capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stderr == ""
+    assert {*names, str(tmp_path / "run at home")} <= {*done.stdout.splitlines()}
+    assert not list(tmp_path.rglob("ran"))
+
+
 def test_it_is_installed_where_the_shell_looks(call, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     code, _, err = call("completion", "bash", "--install", "--json")

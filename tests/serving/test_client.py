@@ -11,6 +11,7 @@ import peft
 import pytest
 from adapters import METHODS, small
 
+from dual_lora.serving import client
 from dual_lora.serving.client import AdapterServer, ServerError
 from dual_lora.serving.http_request import send_request
 from listening import listening
@@ -89,6 +90,18 @@ def test_bad_answers_are_one_sentence(body, why):
     with answering(body=body) as (url, _), pytest.raises(ServerError, match=why) as raised:
         AdapterServer(url, "m", timeout=5).complete([[1, 2]], 2)
     assert "\n" not in str(raised.value)
+
+
+def test_values_without_an_end(monkeypatch):
+    monkeypatch.setattr(client, "MOST_VALUES", 5)
+    with answering(body=told()) as (url, _), pytest.raises(ServerError, match="more than 5 values"):
+        AdapterServer(url, "m", timeout=5).complete([[1, 2]], 2)
+
+
+def test_an_error_s_text_holds_no_codes():
+    with answering(500, b"\x1b[2Jno\xc2\x9b") as (url, _), pytest.raises(ServerError, match="no") as raised:
+        AdapterServer(url, "m", timeout=5).complete([[1, 2]], 2)
+    assert str(raised.value).isprintable()
 
 
 def test_a_body_that_ends_early():

@@ -53,7 +53,7 @@ def json_object(text: str | bytes) -> dict[str, Any]:
     another reader may get further with: a nesting (the stack that is left differs), a number of thousands of digits."""
     try:
         said = text if isinstance(text, str) else text.decode(json.detect_encoding(text), "surrogatepass")
-        if (count := _values_in(said)) > MOST_VALUES:
+        if (count := values_in(said, MOST_VALUES)) > MOST_VALUES:
             raise Unclear(f"The request has {count:,} values, of which at most {MOST_VALUES:,} are read.")
         body = json.loads(said, object_pairs_hook=_Fields)
     except Unclear:
@@ -69,10 +69,11 @@ def json_object(text: str | bytes) -> dict[str, Any]:
     return body
 
 
-def _values_in(text: str) -> int:
-    """Return an upper bound of a JSON text's values: the separators outside strings."""
+def values_in(text: str, most: int) -> int:
+    """Return an upper bound of a JSON text's values: the separators outside strings. Of more than `most` strings only
+    that there are more."""
     bare = text.replace("\\\\", "").replace('\\"', "")
-    if (count := bare.count('"')) <= MOST_VALUES:
+    if (count := bare.count('"')) <= most:
         outside = "".join(bare.split('"')[::2])
         count = sum(map(outside.count, ",[{"))
     return count

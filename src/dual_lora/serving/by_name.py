@@ -34,7 +34,7 @@ class ByName:
         if not self._may_reach_the_model(scope):
             await self.app(scope, receive, send)
             return
-        said: dict[str, Any] = {}
+        said: dict[str, Any] | Unclear = {}
         if scope["type"] == "websocket":
             receive = self._without_names(receive, send)
         else:
@@ -47,17 +47,12 @@ class ByName:
             try:
                 said = read_body(scope["headers"], whole)
             except Unclear as error:
-                if self.names:
-                    await _refuse(send, 400, str(error))
-                    return
-        model = said.get("model")
-        name = model if isinstance(model, str) and model in self.names else None
-        if self.names and said.get("background"):
-            why = "No request can run in the background here: the turn of its adapter ends with its answer."
-            await _refuse(send, 400, why)
-            return
+                said = error
         try:
-            await self.turns.enter(name)
+            await self._enter_turn(said)
+        except Unclear as error:
+            await _refuse(send, 400, str(error))
+            return
         except Exception as error:
             await _refuse(send, 503, str(error))
             return
@@ -65,6 +60,31 @@ class ByName:
             await self.app(scope, receive, _with_read_timeout(send))
         finally:
             self.turns.leave()
+
+    async def _enter_turn(self, said: dict[str, Any] | Unclear) -> None:
+        """Wait for the turn of the adapter that the request names, which may have got its name meanwhile. Raises
+        Unclear, without a turn."""
+        while True:
+            name = self._name_in(said)
+            await self.turns.enter(name)
+            try:
+                if name is not None or self._name_in(said) is None:
+                    return
+            except Unclear:
+                self.turns.leave()
+                raise
+            self.turns.leave()
+
+    def _name_in(self, said: dict[str, Any] | Unclear) -> str | None:
+        """Return the adapter's name in a request. Raises Unclear for a request that cannot be answered by name."""
+        if isinstance(said, Unclear):
+            if self.names:
+                raise said
+            return None
+        if self.names and said.get("background"):
+            raise Unclear("No request can run in the background here: the turn of its adapter ends with its answer.")
+        model = said.get("model")
+        return model if isinstance(model, str) and model in self.names else None
 
     def _without_names(self, receive: Receive, send: Send) -> Receive:
         """Receive what comes through a websocket, up to a message that asks for an adapter by name, or until others
@@ -132,17 +152,21 @@ def _with_read_timeout(send: Send) -> Send:
 
 
 async def _read(receive: Receive) -> tuple[bytes, Receive]:
-    """The whole body, or a little more than LARGEST of it, and the same to be received again."""
-    messages = [await receive()]
-    size = len(messages[0].get("body", b""))
-    while messages[-1].get("more_body") and size <= LARGEST:
-        messages.append(await receive())
-        size += len(messages[-1].get("body", b""))
+    """The whole body, or a little more than LARGEST of it, and the same to be received again, in one piece: it may have
+    come as millions, with one byte each."""
+    message, body = await receive(), bytearray()
+    while len(body) <= LARGEST:
+        body += message.get("body", b"")
+        if not message.get("more_body"):
+            break
+        message = await receive()
+    whole = bytes(body)
+    left = [{**message, "body": whole} if message["type"] == "http.request" else message]
 
     async def again() -> Message:
-        return messages.pop(0) if messages else await receive()
+        return left.pop() if left else await receive()
 
-    return b"".join(message.get("body", b"") for message in messages), again
+    return whole, again
 
 
 async def _refuse(send: Send, status: int, why: str) -> None:

@@ -16,12 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .body import values_in
 from .files import FILES
 from .http_request import send_request
 from .vllm_endpoint import NAMES_ROUTE, ROUTE
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 LARGEST = 1 << 30  # bytes of an answer that are read
+MOST_VALUES = 50_000_000  # of an answer, six for each token; what has more fills the memory
 SAID = 10_000  # of an error, bytes that are shown
 
 
@@ -104,7 +106,10 @@ class AdapterServer:
         try:
             reply = send_request(request, self.timeout, LARGEST)
             if reply.status < 300:
-                return json.loads(reply.body)
+                text = reply.body.decode(json.detect_encoding(reply.body))
+                if values_in(text, MOST_VALUES) > MOST_VALUES:
+                    raise ValueError(f"it answers with more than {MOST_VALUES:,} values")
+                return json.loads(text)
         except TimeoutError as error:
             raise ServerError(f"{self.url}{path} did not answer within {self.timeout:g} s.") from error
         except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
@@ -112,9 +117,9 @@ class AdapterServer:
         if reply.is_redirect:
             raise ServerError(f"{self.url}{path} sends on to another address, which is not followed: name that one.")
         hint = " Was it started with VLLM_PLUGINS=dual_lora and --load-format dual_lora?" if reply.status == 404 else ""
-        raise ServerError(
-            f"{self.url}{path} answers {reply.status}: {reply.body[:SAID].decode(errors='replace')}{hint}"
-        )
+        said = reply.body[:SAID].decode(errors="replace")
+        said = "".join(c if c.isprintable() or c == "\n" else " " for c in said)  # no code for the terminal
+        raise ServerError(f"{self.url}{path} answers {reply.status}: {said}{hint}")
 
 
 def _whole(numbers: Any) -> list[int]:

@@ -57,6 +57,7 @@ class ServedAdapters:
         self._own: list[Any] = []  # those that it began with
         self._loras: Mapping[str, Any] = {}  # vLLM's own adapters, by name
         self._shown: str | None = None
+        self._listing: asyncio.Task[None] | None = None  # the loop itself holds no task
 
     async def start(self, engine: Any, models: Any, processes: int = 1) -> None:
         """Take what the server was started with. models: vLLM's list of its models. processes: that take requests."""
@@ -119,7 +120,19 @@ class ServedAdapters:
         self.named.update(adapters)
         self.limit_bytes = self.limit_bytes if limit_bytes is None else limit_bytes
         self.turns.forget_prepared()
+        if not self.turns.running:
+            self._show(self._shown)
+            return
+        # A running request may name a new one, which it came before: vLLM has to refuse it.
+        listed = {card.name for card in self._cards}
+        self._show(self._shown, [name for name in self.named if name in listed])
+        self._listing = asyncio.ensure_future(self._list_all())
+
+    async def _list_all(self) -> None:
+        """Let vLLM list all names once the present requests have ended."""
+        await self.turns.enter(object())
         self._show(self._shown)
+        self.turns.leave()
 
     async def _prepare(self, name: Any) -> None:
         """Prepare for the requests that give this name; None: one of the server's own. An object(): for a swap."""
@@ -138,12 +151,13 @@ class ServedAdapters:
                 raise RuntimeError(f"{wanted.folder if wanted else 'The base'} cannot be loaded: {error}") from error
         self._show(name)
 
-    def _show(self, name: str | None) -> None:
-        """Let vLLM list all names, that of the running requests first."""
+    def _show(self, name: str | None, names: Iterable[str] | None = None) -> None:
+        """Let vLLM list the names, that of the running requests first. names: of adapters; None: all."""
         self._shown = name if name in self.named else None
         if self._own:
             card = type(self._own[0])
-            named = sorted((card(n, a.folder) for n, a in self.named.items()), key=lambda c: c.name != self._shown)
+            cards = [card(n, self.named[n].folder) for n in (self.named if names is None else names)]
+            named = sorted(cards, key=lambda c: c.name != self._shown)
             self._cards[:] = [*named, *self._own] if self._shown else [*self._own, *named]
 
     async def _replace_adapter(self, wanted: Adapter | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
@@ -72,7 +73,9 @@ def _card(advice: Advice) -> Any:
     from dual_lora.lab.progress import in_words
 
     answer, *others = advice.sentences
-    after = [f"{advice.out}: the study, {in_words(advice.seconds)} of runs (dual-lora report {advice.out})."]
+    after = [
+        f"{advice.out}: the study, {in_words(advice.seconds)} of runs (dual-lora report {quote(str(advice.out))})."
+    ]
     after += [f"Go on with: {advice.next}"] if advice.next else []
     return Group(
         Text(f"\n{answer}\n", style="bold"),

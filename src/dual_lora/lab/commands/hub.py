@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -34,7 +35,7 @@ def card(
     from dual_lora.lab.run.hub_card import write_card
 
     file = write_card(run_at(run), read_recipe(run), base_model=base_model, licence=license)
-    facts = {"card": str(file), "next": f"dual-lora push {run} NAME/REPOSITORY"}
+    facts = {"card": str(file), "next": f"dual-lora push {quote(str(run))} NAME/REPOSITORY"}
     finish({"card": str(file)}, facts_card("card", facts), json)
 
 

@@ -20,6 +20,7 @@ from dual_lora.lab.results import ANALYSIS, with_sizes
 from dual_lora.lab.study.folder import progress
 
 NAMES = ("results.json", "analysis.json", "ledger.jsonl", "study.json")
+DEEPEST = 100  # folders in folders; Python 3.11 goes down some 900
 SKIPPED, IN_A_RUN = {"node_modules", ".git", ".venv"}, {"checkpoints", "adapter", "model"}
 
 
@@ -70,8 +71,11 @@ def _runs_in(folder: Path, problems: list[str]) -> Iterator[Path]:
     one, and what a link leads to is shown if it is named."""
     if not folder.is_dir() or (folder / "study.json").exists() or (folder.parent / "study.json").exists():
         return
-    with suppress(OSError):
-        for each in (folder, *folder.iterdir()):
+    there: list[Path] = []
+    with suppress(OSError):  # which `_inside` says, here as below
+        there = [folder, *folder.iterdir()]
+    for each in there:
+        with suppress(OSError):
             if not ((each / "recipe.yaml").is_file() and (each / RECORD).is_file()):
                 continue
             if each.is_symlink() and each != folder:
@@ -87,6 +91,9 @@ def _inside(folder: Path, problems: list[str]) -> Iterator[Path]:
     for place, folders, names in os.walk(folder, onerror=closed):
         skipped = SKIPPED | IN_A_RUN if "recipe.yaml" in names else SKIPPED
         folders[:] = [name for name in folders if name not in skipped]
+        if folders and len(Path(place).parts) - len(folder.parts) >= DEEPEST:
+            folders.clear()
+            problems.append(f"A folder in {short_path(folder)} is nested more than {DEEPEST} deep, and was not read.")
         of_results = Path(place).name in ("results", "analysis")
         yield from (Path(place, n) for n in names if n in NAMES or (of_results and n.endswith(".json")))
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -157,7 +158,7 @@ def _results(folder: RunFolder) -> list[dict[str, Any]]:
             continue
         warn(
             f"{file} was measured with other weights than the run holds now, so the card leaves it out: "
-            f"`dual-lora evaluate {folder.path}` measures them; or remove it.",
+            f"`dual-lora evaluate {quote(str(folder.path))}` measures them; or remove it.",
             stacklevel=2,
         )
     return found
