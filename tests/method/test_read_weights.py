@@ -1,6 +1,7 @@
 """Layers whose parent reads their weight: what is read is W + ΔW, in training and in inference."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -162,3 +163,20 @@ def test_a_parameter_that_is_read_past_its_module_is_refused(base, name):
     with pytest.raises(ValueError, match=r"is read by a module above it.*in `target_modules`"):
         adapted(base(), target_modules=[], target_parameters=[name])
     adapted(base(), target_modules=[], target_parameters=["called.weight" if base is Reads else "linear1.weight"])
+
+
+def test_transformers_does_not_say_of_a_read_layer_that_it_has_no_effect():
+    """It says so of LoRA, in a layer for sound that reads its kernel."""
+    from transformers import Wav2Vec2Config
+    from transformers.models.wav2vec2.modeling_wav2vec2 import TDNNLayer
+
+    block = TDNNLayer(Wav2Vec2Config(tdnn_dim=[8, 8], tdnn_kernel=[3, 3], tdnn_dilation=[1, 1]), layer_id=0)
+    x = torch.randn(1, 7, block.in_conv_dim)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = adapted(block, r=4, target_modules=["kernel"], init_weights=False).eval()
+        y = model(x)
+        with model.disable_adapter():
+            assert not torch.allclose(model(x), y)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), y, rtol=1e-4, atol=1e-5)

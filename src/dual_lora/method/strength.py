@@ -1,8 +1,7 @@
 """The strength of a layer's adapters: α/√(r1 r2), or the number that a user sets instead, times λ (`warmup`)."""
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -32,6 +31,22 @@ class AdapterState:
     def strength(self) -> float:
         """α/√(r1 r2)."""
         return scaling(self.alpha, self.r1, self.r2)
+
+
+class _Ranks(Mapping[str, int]):
+    """A view of r1 + r2 by adapter."""
+
+    def __init__(self, states: Mapping[str, AdapterState]):
+        self._states = states
+
+    def __getitem__(self, adapter: str) -> int:
+        return self._states[adapter].r1 + self._states[adapter].r2
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._states)
+
+    def __len__(self) -> int:
+        return len(self._states)
 
 
 class Scaling(dict[str, float]):
@@ -85,7 +100,7 @@ class Strength:
     @property
     def r(self) -> Mapping[str, int]:
         """r1 + r2 by adapter, for code that knows LoRA."""
-        return MappingProxyType({name: state.r1 + state.r2 for name, state in self.states.items()})
+        return _Ranks(self.states)
 
     @property
     def scaling(self) -> Scaling:

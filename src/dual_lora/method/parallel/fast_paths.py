@@ -6,6 +6,7 @@ composed weight: PyTorch's attention and fused loss, and every module whose code
 (`read_weights`).
 """
 
+import warnings
 from typing import Any
 
 from torch import Tensor, nn
@@ -52,6 +53,11 @@ class ReadLayer(DualLoraLayer):
     """Dual LoRA on a layer whose weight is read: its `weight` is W + ΣΔW."""
 
     takes_no_reads = False  # set in a batch of several adapters, for which there is no single weight
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # transformers says this of every LoraLayer, which ours count as. Here it is not true.
+        warnings.filterwarnings("ignore", message="Detected LoRA on TDNNLayer")
 
     @property
     def weight(self) -> Tensor:
