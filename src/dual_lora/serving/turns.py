@@ -24,11 +24,6 @@ class Turns:
         self._queue: dict[Hashable, list[asyncio.Future[None]]] = {}  # who waits for each key, in the order of turns
         self._preparing: asyncio.Task[None] | None = None
 
-    @property
-    def somebody_waits(self) -> bool:
-        """Whether a request waits for another key's turn."""
-        return any(not one.done() for waiting in self._queue.values() for one in waiting)
-
     async def enter(self, key: Hashable) -> None:
         """Wait for the key's turn. Cancelled or with an error, the turn was not taken."""
         if key == self._now and not self._queue:
