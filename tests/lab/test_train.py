@@ -236,6 +236,20 @@ def test_output_folder_is_never_overwritten_unasked(lm_values, tmp_path):
     assert (tmp_path / "run/record.json").read_bytes() != before
 
 
+@pytest.mark.parametrize("text", [None, "", "{", '{"state": "finished"}', '{"state": "finished", "result": {"x": 1}}'])
+def test_a_finished_run_whose_record_is_damaged_is_not_trained_anew(text, lm_values, tmp_path):
+    recipe, out = build_recipe(lm_values), tmp_path / "run"
+    run(recipe, out, progress=False)
+    weights = (out / "adapter/adapter_model.safetensors").stat()
+    (out / "record.json").unlink()
+    if text is not None:
+        (out / "record.json").write_text(text)
+    with pytest.raises(UserError, match=r"record .* cannot be read .*--overwrite"):
+        run(recipe, out, resume=True, progress=False)
+    assert (out / "adapter/adapter_model.safetensors").stat() == weights
+    assert (out / "record.json").is_file() == (text is not None)
+
+
 def test_what_a_kill_before_the_recipe_leaves_is_no_obstacle(lm_values, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/recipe.yaml.part").write_text("name: r")

@@ -7,12 +7,14 @@ from typing import Any
 
 from transformers import Trainer
 
+from dual_lora.lab.errors import UserError
 from dual_lora.lab.files.folder import RunFolder
 from dual_lora.lab.files.write import write_atomically, write_folder_atomically, write_json
 from dual_lora.lab.model.load import quiet
 from dual_lora.lab.model.note import name_in_adapter, write_note
 from dual_lora.lab.model.opened import Tuned, untrained_model
 from dual_lora.lab.progress import stage
+from dual_lora.lab.read import read_object
 from dual_lora.lab.run import longer
 from dual_lora.lab.run.failures import check_finite
 from dual_lora.lab.run.hub_card import card_text
@@ -66,12 +68,18 @@ def keep(session: Session, begun: Begun, fitted: Fitted, passing: bool) -> RunRe
 
 
 def finished_result(folder: RunFolder) -> RunResult | None:
-    """Return the result in a run's record; None where that does not say that it is finished."""
-    record = folder.recorded()
+    """Return the result in the record of a run that has weights; None where that does not say that it is finished.
+
+    Raises UserError for a record that cannot be read: a finished run has no checkpoints, and would be trained anew.
+    """
     try:
+        record = read_object(folder.record)
         return RunResult(**record["result"]) if record.get("state") == "finished" else None
-    except (KeyError, TypeError):
-        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"The record {folder.record} cannot be read ({error!r:.200}), and {folder.result} may be finished. Put the "
+            "record back, or begin anew with --overwrite or in another --out."
+        ) from None
 
 
 def _result(session: Session, begun: Begun, fitted: Fitted) -> RunResult:
