@@ -28,9 +28,19 @@ SCREEN = {"COLUMNS": "100"}
 RUNS = [page for page in PAGES if any("run" in block.marks for block in blocks(page))]
 
 
-def with_blocks(*languages, pages=PAGES):
-    found = [(page, [b for b in blocks(page) if b.language in languages]) for page in pages]
+def with_blocks(*languages, pages=PAGES, outputs=False):
+    """Each page that has blocks in these languages, with them. outputs: with what they print, too."""
+    found = [(page, [*_chosen(blocks(page), languages, outputs)]) for page in pages]
     return [pytest.param(page, those, id=name_of(page)) for page, those in found if those]
+
+
+def _chosen(some, languages, outputs):
+    before = ""  # the language of what printed an output
+    for block in some:
+        if "output" not in block.marks:
+            before = block.language
+        if block.language in languages or (outputs and "output" in block.marks and before in languages):
+            yield block
 
 
 def execute(page, some, names):
@@ -68,7 +78,7 @@ def execute(page, some, names):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("page", "some"), with_blocks("python", "hidden", pages=[page for page in PAGES if page not in RUNS])
+    ("page", "some"), with_blocks("python", "hidden", pages=[page for page in PAGES if page not in RUNS], outputs=True)
 )
 def test_python_runs_as_printed(page, some, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
