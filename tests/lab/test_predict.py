@@ -213,6 +213,10 @@ def test_every_format_is_read_without_an_answer(tmp_path):
         asked({"message": "a"})
     with pytest.raises(UserError, match=r"Name the field: --data.fields.messages dialog\."):
         asked({"dialog": chat})
+    with pytest.raises(UserError, match=r"has Nr, note\. Name the field: --data\.fields\.prompt note\.$"):
+        asked("Nr,note\n1,how warm is the sea ?\n2,why ?\n", {"format": "prompt"}, name="x.csv")
+    with pytest.raises(UserError, match=r"field 'q' is missing, found prompt, answer\.$"):
+        asked({"prompt": "a?", "answer": "b"}, {"format": "prompt", "fields": {"prompt": "q"}})
     with pytest.raises(
         UserError, match=r"x.jsonl, line 1: the record has only a text, and a language model needs a prompt"
     ):

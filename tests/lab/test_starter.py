@@ -161,7 +161,7 @@ def test_every_command_takes_the_columns_that_check_data_names(tmp_path, tiny_en
     said = " ".join(out.replace("│", " ").split())
     options = "--data.fields.text Text --data.fields.label Klasse"
     assert (code, "Nr is not used, Text is the text, Klasse is the label" in said) == (0, True), err
-    assert f"options {options}, for train and predict" in said
+    assert f"options {options}, for train and predict " in said
     code, _, err = call("check-data", "odd.csv")
     assert "(--data.fields.text and --data.fields.label, or --data.fields.prompt" in " ".join(err.split())
     train = ("train", "--model.path", tiny_encoder, "--model.head", "classification", "--train.steps", 1)
@@ -205,6 +205,12 @@ def test_sets_that_are_not_apart_and_other_labels(table, tmp_path, call):
     code, found = checked(call, table, "--test", other)
     assert code == 0
     assert any("1 of 1 test records are training records too" in text for text in found["sets"][0]["warnings"])
+    broken = tmp_path / "broken.csv"
+    broken.write_text(table.read_text() + "9999,,good\n")
+    code, found = checked(call, broken, "--test", other, "--data.holdout", 4)
+    assert code == 1
+    (why,) = (text for text in found["sets"][0]["warnings"] if "1 of 1 test records are training records too" in text)
+    assert "data.group" not in why, "which keeps no test record out of the training records"
     other.write_text("review,sentiment\nthe sea is red ?,splendid\n")
     code, found = checked(call, table, "--test", other)
     assert code == 1

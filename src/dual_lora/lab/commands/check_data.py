@@ -105,7 +105,7 @@ def _cards(sets: list[Checked], data: DataSection, head: str, in_tokens: bool, g
         if each.format:
             facts["format"] = f"{each.format}, to train a {HEADS[head]}"
         if guessed:
-            facts["options"] = f"{field_options(data.fields)}, for train and predict to take the columns so too"
+            facts["options"] = f"{field_options(data.fields)}, for train and predict"
         if each.labels:
             shown = [f"{label}: {count:,}" for label, count in [*each.labels.items()][:LISTED]]
             facts["labels"] = " · ".join(shown) + (f" · {len(each.labels) - LISTED} more" * (len(each.labels) > LISTED))

@@ -13,7 +13,7 @@ from dual_lora.lab.data.classes import fit_head
 from dual_lora.lab.data.encode import Prompter, class_names
 from dual_lora.lab.data.examples import item_of, read_examples, records_of
 from dual_lora.lab.data.formats import Example, format_of
-from dual_lora.lab.data.overlap import undeclared
+from dual_lora.lab.data.overlap import Shared, shared_by, undeclared
 from dual_lora.lab.data.records import joined
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.recipe.schema import DataSection
@@ -64,9 +64,17 @@ def check(data: DataSection, head: str, tokenizer: Any = None) -> list[Checked]:
                 each.errors.append(f"Labels that the training records do not have: {', '.join(unknown[:SHOWN])}.")
     if data.holdout and not data.validation and train.examples and data.holdout >= len(train.examples):
         train.errors.append(f"data.holdout is {data.holdout}, and there are {len(train.examples)} records.")
-    if not any(each.errors for each in sets) and (why := undeclared(data)):
+    if why := undeclared(data, _shared_of_readable(sets) if any(each.errors for each in sets) else None):
         train.warnings.append(f"The sets overlap: {why}")
     return sets
+
+
+def _shared_of_readable(sets: list[Checked]) -> list[Shared]:
+    """Return what the files share, by the records that can be read: a holdout cannot be taken before all can."""
+    read: dict[str, list[Example]] = {}
+    for each in sets:
+        read.setdefault(each.name if each.name in ("train", "validation") else "test", []).extend(each.examples)
+    return shared_by({name: examples for name, examples in read.items() if examples})
 
 
 def _checked(name: str, source: str, data: DataSection, head: str, tokenizer: Any) -> Checked:

@@ -54,10 +54,11 @@ def read_examples(source: str, data: DataSection, records: list[Record] | None =
             {o: r.values.get(t) if o in free else value_of(r, t) for o, t in data.fields.items()} for r in records
         ]
         records = [
-            replace(r, values=r.values | values, theirs=data.fields) for r, values in zip(records, renamed, strict=True)
+            replace(r, values=r.values | values, theirs=data.fields, found=tuple(r.names))
+            for r, values in zip(records, renamed, strict=True)
         ]
     form = data.format if data.format != "auto" else format_of(records, data)
-    examples = [example_of(record, form) for record in records]
+    examples = _examples_of(records, form)
     if data.answers == "text":
         examples = [in_words(example) for example in examples]
     if data.choices:
@@ -68,6 +69,23 @@ def read_examples(source: str, data: DataSection, records: list[Record] | None =
         groups = (as_whole(written(value_of(r, data.group), f"{r.where}: field {data.group!r}")) for r in records)
         examples = [replace(e, group=group) for e, group in zip(examples, groups, strict=True)]
     return examples
+
+
+def _examples_of(records: list[Record], form: str) -> list[Example]:
+    """Raises UserError for the first record that cannot be read, with the number of the others."""
+    examples, failed = [], []
+    for record in records:
+        try:
+            examples.append(example_of(record, form))
+        except UserError as error:
+            failed.append(error)
+    if not failed:
+        return examples
+    first, others = failed[0], len(failed) - 1
+    if not others:
+        raise first
+    more = f"{others:,} more records" if others > 1 else "One more record"
+    raise UserError(f"{first} {more} cannot be read: `dual-lora check-data` lists all errors.") from first
 
 
 def records_of(source: str, data: DataSection) -> list[Record]:

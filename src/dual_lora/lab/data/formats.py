@@ -156,7 +156,7 @@ def _instruction(record: Record) -> Example:
     text = text_in(record, "instruction")
     if not is_missing(record.values.get("input")):
         text = f"{text}\n\n{text_in(record, 'input')}"
-    answer = text_in(record, "output")
+    answer = text_in(record, "output", learned=True)
     return _generation(record, turn(text, answer), answer)
 
 
@@ -166,7 +166,7 @@ def _prompt(record: Record) -> Example:
     if isinstance(record.values.get("prompt"), list) and isinstance(record.values.get(learned), list):
         messages = [*_messages(record, "prompt"), *_messages(record, learned)]
         return _conversation(replace(record, values=record.values | {"answer": None}), messages)
-    answer = text_in(record, learned)
+    answer = text_in(record, learned, learned=True)
     return _generation(record, turn(text_in(record, "prompt"), answer), answer)
 
 
@@ -206,14 +206,14 @@ def _labelled_text(record: Record) -> Example:
     texts = [text_in(record, "text")]
     if "text_pair" in record.values:
         texts.append(text_in(record, "text_pair"))
-    label = text_in(record, "label").strip()
+    label = text_in(record, "label", learned=True).strip()
     if not label:
         raise UserError(f"{record.where}: the label is empty: give this class a name, or leave the record out.")
     return Example(record.where, text=tuple(texts), label=label)
 
 
 def _document(record: Record) -> Example:
-    text = text_in(record, "text" if "text" in record.values else "line")
+    text = text_in(record, "text" if "text" in record.values else "line", learned=True)
     if not text.strip():
         raise UserError(f"{record.where}: the text is empty, there is nothing to learn from.")
     return Example(record.where, ({"role": "assistant", "content": text},), answer=text, target=text, whole=True)
@@ -227,7 +227,7 @@ def _preference(record: Record) -> Example:
         before = before if isinstance(before, list) else turn(text_in(record, "prompt"), "")[:1] if before else ()
         one, other = (_chat(replace(record, values={"messages": [*before, *m]})) for m in (chosen, rejected))
         return replace(one, rejected=other.answer)
-    chosen, rejected = text_in(record, "chosen"), text_in(record, "rejected")
+    chosen, rejected = text_in(record, "chosen", learned=True), text_in(record, "rejected")
     return replace(_generation(record, turn(text_in(record, "prompt"), chosen), chosen), rejected=rejected)
 
 

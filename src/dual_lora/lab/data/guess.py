@@ -107,7 +107,8 @@ def _by_values(seen: list[Record], names: list[str], text: str) -> Guess | None:
             few = len(classes) * 5 <= len(seen) or (text == longest and len(names) == 2 and len(classes) < len(seen))
             if name != longest and head == "classification" and few:
                 return _guess_of("text", head, {"text": longest, "label": name}, names, ("text", "label"), classes)
-        if len(names) == 2 and len(texts) == 2:
+        numbered = all(_number(value) is not None for value in _values(seen, names[0]) if isinstance(value, str))
+        if len(names) == 2 and len(texts) == 2 and not numbered:  # a number names a record and asks nothing
             return _guess_of("prompt", "causal", {"prompt": names[0], "answer": names[1]}, names, ("prompt", "answer"))
         if names == texts == [longest]:
             return _guess_of("document", "causal", {"text": longest}, names, ("text",))

@@ -45,16 +45,21 @@ def _read(section: str, stamps: tuple[Stamp | None, ...]) -> tuple[tuple[Shared,
     both."""
     data = DataSection.model_validate_json(section)
     sets = {split: found for split in WORDS if (found := _records(data, split))}
-    known = {split: set().union(*map(_all_prompts_of, examples)) for split, examples in sets.items()}
-    counted = [
-        Shared(of, among, sum(not known[among].isdisjoint(_prompts_of(example)) for example in sets[of]), len(sets[of]))
-        for of, among in PAIRS
-        if of in sets and among in sets
-    ]
     labels = {split: {example.label for example in examples} for split, examples in sets.items()}
     learned = labels.pop("train", set())
     strange = set().union(*labels.values()) - learned if learned else set()
-    return tuple(each for each in counted if each.found), tuple(sorted(strange))
+    return tuple(shared_by(sets)), tuple(sorted(strange))
+
+
+def shared_by(sets: dict[str, list[Example]]) -> list[Shared]:
+    """Return what these sets share; keys: as those of `WORDS`."""
+    known = {split: set().union(*map(_all_prompts_of, examples)) for split, examples in sets.items()}
+    counted = (
+        Shared(of, among, sum(not known[among].isdisjoint(_prompts_of(example)) for example in sets[of]), len(sets[of]))
+        for of, among in PAIRS
+        if of in sets and among in sets
+    )
+    return [each for each in counted if each.found]
 
 
 def _stamps(data: DataSection) -> tuple[Stamp | None, ...]:
@@ -82,7 +87,7 @@ def undeclared(data: DataSection, found: list[Shared] | None = None) -> str:
         return ""
     together = (
         ", or keep records of one prompt together with data.group: prompt"
-        if data.holdout and not data.validation and data.group is None
+        if data.holdout and not data.validation and data.group is None and any(each[:2] == PAIRS[2] for each in over)
         else ""
     )
     return (

@@ -27,10 +27,13 @@ def read_questions(source: str, data: DataSection, head: str) -> tuple[list[Reco
     if source.endswith(".txt"):
         name = "text" if head != "causal" else "line" if data.format == "facts" else "prompt"
         records = [Record({name: record.values["line"]}, record.where) for record in records]
-    if data.format == "auto" and records:
+    if records and (data.format == "auto" or not set(data.fields) - set(ANSWERS)):
         _check_has_question(records, data, head)
     theirs = {ours: data.fields.get(ours, ours) for ours in ANSWERS}
-    filled = [Record(_with_placeholder_answer(record.values, theirs, head), record.where) for record in records]
+    filled = [
+        Record(_with_placeholder_answer(record.values, theirs, head), record.where, found=tuple(record.names))
+        for record in records
+    ]
     needed = {ours: name for ours, name in data.fields.items() if ours not in theirs}
     plain = data.model_copy(update={"fields": needed, "answers": "label", "columns": None, "group": None})
     examples = read_examples(source, plain, filled)
@@ -50,7 +53,8 @@ def _check_has_question(records: list[Record], data: DataSection, head: str) -> 
     if names.isdisjoint(record.values):
         found = [str(name) for name in record.values]
         ours = ("prompt", "answer") if head == "causal" else ("text", "label")
-        likely = {ours[0]: found[0]}
+        longest = max(found, key=lambda name: sum(len(str(each.values.get(name, ""))) for each in records[:100]))
+        likely = {ours[0]: longest}
         with contextlib.suppress(UserError):
             fields = guess(records).fields
             fits = ("text" in fields) == (head != "causal")

@@ -19,13 +19,19 @@ class Record:
     """Raw values and where they stand (``train.json, record 12`` or ``dev.tsv, line 7``).
 
     cells: they come from a table, where nothing tells an empty text from one that is missing. theirs: the file's name
-    of a field that was renamed.
+    of a field that was renamed. found: the file's own fields, where `values` has others.
     """
 
     values: dict[str, Any]
     where: str
     cells: bool = False
     theirs: dict[str, str] = field(default_factory=dict)
+    found: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> list[str]:
+        """The fields that the record has in its file."""
+        return [str(name) for name in self.found or self.values]
 
     def called(self, name: str) -> str:
         """A field as its file names it, in quotes: a message is for the one who opens that file."""

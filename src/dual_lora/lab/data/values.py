@@ -17,21 +17,23 @@ def value_of(record: Record, name: str) -> Any:
     if name in record.values and record.values[name] is None:
         raise UserError(f"{record.where}: field {record.called(name)} is null.")
     if name not in record.values:
-        found = [str(known) for known in record.values]
-        near = suggest(name, found)
+        near = suggest(name, record.names)
         raise UserError(
-            f"{record.where}: field {name!r} is missing, found {', '.join(found) or 'none'}."
+            f"{record.where}: field {name!r} is missing, found {', '.join(record.names) or 'none'}."
             + (near if near.startswith(" Did") else "")
         )
     return record.values[name]
 
 
-def text_in(record: Record, name: str) -> str:
+def text_in(record: Record, name: str, learned: bool = False) -> str:
+    """Return a field as text. learned: an answer or a label, which may not be empty in JSON either."""
     if record.cells and record.values.get(name, "x") == "":
-        raise UserError(
-            f"{record.where}: the cell {record.called(name)} is empty. Fill it, take the line out, or give "
-            "records as JSON, where an empty text differs from a missing one."
+        way_out = (
+            "Fill it, or take the line out."
+            if learned
+            else "Fill it, take the line out, or give records as JSON, where an empty text differs from a missing one."
         )
+        raise UserError(f"{record.where}: the cell {record.called(name)} is empty. {way_out}")
     return written(value_of(record, name), f"{record.where}: field {record.called(name)}")
 
 
