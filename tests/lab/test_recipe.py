@@ -1,5 +1,7 @@
 """Recipes: one source for YAML and flags; every wrong field or value is named with the nearest right one."""
 
+import warnings
+
 import pytest
 
 from dual_lora.lab.commands.parameters import flag_values, flags
@@ -62,6 +64,20 @@ def test_another_method_does_not_inherit_settings():
     assert Recipe.merged({"method": {"name": "dual_lora", "r1": 8}}, {"method": {"name": "lora"}})["method"] == {
         "name": "lora"
     }
+
+
+@pytest.mark.parametrize(
+    ("given", "dropped"),
+    [({"name": "lora"}, "r: 16"), ({"name": "lora", "r": 16}, ""), ({"r": 4}, ""), ({"name": "full"}, "")],
+)
+def test_settings_that_another_method_does_not_take_over_are_named(given, dropped, write_recipe):
+    from dual_lora.lab.commands.train import _chosen
+
+    path = str(write_recipe({**MINIMAL, "method": {"name": "dual_lora", "r": 16}}))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        _chosen(path, {"method": given}, None, False)
+    assert [f"does not take over the recipe's {dropped}." in str(one.message) for one in seen] == [True] * bool(dropped)
 
 
 @pytest.mark.parametrize("written", [{"name": "dual_lora", "r": 64}, {"r": 64}])

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from dual_lora._warning import warn
 from dual_lora.lab.commands.card import duration, facts_card, finish, size
 from dual_lora.lab.commands.parameters import Device, Json, ReportTo, flag_values, flags
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.files.folder import RunFolder
 from dual_lora.lab.interrupt import Stopped, exit_status
 from dual_lora.lab.progress import stage
-from dual_lora.lab.recipe.read import build_recipe, read_recipe
+from dual_lora.lab.recipe.read import build_recipe, read_recipe, recipe_values
 from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.run import early
 
@@ -127,9 +128,26 @@ def _analysis_callbacks(recipe: Recipe, folder: Path, every: int | None) -> list
     return [AnalysisCallback(folder / "analysis" / "live.jsonl", every)]
 
 
+def _warn_of_dropped(source: str, overrides: dict[str, Any], chosen: Recipe) -> None:
+    """Say which settings of the recipe's method another method does not take over: its size may be another."""
+    before = recipe_values(source)[0].get("method") or {}
+    if "method" not in overrides or not isinstance(before, dict) or chosen.method["name"] == "full":
+        return
+    dropped = {key: value for key, value in before.items() if key != "name" and key not in chosen.method}
+    if dropped:
+        given = ", ".join(f"{key}: {value}" for key, value in dropped.items())
+        warn(
+            f"method {chosen.method['name']} does not take over the recipe's {given}. What you do not set yourself "
+            "(--method.r, …) has that method's own default.",
+            stacklevel=3,
+        )
+
+
 def _chosen(source: str | None, overrides: dict[str, Any], out: Path | None, resume: bool) -> Recipe:
     if source is not None:
-        return read_recipe(source, overrides)
+        chosen = read_recipe(source, overrides)
+        _warn_of_dropped(source, overrides, chosen)
+        return chosen
     if resume:
         if out is None:
             raise UserError("--resume needs --out, the folder of the run, or the recipe that it was made with.")
