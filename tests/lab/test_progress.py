@@ -42,6 +42,15 @@ def test_a_log_goes_on_while_nothing_moves(log):
     assert len(log()) == ended
 
 
+def test_what_goes_on_after_the_last_unit_is_said_and_the_end_only_once(log, monkeypatch):
+    monkeypatch.setattr(progress, "EVERY", 0.3)
+    with progress.Bar("training", 10, start=8) as bar:
+        bar.to(10, "loss 1.5")
+        bar.also("checking")
+        until(lambda: log().count("checking") >= 3)
+    assert log().count("training 10/10 · loss 1.5") == 1, "what is said meanwhile is what goes on"
+
+
 def test_a_line_says_what_is_left(log, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])

@@ -91,7 +91,8 @@ class Bar:
     def __init__(self, what: str, total: int, shown: bool = True, start: int = 0, timed: bool = True):
         self.what, self.total, self.done, self.shown, self.timed = what, total, start, shown, timed
         self._first, self._note, self._began, self._moved = start, "", time.monotonic(), time.monotonic()
-        self._lines = lines(self._line, shown)
+        self._also = ""  # what goes on while no unit is done
+        self._lines = lines(lambda: self._also or self._line(), shown)
         self._bar = Progress(
             TextColumn("{task.description}", style="bold", markup=False),  # a folder's name may look like markup
             BarColumn(),
@@ -116,23 +117,24 @@ class Bar:
     def __exit__(self, *error: Any) -> None:
         self._lines.__exit__(*error)
         self._bar.stop()
-        if self.shown and not console.is_terminal and error[0] is None:
+        if self.shown and not console.is_terminal and error[0] is None and not self._also:
             print(self._line(), file=sys.stderr, flush=True)
 
     def to(self, done: int, note: str | None = None) -> None:
         """Set the number of finished units and, if given, its note."""
-        self.done, self._moved = done, time.monotonic()
+        self.done, self._moved, self._also = done, time.monotonic(), ""
         if note is not None:
             self._note = note
         self._bar.update(self._task, completed=done, note=self._note)
 
     def also(self, what: str) -> None:
-        """Say what goes on while no unit is done: next to the bar, or as a line of a log."""
+        """Say what goes on while no unit is done: next to the bar, or in a log after a line of what is done."""
         if not self.shown:
             return
         self._bar.update(self._task, note=what)
         if not console.is_terminal:
-            print(what, file=sys.stderr, flush=True)
+            print(f"{self._line()}\n{what}", file=sys.stderr, flush=True)
+            self._also = what
 
     def advance(self, units: int = 1) -> None:
         self.to(self.done + units)
