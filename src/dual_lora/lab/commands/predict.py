@@ -56,7 +56,7 @@ def predict(
 
     Example: `dual-lora predict runs/sst2-minilm reviews.csv --out labelled.csv`
 
-    A language model that is to choose: `dual-lora predict runs/boolq questions.jsonl --data.choices true false`
+    One of several given answers: `dual-lora predict runs/boolq questions.jsonl --data.choices true false`
 
     After an interruption the same command goes on where it stopped.
     """

@@ -39,7 +39,7 @@ def verify(
 ) -> None:
     """Is an adapter on? Is it the one that was trained? Does the served model agree with it?
 
-    Compares log-probabilities of single tokens. Exit status 0 if all is well, 1 if not.
+    For language models. Compares log-probabilities of single tokens. Exit status 0 if all is well, 1 if not.
 
     Example: `dual-lora verify runs/boolq-smollm2 --against merged/`
 

@@ -112,7 +112,9 @@ class DataSection(Section):
         None, description="Names of the columns of a .tsv or .csv file without a header line, in their order."
     )
     fields: dict[str, str] = Field(
-        default_factory=dict, description="Our field name: the name in the file, e.g. {text: sentence}."
+        default_factory=dict,
+        description="Fields that have another name in the file, e.g. {text: sentence}, or as a flag "
+        "--data.fields.text sentence, where the column of the text is called sentence.",
     )
     template: Literal["auto", "chat", "alpaca", "llm-adapters", "plain"] = Field(
         "auto",

@@ -69,7 +69,11 @@ def _losses(metrics: list[Row]) -> list[Block]:
     ]
     views = [View("loss", Axis("step"), Axis("loss"), lines)]
     views += [View("learning rate", Axis("step"), Axis("learning rate"), rates)] if rates else []
-    return [Chart("Loss", "lines", views, "The training loss is the mean since the line before.")]
+    return [
+        Chart(
+            "Loss", "lines", views, "Each point of the training loss is the mean over the steps since the point before."
+        )
+    ]
 
 
 def _records_text(result: Row) -> str:
@@ -149,6 +153,7 @@ def _cost(record: dict[str, Any]) -> Table:
         facts["memory"] = f"{size(peak)} at the peak"
     if held := result.get("adapter_bytes"):
         facts["weights"] = size(held)
-    facts["device"] = f"{record.get('device')}, {record.get('processes', 1)} process(es)"
+    processes = record.get("processes", 1)
+    facts["device"] = f"{record.get('device')}, {processes} process{'' if processes == 1 else 'es'}"
     rows = [{"what": what, "value": value} for what, value in facts.items()]
     return Table("Cost", [Column("what", "what"), Column("value", "value")], rows)

@@ -173,8 +173,8 @@ def _opened(source: str, base: str | None, dtype: str | None) -> Tuned:
     tuned = open_tuned(source, base, dtype)
     if tuned.classes or not hasattr(tuned.model, "generate"):
         raise UserError(
-            f"{source} is a classifier: verify compares the log-probabilities of tokens. Compare the probabilities "
-            "that `dual-lora predict` writes with those of transformers' pipeline on the merged folder."
+            f"{source} is a classifier: verify is for language models. To check a merged classifier, compare the "
+            "probabilities of `dual-lora predict` with those of transformers' pipeline('text-classification', FOLDER)."
         )
     if "base" not in tuned.variants or "tuned" not in tuned.variants:
         raise UserError(f"{source} holds no adapter: name a run or an adapter folder, and a model by --against.")
