@@ -12,7 +12,7 @@ from pages import ROOT, blocks, differs
 PAGE = ROOT / "docs" / "tutorials" / "serving.md"
 
 
-MARK = "=== the page's line "
+MARK = "=== line of the page: "
 
 
 def as_shell(block):
