@@ -245,10 +245,9 @@ def test_class_names_are_where_people_look_for_them(classifier, call, tmp_path, 
     assert call("merge", classifier, tmp_path / "merged")[0] == 0
     assert json.loads((tmp_path / "merged/config.json").read_text())["label2id"] == {"0": 0, "1": 1}
     assert Path(tiny_encoder, "config.json").is_file()
-    for command in (("evaluate", tmp_path / "merged"), ("predict", tmp_path / "merged", tmp_path / "none.csv")):
-        code, _, said = call(*command)
-        assert code == 1
-        assert "but a classifier (BertForSequenceClassification). Name the run or" in " ".join(said.split())
+    code, _, said = call("evaluate", tmp_path / "merged")
+    assert code == 1
+    assert "but a classifier (BertForSequenceClassification): `dual-lora predict` takes one" in " ".join(said.split())
     assert "use `dual-lora predict`" in " ".join(call("generate", classifier, "warm ?")[2].split())
 
 
@@ -307,6 +306,54 @@ def test_what_a_model_says_is_no_formula(said, written, tmp_path):
     (row,) = csv.DictReader((tmp_path / "a.csv").open(newline=""))
     assert row == {"id": "=2", "predicted": written}, "the records are the user's"
     assert json.loads((tmp_path / "a.jsonl").read_text())["predicted"] == said
+
+
+def test_a_merged_classifier_says_what_its_run_does(classifier, sentences, call, tmp_path):
+    assert call("merge", classifier, tmp_path / "merged")[0] == 0
+    for source, out in ((classifier, "run"), (tmp_path / "merged", "merged")):
+        code, _, said = call(
+            "predict", source, sentences, "--data.fields.text", "sentence", "--out", tmp_path / f"{out}.csv"
+        )
+        assert code == 0, said
+    one, other = (rows_of(tmp_path / f"{name}.csv") for name in ("run", "merged"))
+    assert [row["predicted"] for row in one] == [row["predicted"] for row in other]
+    assert [float(row["p(1)"]) for row in one] == pytest.approx([float(row["p(1)"]) for row in other], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"id2label": {"0": "a", "1": "a"}},
+        {"id2label": {"0": "a", "2": "b"}},
+        {"id2label": {"0": "a", "1": "\ud800"}},
+        {"id2label": {"0": "a", "1": ["b"]}},
+        {"id2label": {"0": "a"}},
+        {"id2label": {str(number): f"c{number}" for number in range(1001)}},
+        {"id2label": None},
+        {"problem_type": "multi_label_classification"},
+        {"architectures": ["BertModel"]},
+    ],
+    ids=str,
+)
+def test_a_classifier_without_a_name_for_each_class_is_refused(config, sentences, call, tmp_path):
+    known = {"architectures": ["BertForSequenceClassification"], "model_type": "bert", "id2label": {"0": "a", "1": "b"}}
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text(json.dumps(known | config))
+    (tmp_path / "model/model.safetensors").touch()
+    code, _, said = call("predict", tmp_path / "model", sentences, "--data.fields.text", "sentence")
+    assert code == 1
+    assert ("but a classifier" in said) == ("architectures" not in config)
+
+
+def test_a_classifier_without_weights_for_its_head_is_refused(tiny_encoder, sentences, call, tmp_path):
+    """A new head would say something of every record."""
+    shutil.copytree(tiny_encoder, tmp_path / "model")
+    file = tmp_path / "model/config.json"
+    named = {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "a", "1": "b"}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | named))
+    code, _, said = call("predict", tmp_path / "model", sentences, "--data.fields.text", "sentence")
+    assert code == 1
+    assert "has no weights for classifier: copy it whole" in " ".join(said.split())
 
 
 @pytest.mark.parametrize(("names", "why"), [(["a", "a"], "a name stands twice"), (["\ud800", "b"], "surrogates")])

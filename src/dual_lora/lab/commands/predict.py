@@ -14,7 +14,7 @@ from dual_lora.lab.data.questions import read_questions
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.files.folder import RunFolder
 from dual_lora.lab.files.write import held
-from dual_lora.lab.model.location import check_answers, check_source
+from dual_lora.lab.model.location import check_answers, check_source, classes_of
 from dual_lora.lab.progress import stage
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.recipe.schema import DataSection, EvaluateSection, Recipe
@@ -62,11 +62,12 @@ def predict(
     """
     overrides = flag_values(given)
     recipe = _recipe_of(source)
+    classes = [] if recipe else classes_of(source)
     plain = {"data": recipe.data.model_dump(), "evaluate": recipe.evaluate.model_dump()} if recipe else {}
     settings = build_recipe({"model": {"path": source}, **Recipe.merged(plain, overrides)}, "flags")
     if limit is not None and limit < 1:
         raise UserError(f"--limit is {limit}, expected at least 1 record.")
-    head = recipe.model.head if recipe else "causal"
+    head = recipe.model.head if recipe else "classification" if classes else "causal"
     records, examples = read_questions(file, settings.data, head)
     records, examples = records[:limit], examples[:limit]
     target = out or _default_output(file)
@@ -79,7 +80,7 @@ def predict(
         from dual_lora.lab.run.predict import predict as run_prediction
     with stage(f"loading {source}"):
         use_device(device)
-        tuned = open_tuned(source, base, dtype, unsaid="auto")
+        tuned = open_tuned(source, base, dtype, unsaid="auto", classes=classes)
     with held(target):  # two would mix their results in the file of the unfinished ones
         result = run_prediction(
             tuned, file, records, examples, target, settings.data, settings.evaluate,
@@ -107,7 +108,8 @@ def _recipe_of(source: str) -> Recipe | None:
         return recipe_of_run(source)
     from dual_lora.lab.model.note import read_note
 
-    check_answers(source)
+    if not classes_of(source):
+        check_answers(source)
     return read_note(Path(source))[0]
 
 

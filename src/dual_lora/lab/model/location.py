@@ -19,6 +19,7 @@ from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.named_files import check_plain_name
 from dual_lora.lab.read import expanded, has_second_name, read_object
 
+MOST_CLASSES, LONGEST_CLASS = 1000, 200  # of a classifier that is used by its own names: each is a column
 HUB_SECONDS = 10  # for an answer whether it has a model
 WEIGHTS = (".safetensors", ".bin", ".gguf")
 NEXT_TO_GGUF = (
@@ -147,20 +148,38 @@ def check_entries(folder: Path, looked_at: Callable[[Path], bool] = lambda _: Tr
 
 
 def check_answers(path: str) -> None:
-    """Raise UserError for a model folder whose config.json names a classifier: nothing says how records are put to it.
+    """Raise UserError for a model folder whose config.json names a classifier: it has no texts to answer with.
 
     One that is missing or damaged is left to whoever loads it.
     """
-    try:
-        kinds = read_object(expanded(path, "model") / "config.json").get("architectures") or [""]
-        kind = str(kinds[0])
-    except (OSError, ValueError, TypeError, LookupError):
-        return
-    if kind.endswith("ForSequenceClassification"):
+    if kind := _classifier_in(path)[0]:
         raise UserError(
-            f"{path} is not a causal language model but a classifier ({kind}). Name the run or the adapter that it was "
-            f"merged from, or ask it by transformers: pipeline('text-classification', {path!r})."
+            f"{path} is not a causal language model but a classifier ({kind}): `dual-lora predict` takes one that has "
+            "a name for each class. For others, name the run or the adapter that it was merged from, or ask it by "
+            f"transformers: pipeline('text-classification', {path!r})."
         )
+
+
+def classes_of(path: str) -> list[str]:
+    """Return the class names in a classifier's config.json, in the order of its outputs; [] where it is no classifier,
+    or where its classes are other than two or more different names of which one is right."""
+    kind, config = _classifier_in(path)
+    named = config.get("id2label")
+    names = [named.get(str(number)) for number in range(len(named))] if kind and isinstance(named, dict) else []
+    texts = [name for name in names if isinstance(name, str) and 0 < len(name.strip()) <= LONGEST_CLASS]
+    texts = [name for name in texts if name.encode(errors="ignore").decode() == name]  # no half of a surrogate pair
+    one_is_right = config.get("problem_type") in (None, "single_label_classification")
+    return texts if one_is_right and 1 < len(names) <= MOST_CLASSES and len({*texts}) == len(names) else []
+
+
+def _classifier_in(path: str) -> tuple[str, dict[str, Any]]:
+    """The kind and the configuration of a folder's classifier; "" and {} for all else."""
+    with contextlib.suppress(OSError, ValueError, TypeError, LookupError, UserError):
+        config = read_object(expanded(path, "model") / "config.json")
+        kind = str((config.get("architectures") or [""])[0])
+        if kind.endswith("ForSequenceClassification"):
+            return kind, config
+    return "", {}
 
 
 def check_settings(location: Location) -> None:

@@ -1,7 +1,7 @@
 """Open what was trained: a run folder, an adapter folder or any plain model."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -108,11 +108,13 @@ def open_tuned(
     *,
     whole: bool = False,
     unsaid: str = "float32",
+    classes: Sequence[str] = (),
 ) -> Tuned:
     """Load a run folder, an adapter folder, or a model by folder, name, GGUF file or package.
 
     base: the base model, where the adapter's own note of it does not hold any more. dtype: precision of the base.
     whole: the base as it was before `model.quantize` packed it. unsaid: the precision of what is no run of ours.
+    classes: of a plain model that is a classifier, as its configuration names them (`classes_of`).
     Raises UserError for folders that are neither, and runs that are not finished.
     """
     path = Path(source)
@@ -130,10 +132,13 @@ def open_tuned(
     if (path / "adapter_config.json").is_file():
         return _open_adapter(path, base, dtype, device, whole=whole, unsaid=unsaid)
     check_here(str(source), others=", run or adapter")
-    part = ModelSection(path=str(source), dtype=dtype or unsaid)  # type: ignore[arg-type]
-    loaded = load_model(part, device=device)
+    head = "classification" if classes else "causal"
+    part = ModelSection(path=str(source), dtype=dtype or unsaid, head=head)  # type: ignore[arg-type]
+    loaded = load_model(part, len(classes) or None, device)
+    if classes and loaded.fresh:
+        raise UserError(f"The classifier {source} has no weights for {', '.join(loaded.fresh)}: copy it whole.")
     check_finite_weights(dict(loaded.model.named_parameters()), f"The model {source}")
-    return Tuned(loaded.model, loaded.tokenizer, str(source))
+    return Tuned(loaded.model, loaded.tokenizer, str(source), classes=[*classes])
 
 
 def _other_base(adapter: Path, part: ModelSection, base: str | None) -> dict[str, str]:

@@ -4,6 +4,7 @@ import json
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any, get_args
 
 import torch
@@ -173,8 +174,8 @@ def _opened(source: str, base: str | None, dtype: str | None) -> Tuned:
     tuned = open_tuned(source, base, dtype)
     if tuned.classes or not hasattr(tuned.model, "generate"):
         raise UserError(
-            f"{source} is a classifier: verify is for language models. To check a merged classifier, compare the "
-            "probabilities of `dual-lora predict` with those of transformers' pipeline('text-classification', FOLDER)."
+            f"{source} is a classifier: verify is for language models. To check a merged classifier, compare what "
+            f"`dual-lora predict {quote(source)} FILE` and `dual-lora predict MERGED FILE` say of the same records."
         )
     if "base" not in tuned.variants or "tuned" not in tuned.variants:
         raise UserError(f"{source} holds no adapter: name a run or an adapter folder, and a model by --against.")
