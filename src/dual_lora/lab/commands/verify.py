@@ -39,7 +39,7 @@ def verify(
 ) -> None:
     """Is an adapter on? Is it the one that was trained? Does the served model agree with it?
 
-    For language models. Compares log-probabilities of single tokens. Exit status 0 if all is well, 1 if not.
+    Compares log-probabilities: of single tokens, or of a classifier's classes. Exit status 0 if all is well, 1 if not.
 
     Example: `dual-lora verify runs/boolq-smollm2 --against merged/`
 
@@ -65,15 +65,18 @@ def verify(
 
 def _card(report: Report) -> Panel:
     found = report.finding
+    one, many = ("class", "classes") if report.asks == "texts" else ("token", "tokens")
     facts = {"verdict": f"{found.word}: {found.cause}", "candidate": report.candidate}
     if found.strength is not None and found.strength_error is not None:
         facts["strength"] = f"{found.strength:.3f} ± {found.strength_error:.3f} (0: the base, 1: the adapter)"
     if found.residual is not None:
         facts["difference"] = (
-            f"{found.residual:.4f} nats a token; the adapter's effect is {found.effect:.4f}, bf16 rounds by "
+            f"{found.residual:.4f} nats a {one}; the adapter's effect is {found.effect:.4f}, bf16 rounds by "
             f"{found.rounding:.4f}"
         )
-    facts["asked"] = f"{found.tokens} tokens of {found.prompts} prompts ({report.prompts}), {duration(report.seconds)}"
+    facts["asked"] = (
+        f"{found.tokens} {many} of {found.prompts} {report.asks} ({report.prompts}), {duration(report.seconds)}"
+    )
     if report.notes:
         facts["note"] = "\n".join(report.notes)
     panel = facts_card(f"verify · {report.source}", facts)

@@ -26,7 +26,8 @@ def read_questions(source: str, data: DataSection, head: str) -> tuple[list[Reco
     records = read_records(source, None if _has_header(source, data) else data.columns)
     if source.endswith(".txt"):
         name = "text" if head != "causal" else "line" if data.format == "facts" else "prompt"
-        records = [Record({name: record.values["line"]}, record.where) for record in records]
+        called = data.fields.get(name, name)  # as in the training records
+        records = [Record({called: record.values["line"]}, record.where) for record in records]
     if records and (data.format == "auto" or not set(data.fields) - set(ANSWERS)):
         _check_has_question(records, data, head)
     theirs = {ours: data.fields.get(ours, ours) for ours in ANSWERS}

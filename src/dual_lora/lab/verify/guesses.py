@@ -7,7 +7,7 @@ that is the update ΔW times s, exactly.
 import contextlib
 import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,16 @@ from torch import Tensor
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.verify.diagnose import Known, projection, rms
-from dual_lora.lab.verify.logprobs import Probe, as_bf16, as_int4, base_parameters, merged, rows_of, score
+from dual_lora.lab.verify.logprobs import (
+    ClassProbe,
+    Probe,
+    as_bf16,
+    as_int4,
+    base_parameters,
+    merged,
+    rows_of,
+    score,
+)
 from dual_lora.method.layer import DualLoraLayer
 
 # The base rounded, with the adapter next to it, as a server has it that loads both.
@@ -65,7 +74,7 @@ def known_of(tuned: Any, probes: list[Probe], before: tuple[Tensor, Tensor] | No
 
     A base too large to be copied, or in four bits, is taken to round as much as its adapter's outputs in bf16 do.
     """
-    with tuned.as_variant("base") as model:
+    with without_adapter(tuned, probes) as model:
         base = before[0] if before else score(model, probes)
         with as_bf16(model):
             base_rounded = score(model, probes)
@@ -85,6 +94,17 @@ def known_of(tuned: Any, probes: list[Probe], before: tuple[Tensor, Tensor] | No
         rounded_strength=strength if rms(own - base) > 0 else 1.0,
         warms_up=any(getattr(c, "warmup_steps", None) for c in getattr(tuned.model, "peft_config", {}).values()),
     )
+
+
+@contextlib.contextmanager
+def without_adapter(tuned: Any, probes: Sequence[Probe]) -> Iterator[Any]:
+    """The base. Of a classifier, with the head that was trained: so is a file in which the update alone is missing."""
+    if probes and isinstance(probes[0], ClassProbe) and adapted_layers(tuned.model):
+        with tuned.as_variant("tuned") as model, strengths(model, lambda _: 0.0):
+            yield model
+    else:
+        with tuned.as_variant("base") as model:
+            yield model
 
 
 def _fits_a_copy(model: Any, largest: int = LARGEST_COPIED) -> bool:

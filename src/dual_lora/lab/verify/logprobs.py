@@ -44,8 +44,14 @@ class Probe:
     messages: Annotated[tuple[dict[str, Any], ...], Field(max_length=8)] = ()
 
 
+class ClassProbe(Probe):
+    """A text for a classifier, with a place for each class."""
+
+
 def score(model: Any, probes: Sequence[Probe]) -> Tensor:
     """Natural log-probabilities [places of all probes] in the probes' order, fp64, on the CPU."""
+    if probes and isinstance(probes[0], ClassProbe):
+        return torch.cat([_score_classes(model, probe) for probe in probes])
     accepts = accepted_arguments(model)
     found: dict[int, Tensor] = {}
     order = sorted(range(len(probes)), key=lambda i: len(probes[i].ids))
@@ -68,6 +74,14 @@ def score(model: Any, probes: Sequence[Probe]) -> Tensor:
             logs = logits[row, before].float().log_softmax(-1)
             found[i] = logs.gather(1, tokens[:, None])[:, 0].double().cpu()
     return torch.cat([found[i] for i in range(len(probes))])
+
+
+def _score_classes(model: Any, probe: Probe) -> Tensor:
+    """Log-probabilities [classes] of one text, by itself: padding would move positions."""
+    ids = torch.tensor([probe.ids])
+    with torch.inference_mode():
+        logits: Tensor = model(**to_device(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})).logits
+    return logits[0].float().log_softmax(-1).double().cpu()
 
 
 def rows_of(probes: Sequence[Probe]) -> Tensor:

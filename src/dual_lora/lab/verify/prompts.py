@@ -17,6 +17,7 @@ from dual_lora.lab.model.generate import ends_of, plain_search
 from dual_lora.lab.model.opened import Tuned
 from dual_lora.lab.read import opened
 from dual_lora.lab.recipe.schema import DataSection
+from dual_lora.lab.verify.guesses import without_adapter
 from dual_lora.lab.verify.logprobs import Probe, score
 
 ASKED = 24  # prompts that base and adapter are asked
@@ -93,11 +94,10 @@ def by_difference(probes: list[Probe], base: Tensor, tuned: Tensor) -> list[int]
 
 def base_and_adapter_scores(tuned: Tuned, probes: list[Probe]) -> tuple[Tensor, Tensor]:
     """Log-probabilities of base and adapter."""
-    found = []
-    for variant in ("base", "tuned"):
-        with tuned.as_variant(variant) as model:
-            found.append(score(model, probes))
-    return found[0], found[1]
+    with without_adapter(tuned, probes) as model:
+        base = score(model, probes)
+    with tuned.as_variant("tuned") as model:
+        return base, score(model, probes)
 
 
 def _own_records(data: DataSection) -> tuple[list[Example], str]:

@@ -4,19 +4,17 @@ import json
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from shlex import quote
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
-from dual_lora.lab.errors import UserError, described
+from dual_lora.lab.errors import UserError
 from dual_lora.lab.files.folder import RunFolder
-from dual_lora.lab.model.load import load_model, load_tokenizer, quiet
-from dual_lora.lab.model.location import locate
 from dual_lora.lab.model.opened import Tuned, open_tuned
 from dual_lora.lab.read import read_object
-from dual_lora.lab.recipe.schema import ModelSection, Precision
 from dual_lora.lab.verify import fingerprint as fingerprints
+from dual_lora.lab.verify.candidate import PRECISIONS, in_vocabulary, load_plain
+from dual_lora.lab.verify.classes import check_classes, find_texts, in_words_of_classes
 from dual_lora.lab.verify.diagnose import Finding, Guesses, Known, judge
 from dual_lora.lab.verify.endpoint import Endpoint
 from dual_lora.lab.verify.fingerprint import Fingerprint, StoredGuesses
@@ -33,8 +31,6 @@ from dual_lora.lab.verify.texts import (
     shortened,
 )
 
-PRECISIONS = get_args(Precision)
-
 
 @dataclass
 class Report:
@@ -46,6 +42,7 @@ class Report:
     finding: Finding
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    asks: str = "prompts"  # or the "texts" of a classifier, whose classes stand for tokens
 
     @property
     def good(self) -> bool:
@@ -74,6 +71,16 @@ class Reference:
     exact: bool
     tuned: Tuned | None = None
     saved: Fingerprint | None = None
+
+    @property
+    def classes(self) -> list[str]:
+        """The classes, in the order of the outputs; [] for a language model."""
+        return self.tuned.classes if self.tuned is not None else []
+
+    @property
+    def asks(self) -> str:
+        """What is asked."""
+        return "texts" if self.classes else "prompts"
 
     @property
     def base_sample(self) -> str | None:
@@ -123,6 +130,8 @@ def verify(
         own = _reference(str(source), saved, prompts, base, dtype)
         report = _verify_files(str(source), own, candidate, folder, adapter is not None, base)
     report.seconds = time.perf_counter() - began
+    if report.asks == "texts":
+        report.finding = in_words_of_classes(report.finding)
     return report
 
 
@@ -158,7 +167,7 @@ def _reference(
 
 def _from_model(source: str, prompts: str | None, base: str | None, dtype: str | None) -> Reference:
     tuned = _opened(source, base, dtype)
-    probes, where = find_probes(tuned, prompts)
+    probes, where = find_texts(tuned, prompts) if tuned.classes else find_probes(tuned, prompts)
     pair = base_and_adapter_scores(tuned, probes)
     kept = choose(probes, *pair)
     numbers = torch.arange(sum(len(p.places) for p in probes)).split([len(p.places) for p in probes])
@@ -172,11 +181,7 @@ def _from_model(source: str, prompts: str | None, base: str | None, dtype: str |
 
 def _opened(source: str, base: str | None, dtype: str | None) -> Tuned:
     tuned = open_tuned(source, base, dtype)
-    if tuned.classes or not hasattr(tuned.model, "generate"):
-        raise UserError(
-            f"{source} is a classifier: verify is for language models. To check a merged classifier, compare what "
-            f"`dual-lora predict {quote(source)} FILE` and `dual-lora predict MERGED FILE` say of the same records."
-        )
+    check_classes(tuned)
     if "base" not in tuned.variants or "tuned" not in tuned.variants:
         raise UserError(f"{source} holds no adapter: name a run or an adapter folder, and a model by --against.")
     return tuned
@@ -201,7 +206,8 @@ def _verify_itself(
     if finding.word == "undecided":
         finding = replace(finding, word="off", cause="with the adapter it gives what the base gives without it")
     notes = [] if saved else ["it has no fingerprint: whether it is the one that was trained was not checked"]
-    return Report(source, "the adapter itself", own.where, finding, notes + strength_notes(own.tuned))
+    notes += strength_notes(own.tuned)
+    return Report(source, "the adapter itself", own.where, finding, notes, asks=own.asks)
 
 
 def _verify_reloaded(source: str, saved: Fingerprint, base: str | None, dtype: str | None) -> Report:
@@ -226,14 +232,16 @@ def _verify_files(
         other = open_tuned(candidate, base)
         if not other.adapted:
             raise UserError(f"{candidate} holds no adapter: a merged model is given by --against.")
+        if other.classes != own.classes:
+            raise UserError(f"{candidate} has other classes than {source}, or the same in another order.")
         tokenizer, notes = other.tokenizer, strength_notes(other)
     else:
-        other, tokenizer = _load_plain(candidate)
+        other, tokenizer = load_plain(candidate, own.classes)
         notes = []
     exact = own.exact and _dtype_of(other.model) == torch.float32
     unpacked = adapter and exact and fingerprints.hash_of_base(other.model) == own.base_sample
     with other.as_variant(other.variants[-1]) as model:
-        found = score(model, _in_vocabulary(own.probes, model, candidate))
+        found = score(model, in_vocabulary(own.probes, model, candidate))
     del other, model
     finding = judge(found, own.known, own.guesses, exact, unpacked=unpacked)
     finding = _with_text_differences(finding, _text_differences(own, tokenizer), notes)
@@ -241,7 +249,7 @@ def _verify_files(
         finding.cause = "; ".join([finding.cause, *_config_differences(folder, _adapter_folder(Path(candidate)))])
         if finding.word == "other scale" and any("warm-up" in note for note in notes):
             finding.word = "λ below 1"
-    return Report(source, candidate, own.where, finding, notes)
+    return Report(source, candidate, own.where, finding, notes, asks=own.asks)
 
 
 def _config_differences(one: Path, other: Path | None) -> list[str]:
@@ -292,6 +300,8 @@ def _text_differences(own: Reference, tokenizer: Any) -> Finding | None:
 
 
 def _verify_server(source: str, own: Reference, server: Endpoint) -> Report:
+    if own.classes:
+        raise UserError(f"{source} is a classifier, and --endpoint is for language models: give a folder by --against.")
     answer = server.score(own.probes, own.texts)
     finding = judge(answer.found, own.known, own.guesses, kept=answer.kept, floors=answer.floors)
     notes = (
@@ -302,38 +312,6 @@ def _verify_server(source: str, own: Reference, server: Endpoint) -> Report:
     wrong, more = compare_server(server, answer, own.texts, own.plain, own.conversations, finding.good)
     finding = _with_text_differences(finding, wrong, notes, first=wrong is not None and wrong.word == OTHER)
     return Report(source, f"{server.model} at {server.url}", own.where, finding, notes + more)
-
-
-def _load_plain(path: str) -> tuple[Tuned, Any]:
-    """A merged model in its own precision, and its tokenizer, None if it has none."""
-    from transformers import AutoConfig
-
-    if (Path(path) / "adapter_config.json").is_file():
-        raise UserError(f"{path} is an adapter: give it by --adapter.")
-    location = locate(path)
-    dtype = "float32"
-    if location.gguf_file is None:
-        try:
-            config = AutoConfig.from_pretrained(location.name, **location.arguments())
-            dtype = str(getattr(config, "dtype", None) or dtype).removeprefix("torch.")
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"The model {path!r} could not be loaded: {described(error, Exception, lines=1)}"
-            ) from error
-    if dtype not in PRECISIONS:
-        dtype = "float32"
-    loaded = load_model(ModelSection(path=path, dtype=dtype))  # type: ignore[arg-type]
-    with quiet():
-        return Tuned(loaded.model, loaded.tokenizer, path), load_tokenizer(path)
-
-
-def _in_vocabulary(probes: list[Probe], model: Any, candidate: str) -> list[Probe]:
-    size, largest = model.get_input_embeddings().num_embeddings, max(max(p.ids) for p in probes)
-    if largest >= size:
-        raise UserError(
-            f"{candidate} knows {size:,} tokens, the adapter's prompts hold number {largest}: it is another model."
-        )
-    return probes
 
 
 def _dtype_of(model: Any) -> torch.dtype:

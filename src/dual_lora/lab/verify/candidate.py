@@ -1,0 +1,61 @@
+"""Load a merged model that is compared with an adapter."""
+
+from pathlib import Path
+from typing import Any, get_args
+
+from dual_lora.lab.errors import UserError, described
+from dual_lora.lab.model.load import load_model, load_tokenizer, quiet
+from dual_lora.lab.model.location import classes_of, locate
+from dual_lora.lab.model.opened import Tuned
+from dual_lora.lab.recipe.schema import ModelSection, Precision
+from dual_lora.lab.verify.logprobs import Probe
+
+PRECISIONS = get_args(Precision)
+
+
+def load_plain(path: str, classes: list[str]) -> tuple[Tuned, Any]:
+    """A merged model in its own precision, and its tokenizer, None if it has none. classes: of a classifier."""
+    from transformers import AutoConfig
+
+    if (Path(path) / "adapter_config.json").is_file():
+        raise UserError(f"{path} is an adapter: give it by --adapter.")
+    location = locate(path)
+    dtype = "float32"
+    if location.gguf_file is None:
+        try:
+            config = AutoConfig.from_pretrained(location.name, **location.arguments())
+            dtype = str(getattr(config, "dtype", None) or dtype).removeprefix("torch.")
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"The model {path!r} could not be loaded: {described(error, Exception, lines=1)}"
+            ) from error
+    if dtype not in PRECISIONS:
+        dtype = "float32"
+    if classes:
+        found = _load_classifier(path, dtype, classes)
+    else:
+        loaded = load_model(ModelSection(path=path, dtype=dtype))  # type: ignore[arg-type]
+        found = Tuned(loaded.model, loaded.tokenizer, path)
+    with quiet():
+        return found, load_tokenizer(path)
+
+
+def in_vocabulary(probes: list[Probe], model: Any, candidate: str) -> list[Probe]:
+    size, largest = model.get_input_embeddings().num_embeddings, max(max(p.ids) for p in probes)
+    if largest >= size:
+        raise UserError(
+            f"{candidate} knows {size:,} tokens, the adapter's prompts hold number {largest}: it is another model."
+        )
+    return probes
+
+
+def _load_classifier(path: str, dtype: str, classes: list[str]) -> Tuned:
+    """A merged classifier with these classes, in this order. Raises UserError for any other model."""
+    if locate(path).gguf_file is not None or (found := classes_of(path)) == []:
+        raise UserError(f"{path} is no classifier that names its classes: give the merged model's folder.")
+    if found != classes:
+        raise UserError(f"The classes of {path} are {', '.join(found)}, and the adapter's {', '.join(classes)}.")
+    loaded = load_model(ModelSection(path=path, dtype=dtype, head="classification"), len(classes))  # type: ignore[arg-type]
+    if loaded.fresh:
+        raise UserError(f"The classifier {path} has no weights for {', '.join(loaded.fresh)}: copy it whole.")
+    return Tuned(loaded.model, loaded.tokenizer, path, classes=classes)
