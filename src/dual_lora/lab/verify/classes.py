@@ -4,15 +4,13 @@ import random
 from dataclasses import replace
 
 from dual_lora.lab.data.encode import VALUE
-from dual_lora.lab.data.examples import load_split
-from dual_lora.lab.data.formats import Example
 from dual_lora.lab.data.questions import read_questions
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.opened import Tuned
 from dual_lora.lab.recipe.schema import DataSection
 from dual_lora.lab.verify.diagnose import Finding
 from dual_lora.lab.verify.logprobs import ClassProbe, Probe
-from dual_lora.lab.verify.prompts import ASKED, LONGEST
+from dual_lora.lab.verify.prompts import ASKED, LONGEST, own_records
 
 
 def check_classes(tuned: Tuned) -> None:
@@ -30,25 +28,18 @@ def find_texts(tuned: Tuned, prompts: str | None) -> tuple[list[Probe], str]:
     prompts: a file of records, or of lines. Left out: the run's own records. Raises UserError where there are none.
     """
     data = tuned.recipe.data if tuned.recipe else DataSection()
-    examples, where = (read_questions(prompts, data, "classification")[1], prompts) if prompts else _own_texts(data)
+    if prompts is not None:
+        examples, where = read_questions(prompts, data, "classification")[1], prompts
+    else:
+        examples, where = own_records(data, "text")
     chosen = random.Random(0).sample(examples, min(len(examples), ASKED))
     longest = min(data.max_length, LONGEST)
     rows = [tuned.tokenizer(*e.text, truncation=True, max_length=longest).input_ids for e in chosen]
     places = tuple(range(1, len(tuned.classes) + 1))
     found: list[Probe] = [ClassProbe(tuple(ids), places) for ids in rows if len(ids) > 1]
     if not found:
-        raise UserError(f"There is no text to ask ({where}): give some by --prompts FILE.")
+        raise UserError(f"There is no text to ask ({where or 'no records of the run'}): give some by --prompts FILE.")
     return found, where
-
-
-def _own_texts(data: DataSection) -> tuple[list[Example], str]:
-    for split in ("test", "validation", "train"):
-        try:
-            if examples := [example for example in load_split(data, split) if example.text]:
-                return examples, f"the run's own {split} records"
-        except UserError:  # not named, or no longer there
-            continue
-    return [], "the run's own records were not found"
 
 
 def in_words_of_classes(finding: Finding) -> Finding:

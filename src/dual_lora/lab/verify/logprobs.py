@@ -78,9 +78,8 @@ def score(model: Any, probes: Sequence[Probe]) -> Tensor:
 
 def _score_classes(model: Any, probe: Probe) -> Tensor:
     """Log-probabilities [classes] of one text, by itself: padding would move positions."""
-    ids = torch.tensor([probe.ids])
     with torch.inference_mode():
-        logits: Tensor = model(**to_device(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})).logits
+        logits: Tensor = model(**to_device(model, {"input_ids": torch.tensor([probe.ids])})).logits
     return logits[0].float().log_softmax(-1).double().cpu()
 
 

@@ -57,7 +57,8 @@ def find_probes(tuned: Tuned, prompts: str | None = None) -> tuple[list[Probe], 
         where = prompts
         examples, questions = _from_file(prompts, data)
     else:
-        examples, where = _own_records(data)
+        examples, where = own_records(data, "messages")
+        where = where or ("built in: the run's own records were not found" if data.train else "built in")
         questions = [] if examples else list(BUILT_IN)
     chance = random.Random(0)
     found = [p for e in chance.sample(examples, min(len(examples), 4 * ASKED)) if (p := _probe_of_answer(prompter, e))][
@@ -100,14 +101,15 @@ def base_and_adapter_scores(tuned: Tuned, probes: list[Probe]) -> tuple[Tensor, 
         return base, score(model, probes)
 
 
-def _own_records(data: DataSection) -> tuple[list[Example], str]:
+def own_records(data: DataSection, field: str) -> tuple[list[Example], str]:
+    """The run's own records that have this field, and which they are in words; [] and "" where there are none."""
     for split in ("test", "validation", "train"):
         try:
-            if examples := [e for e in load_split(data, split) if e.messages]:
+            if examples := [example for example in load_split(data, split) if getattr(example, field)]:
                 return examples, f"the run's own {split} records"
         except UserError:  # not named, or no longer there
             continue
-    return [], "built in: the run's own records were not found" if data.train else "built in"
+    return [], ""
 
 
 def _from_file(path: str, data: DataSection) -> tuple[list[Example], list[str]]:
