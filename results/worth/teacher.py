@@ -9,8 +9,8 @@ falling as 1/k, or none that stands out (Gaussian), or is itself a Dual LoRA upd
 the output equally: ΔW* is scaled until the divergence of the teacher from MiniLM is half a nat. The output is a
 distribution over 128 sentences, by the cosine of mean-pooled embeddings at a temperature of 0.05. Training is by the
 divergence on 4,096 sentences of SST-2. Rates are chosen by the divergence on 512 further ones of its training set, and
-judged is the divergence, in nats, on 512 sentences of its dev set that are not among them. Every seed has a teacher of its own. All methods train 27,648
-numbers, full fine-tuning 1.8 million.
+judged is the divergence, in nats, on 512 sentences of its dev set that are not among them. Every seed has a teacher of
+its own. All methods train 27,648 numbers, full fine-tuning 1.8 million.
 
 This would count against Dual LoRA: that it is worse than LoRA for 1/k and for Gaussian updates, which no update of low
 rank is like. --interaction: how the ratio of a method's divergence to LoRA's differs between two kinds of update.
