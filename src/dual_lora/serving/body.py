@@ -6,6 +6,7 @@ part with two names, another encoding. So what is handed on is this reader's own
 
 import json
 from dataclasses import dataclass
+from typing import Any
 
 # Read while no other request is: some hundred megabytes may be one picture, but not values without an end.
 MOST_VALUES = 10_000_000  # a batch of prompts as numbers has millions
@@ -29,13 +30,10 @@ def read_body(body: bytes) -> Asked:
     if not body:
         return Asked("", False, b"")
     try:
-        text = body.decode(json.detect_encoding(body), "surrogatepass")
-        if (count := values_in(text, MOST_VALUES)) > MOST_VALUES:
-            raise Unclear(f"The request has {count:,} values, of which at most {MOST_VALUES:,} are read.")
-        said = json.loads(text)
+        said = bounded_json(body, MOST_VALUES)
         whole = json.dumps(said).encode()
-    except Unclear:
-        raise
+    except OverflowError as error:
+        raise Unclear(f"The request has {error}, of which at most {MOST_VALUES:,} are read.") from None
     except (ValueError, RecursionError):
         said = None
     if not isinstance(said, dict):
@@ -47,7 +45,16 @@ def read_body(body: bytes) -> Asked:
     return Asked(model if isinstance(model, str) else "", bool(said.get("background")), whole)
 
 
-def values_in(text: str, most: int) -> int:
+def bounded_json(body: bytes, most: int) -> Any:
+    """The value of a body. Raises OverflowError for values without an end, which take longer to read than to send, and
+    ValueError or RecursionError as `json.loads` does."""
+    text = body.decode(json.detect_encoding(body), "surrogatepass")
+    if (count := _values_in(text, most)) > most:
+        raise OverflowError(f"{count:,} values")
+    return json.loads(text)
+
+
+def _values_in(text: str, most: int) -> int:
     """Return an upper bound of a JSON text's values: the separators outside strings. Of more than `most` strings only
     that there are more."""
     bare = text.replace("\\\\", "").replace('\\"', "")

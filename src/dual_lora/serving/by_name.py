@@ -4,6 +4,7 @@ An ASGI middleware around vLLM's own routes, for which one set of weights is all
 """
 
 import asyncio
+import functools
 import json
 import time
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
@@ -46,11 +47,7 @@ class ByName:
         if len(whole) > LARGEST:
             await _refuse(send, 413, f"The request's body is longer than {LARGEST:,} bytes, which are read at most.")
             return
-        asked: Asked | Unclear
-        try:
-            asked = read_body(whole)
-        except Unclear as error:
-            asked = error
+        asked = functools.cache(functools.partial(read_body, whole))  # read only where adapters have names
         try:
             await self._enter_turn(asked)
         except Unclear as error:
@@ -60,13 +57,14 @@ class ByName:
             await _refuse(send, 503, str(error))
             return
         try:
-            if self.names and isinstance(asked, Asked):
-                scope, whole = _as_json(scope, asked.body), asked.body
+            if self.names:
+                whole = asked().body
+                scope = _as_json(scope, whole)
             await self.app(scope, _handed_on(whole, receive), _with_read_timeout(send))
         finally:
             self.turns.leave()
 
-    async def _enter_turn(self, asked: Asked | Unclear) -> None:
+    async def _enter_turn(self, asked: Callable[[], Asked]) -> None:
         """Wait for the turn of the adapter that the request names, which may have got its name meanwhile. Raises
         Unclear, without a turn."""
         while True:
@@ -80,15 +78,14 @@ class ByName:
                 raise
             self.turns.leave()
 
-    def _name_in(self, asked: Asked | Unclear) -> str | None:
+    def _name_in(self, asked: Callable[[], Asked]) -> str | None:
         """Return the adapter's name in a request. Raises Unclear for a request that cannot be answered by name."""
         if not self.names:
             return None
-        if isinstance(asked, Unclear):
-            raise asked
-        if asked.background:
+        said = asked()
+        if said.background:
             raise Unclear("No request can run in the background here: the turn of its adapter ends with its answer.")
-        return asked.model if asked.model in self.names else None
+        return said.model if said.model in self.names else None
 
     def _may_reach_the_model(self, scope: Message) -> bool:
         if scope["type"] != "http":

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .body import values_in
+from .body import bounded_json
 from .files import FILES
 from .http_request import send_request
 from .vllm_endpoint import NAMES_ROUTE, ROUTE
@@ -106,12 +106,13 @@ class AdapterServer:
         try:
             reply = send_request(request, self.timeout, LARGEST)
             if reply.status < 300:
-                text = reply.body.decode(json.detect_encoding(reply.body))
-                if values_in(text, MOST_VALUES) > MOST_VALUES:
-                    raise ValueError(f"it answers with more than {MOST_VALUES:,} values")
-                return json.loads(text)
+                return bounded_json(reply.body, MOST_VALUES)
         except TimeoutError as error:
             raise ServerError(f"{self.url}{path} did not answer within {self.timeout:g} s.") from error
+        except OverflowError as error:
+            raise ServerError(
+                f"{self.url}{path} cannot be asked: it answers with more than {MOST_VALUES:,} values"
+            ) from error
         except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
             raise ServerError(f"{self.url}{path} cannot be asked: {error}") from error
         if reply.is_redirect:

@@ -61,8 +61,7 @@ def predict(
     After an interruption the same command goes on where it stopped.
     """
     overrides = flag_values(given)
-    recipe = _recipe_of(source)
-    classes = [] if recipe else classes_of(source)
+    recipe, classes = _recipe_and_classes(source)
     plain = {"data": recipe.data.model_dump(), "evaluate": recipe.evaluate.model_dump()} if recipe else {}
     settings = build_recipe({"model": {"path": source}, **Recipe.merged(plain, overrides)}, "flags")
     if limit is not None and limit < 1:
@@ -100,17 +99,19 @@ def predict(
     finish(result.summary(), facts_card(f"predicted by {result.source}", facts), json)
 
 
-def _recipe_of(source: str) -> Recipe | None:
-    """A run's or an adapter's own recipe, read before a library is imported. Raises UserError for an unfinished run,
-    and for a name that nothing has."""
+def _recipe_and_classes(source: str) -> tuple[Recipe | None, list[str]]:
+    """A run's or an adapter's own recipe, or the class names of a plain classifier, read before a library is imported.
+    Raises UserError for an unfinished run, and for a name that nothing has."""
     check_source(source)
     if RunFolder(Path(source)).is_run:
-        return recipe_of_run(source)
+        return recipe_of_run(source), []
     from dual_lora.lab.model.note import read_note
 
-    if not classes_of(source):
+    classes = classes_of(source)
+    if not classes:
         check_answers(source)
-    return read_note(Path(source))[0]
+    recipe = read_note(Path(source))[0]
+    return recipe, [] if recipe else classes
 
 
 def _default_output(file: str) -> Path:

@@ -65,13 +65,13 @@ def verify(
 
 def _card(report: Report) -> Panel:
     found = report.finding
-    one, many = ("class", "classes") if report.asks == "texts" else ("token", "tokens")
+    many = "classes" if report.unit == "class" else f"{report.unit}s"
     facts = {"verdict": f"{found.word}: {found.cause}", "candidate": report.candidate}
     if found.strength is not None and found.strength_error is not None:
         facts["strength"] = f"{found.strength:.3f} ± {found.strength_error:.3f} (0: the base, 1: the adapter)"
     if found.residual is not None:
         facts["difference"] = (
-            f"{found.residual:.4f} nats a {one}; the adapter's effect is {found.effect:.4f}, bf16 rounds by "
+            f"{found.residual:.4f} nats a {report.unit}; the adapter's effect is {found.effect:.4f}, bf16 rounds by "
             f"{found.rounding:.4f}"
         )
     facts["asked"] = (

@@ -132,13 +132,18 @@ def open_tuned(
     if (path / "adapter_config.json").is_file():
         return _open_adapter(path, base, dtype, device, whole=whole, unsaid=unsaid)
     check_here(str(source), others=", run or adapter")
-    head = "classification" if classes else "causal"
-    part = ModelSection(path=str(source), dtype=dtype or unsaid, head=head)  # type: ignore[arg-type]
-    loaded = load_model(part, len(classes) or None, device)
-    if classes and loaded.fresh:
-        raise UserError(f"The classifier {source} has no weights for {', '.join(loaded.fresh)}: copy it whole.")
+    loaded = load_plain(str(source), dtype or unsaid, classes, device)
     check_finite_weights(dict(loaded.model.named_parameters()), f"The model {source}")
     return Tuned(loaded.model, loaded.tokenizer, str(source), classes=[*classes])
+
+
+def load_plain(path: str, dtype: str, classes: Sequence[str] = (), device: str | None = None) -> Loaded:
+    """A model that is no run and no adapter. classes: of a classifier. Raises UserError for one without its head."""
+    head = "classification" if classes else "causal"
+    loaded = load_model(ModelSection(path=path, dtype=dtype, head=head), len(classes) or None, device)  # type: ignore[arg-type]
+    if classes and loaded.fresh:
+        raise UserError(f"The classifier {path} has no weights for {', '.join(loaded.fresh)}: copy it whole.")
+    return loaded
 
 
 def _other_base(adapter: Path, part: ModelSection, base: str | None) -> dict[str, str]:

@@ -4,16 +4,16 @@ from pathlib import Path
 from typing import Any, get_args
 
 from dual_lora.lab.errors import UserError, described
-from dual_lora.lab.model.load import load_model, load_tokenizer, quiet
-from dual_lora.lab.model.location import classes_of, locate
-from dual_lora.lab.model.opened import Tuned
-from dual_lora.lab.recipe.schema import ModelSection, Precision
+from dual_lora.lab.model.load import load_tokenizer, quiet
+from dual_lora.lab.model.location import Location, classes_of, locate
+from dual_lora.lab.model.opened import Tuned, load_plain
+from dual_lora.lab.recipe.schema import Precision
 from dual_lora.lab.verify.logprobs import Probe
 
 PRECISIONS = get_args(Precision)
 
 
-def load_plain(path: str, classes: list[str]) -> tuple[Tuned, Any]:
+def load_candidate(path: str, classes: list[str]) -> tuple[Tuned, Any]:
     """A merged model in its own precision, and its tokenizer, None if it has none. classes: of a classifier."""
     from transformers import AutoConfig
 
@@ -32,12 +32,10 @@ def load_plain(path: str, classes: list[str]) -> tuple[Tuned, Any]:
     if dtype not in PRECISIONS:
         dtype = "float32"
     if classes:
-        found = _load_classifier(path, dtype, classes)
-    else:
-        loaded = load_model(ModelSection(path=path, dtype=dtype))  # type: ignore[arg-type]
-        found = Tuned(loaded.model, loaded.tokenizer, path)
+        _check_same_classes(path, location, classes)
+    loaded = load_plain(path, dtype, classes)
     with quiet():
-        return found, load_tokenizer(path)
+        return Tuned(loaded.model, loaded.tokenizer, path, classes=classes), load_tokenizer(path)
 
 
 def in_vocabulary(probes: list[Probe], model: Any, candidate: str) -> list[Probe]:
@@ -49,13 +47,9 @@ def in_vocabulary(probes: list[Probe], model: Any, candidate: str) -> list[Probe
     return probes
 
 
-def _load_classifier(path: str, dtype: str, classes: list[str]) -> Tuned:
-    """A merged classifier with these classes, in this order. Raises UserError for any other model."""
-    if locate(path).gguf_file is not None or (found := classes_of(path)) == []:
+def _check_same_classes(path: str, location: Location, classes: list[str]) -> None:
+    """Raise UserError for what is no classifier with these classes, in this order."""
+    if location.gguf_file is not None or (found := classes_of(path)) == []:
         raise UserError(f"{path} is no classifier that names its classes: give the merged model's folder.")
     if found != classes:
         raise UserError(f"The classes of {path} are {', '.join(found)}, and the adapter's {', '.join(classes)}.")
-    loaded = load_model(ModelSection(path=path, dtype=dtype, head="classification"), len(classes))  # type: ignore[arg-type]
-    if loaded.fresh:
-        raise UserError(f"The classifier {path} has no weights for {', '.join(loaded.fresh)}: copy it whole.")
-    return Tuned(loaded.model, loaded.tokenizer, path, classes=classes)

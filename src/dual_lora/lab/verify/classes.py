@@ -1,14 +1,12 @@
 """Verify a classifier: texts in place of prompts, the classes' log-probabilities in place of tokens'."""
 
 import random
-from dataclasses import replace
 
 from dual_lora.lab.data.encode import VALUE
 from dual_lora.lab.data.questions import read_questions
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.opened import Tuned
 from dual_lora.lab.recipe.schema import DataSection
-from dual_lora.lab.verify.diagnose import Finding
 from dual_lora.lab.verify.logprobs import ClassProbe, Probe
 from dual_lora.lab.verify.prompts import ASKED, LONGEST, own_records
 
@@ -40,10 +38,3 @@ def find_texts(tuned: Tuned, prompts: str | None) -> tuple[list[Probe], str]:
     if not found:
         raise UserError(f"There is no text to ask ({where or 'no records of the run'}): give some by --prompts FILE.")
     return found, where
-
-
-def in_words_of_classes(finding: Finding) -> Finding:
-    """The verdict with the words for a classifier: it has texts and classes where a language model has prompts and
-    tokens."""
-    cause = finding.cause.replace("nats a token", "nats a class").replace("these prompts", "these texts")
-    return replace(finding, cause=cause)

@@ -50,7 +50,8 @@ class Guesses(Protocol):
 @dataclass
 class Known:
     """Log-probabilities [tokens] of base and adapter, the prompt that each token belongs to, and the root mean square
-    and the strength that bf16's rounding leaves of them. warms_up: the method has a λ that may be below 1."""
+    and the strength that bf16's rounding leaves of them. warms_up: the method has a λ that may be below 1. unit, asks:
+    what stands for tokens and prompts (a classifier's classes and texts)."""
 
     base: Tensor
     tuned: Tensor
@@ -58,6 +59,8 @@ class Known:
     rounding: float
     rounded_strength: float = 1.0
     warms_up: bool = False
+    unit: str = "token"
+    asks: str = "prompts"
 
 
 @dataclass
@@ -138,7 +141,7 @@ def judge(
         finding.word, finding.cause = word, cause
         return finding
 
-    unsure = "on these prompts the adapter changes no more than rounding does: give others (--prompts FILE)"
+    unsure = f"on these {known.asks} the adapter changes no more than rounding does: give others (--prompts FILE)"
     if not effect:
         return (
             as_("undecided", unsure) if residual <= bound else as_("another adapter", "it differs from the base, too")
@@ -263,7 +266,7 @@ def _rest(known: Known, finding: Finding, coarse: _Coarse, unpacked: bool, looks
     else:
         bits, limit, room = "four", coarse.limit, coarse.room
     finding.left[f"{bits} bits"] = limit
-    size = f"{residual:.3f} nats a token, {residual / known.rounding:.1f} times what bf16 does"
+    size = f"{residual:.3f} nats a {known.unit}, {residual / known.rounding:.1f} times what bf16 does"
     if residual <= limit and abs(strength - 1) <= room and strength >= KEPT:
         if unpacked or looks or residual <= EXPLAINED * coarse.effect:
             return "rounded", f"it differs from the adapter by {size}: rounding, at most to {bits} bits"
@@ -272,7 +275,7 @@ def _rest(known: Known, finding: Finding, coarse: _Coarse, unpacked: bool, looks
             "compare the files (--against, --adapter), or give prompts on which the adapter does more (--prompts FILE)"
         )
     if min(finding.left["off"], finding.left.get("scale", float("inf"))) <= limit and strength < KEPT:
-        return "off", f"it is nearest to the base, rounded ({finding.left['off']:.3f} nats a token)"
+        return "off", f"it is nearest to the base, rounded ({finding.left['off']:.3f} nats a {known.unit})"
     return "another adapter", (
         f"it differs from the adapter by {size}, and no scale, lost layers or rounding explains it: another adapter, "
         "one that was altered, or another base"

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.verify.logprobs import SPACES, Probe
-from dual_lora.serving.body import values_in
+from dual_lora.serving.body import bounded_json
 from dual_lora.serving.http_request import Response, send_request
 
 TOKENS = ("DUAL_LORA_API_KEY", "OPENAI_API_KEY")  # environment variables, the first that is set counts
@@ -176,9 +176,9 @@ class Endpoint:
         if len(reply.body) > LARGEST:
             raise UserError(f"{self.url} answered with more than {LARGEST:,} bytes.")
         try:
-            told = _parsed(reply.body)
-        except OverflowError as error:
-            raise UserError(f"{self.url} {error}.") from None
+            told = bounded_json(reply.body, MOST_VALUES)
+        except OverflowError:
+            raise UserError(f"{self.url} answered with more than {MOST_VALUES:,} values.") from None
         except (ValueError, RecursionError):
             told = None
         if not isinstance(told, dict):
@@ -189,7 +189,7 @@ class Endpoint:
         if reply.is_redirect:
             return f"{self.url} sends on to another address, which is not followed: name that one."
         try:
-            told = _parsed(reply.body)
+            told = bounded_json(reply.body, MOST_VALUES)
             told = told.get("error", told) if isinstance(told, dict) else told  # OpenAI's way, or FastAPI's
             text = told.get("message", told.get("detail", "")) if isinstance(told, dict) else str(told)
         except (OverflowError, ValueError, RecursionError):
@@ -294,14 +294,6 @@ def _number(value: Any) -> float | None:
 def _is_echo(told: list[Entry], length: int) -> bool:
     """Whether these are the prompt's own tokens, with or without the one that was generated."""
     return len(told) in (length, length + 1) and all(entry.logprob is not None for entry in told[1:length])
-
-
-def _parsed(body: bytes) -> Any:
-    """The value of an answer. Raises OverflowError for values without an end, which take longer than the answer did."""
-    text = body.decode(json.detect_encoding(body))
-    if values_in(text, MOST_VALUES) > MOST_VALUES:
-        raise OverflowError(f"answered with more than {MOST_VALUES:,} values")
-    return json.loads(text)
 
 
 def _clean(text: str) -> str:

@@ -16,10 +16,10 @@ from torch import Tensor
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.verify.diagnose import Known, projection, rms
 from dual_lora.lab.verify.logprobs import (
-    ClassProbe,
     Probe,
     as_bf16,
     as_int4,
+    asks_classes,
     base_parameters,
     merged,
     rows_of,
@@ -85,6 +85,7 @@ def known_of(tuned: Any, probes: list[Probe], before: tuple[Tensor, Tensor] | No
     if not bool(torch.isfinite(base).all() and torch.isfinite(own).all()):
         raise UserError(f"{tuned.source} gives log-probabilities that are no numbers: its weights are damaged.")
     rows = rows_of(probes)
+    named = {"unit": "class", "asks": "texts"} if asks_classes(probes) else {}
     strength, _ = projection(rounded - base, own - base, rows)
     return Known(
         base=base,
@@ -93,13 +94,14 @@ def known_of(tuned: Any, probes: list[Probe], before: tuple[Tensor, Tensor] | No
         rounding=max(rms(rounded - own), rms(base_rounded - base), 1e-6),
         rounded_strength=strength if rms(own - base) > 0 else 1.0,
         warms_up=any(getattr(c, "warmup_steps", None) for c in getattr(tuned.model, "peft_config", {}).values()),
+        **named,
     )
 
 
 @contextlib.contextmanager
 def without_adapter(tuned: Any, probes: Sequence[Probe]) -> Iterator[Any]:
     """The base. Of a classifier, with the head that was trained: so is a file in which the update alone is missing."""
-    if probes and isinstance(probes[0], ClassProbe) and adapted_layers(tuned.model):
+    if asks_classes(probes) and adapted_layers(tuned.model):
         with tuned.as_variant("tuned") as model, strengths(model, lambda _: 0.0):
             yield model
     else:

@@ -48,9 +48,14 @@ class ClassProbe(Probe):
     """A text for a classifier, with a place for each class."""
 
 
+def asks_classes(probes: Sequence[Probe]) -> bool:
+    """Whether these are a classifier's."""
+    return bool(probes) and isinstance(probes[0], ClassProbe)
+
+
 def score(model: Any, probes: Sequence[Probe]) -> Tensor:
     """Natural log-probabilities [places of all probes] in the probes' order, fp64, on the CPU."""
-    if probes and isinstance(probes[0], ClassProbe):
+    if asks_classes(probes):
         return torch.cat([_score_classes(model, probe) for probe in probes])
     accepts = accepted_arguments(model)
     found: dict[int, Tensor] = {}

@@ -13,8 +13,8 @@ from dual_lora.lab.files.folder import RunFolder
 from dual_lora.lab.model.opened import Tuned, open_tuned
 from dual_lora.lab.read import read_object
 from dual_lora.lab.verify import fingerprint as fingerprints
-from dual_lora.lab.verify.candidate import PRECISIONS, in_vocabulary, load_plain
-from dual_lora.lab.verify.classes import check_classes, find_texts, in_words_of_classes
+from dual_lora.lab.verify.candidate import PRECISIONS, in_vocabulary, load_candidate
+from dual_lora.lab.verify.classes import check_classes, find_texts
 from dual_lora.lab.verify.diagnose import Finding, Guesses, Known, judge
 from dual_lora.lab.verify.endpoint import Endpoint
 from dual_lora.lab.verify.fingerprint import Fingerprint, StoredGuesses
@@ -42,7 +42,8 @@ class Report:
     finding: Finding
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
-    asks: str = "prompts"  # or the "texts" of a classifier, whose classes stand for tokens
+    unit: str = "token"  # as in `Known`
+    asks: str = "prompts"
 
     @property
     def good(self) -> bool:
@@ -76,11 +77,6 @@ class Reference:
     def classes(self) -> list[str]:
         """The classes, in the order of the outputs; [] for a language model."""
         return self.tuned.classes if self.tuned is not None else []
-
-    @property
-    def asks(self) -> str:
-        """What is asked."""
-        return "texts" if self.classes else "prompts"
 
     @property
     def base_sample(self) -> str | None:
@@ -130,8 +126,6 @@ def verify(
         own = _reference(str(source), saved, prompts, base, dtype)
         report = _verify_files(str(source), own, candidate, folder, adapter is not None, base)
     report.seconds = time.perf_counter() - began
-    if report.asks == "texts":
-        report.finding = in_words_of_classes(report.finding)
     return report
 
 
@@ -207,7 +201,7 @@ def _verify_itself(
         finding = replace(finding, word="off", cause="with the adapter it gives what the base gives without it")
     notes = [] if saved else ["it has no fingerprint: whether it is the one that was trained was not checked"]
     notes += strength_notes(own.tuned)
-    return Report(source, "the adapter itself", own.where, finding, notes, asks=own.asks)
+    return Report(source, "the adapter itself", own.where, finding, notes, unit=own.known.unit, asks=own.known.asks)
 
 
 def _verify_reloaded(source: str, saved: Fingerprint, base: str | None, dtype: str | None) -> Report:
@@ -236,7 +230,7 @@ def _verify_files(
             raise UserError(f"{candidate} has other classes than {source}, or the same in another order.")
         tokenizer, notes = other.tokenizer, strength_notes(other)
     else:
-        other, tokenizer = load_plain(candidate, own.classes)
+        other, tokenizer = load_candidate(candidate, own.classes)
         notes = []
     exact = own.exact and _dtype_of(other.model) == torch.float32
     unpacked = adapter and exact and fingerprints.hash_of_base(other.model) == own.base_sample
@@ -249,7 +243,7 @@ def _verify_files(
         finding.cause = "; ".join([finding.cause, *_config_differences(folder, _adapter_folder(Path(candidate)))])
         if finding.word == "other scale" and any("warm-up" in note for note in notes):
             finding.word = "λ below 1"
-    return Report(source, candidate, own.where, finding, notes, asks=own.asks)
+    return Report(source, candidate, own.where, finding, notes, unit=own.known.unit, asks=own.known.asks)
 
 
 def _config_differences(one: Path, other: Path | None) -> list[str]:
