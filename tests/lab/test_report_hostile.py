@@ -21,16 +21,13 @@ def fifo(file):
 
 
 def endless(file):
-    file.symlink_to("/dev/zero")
+    """A device for each, as several links to one file count once."""
+    devices = {"results.json": "/dev/zero", "ledger.jsonl": "/dev/urandom", "study.json": "/dev/random"}
+    file.symlink_to(devices[file.name])
 
 
 def deep(file):
     file.write_text("[" * 200_000)
-
-
-def deep_inside(file):
-    study = json.dumps(material._finite(material.study()))
-    file.write_text(study.replace('"about": ""', '"about": ' + "[" * 900 + "]" * 900))
 
 
 def binary(file):
@@ -54,17 +51,19 @@ def long_number(file):
     file.write_text("9" * 10_000)
 
 
-@pytest.mark.parametrize("name", ["results.json", "ledger.jsonl", "study.json"])
-@pytest.mark.parametrize("make", [fifo, endless, deep, binary, gone, itself, huge, long_number])
-def test_a_file_that_cannot_be_read_is_named(tmp_path, make, name):
+def test_each_file_that_cannot_be_read_is_named(tmp_path):
     folder = material.write(tmp_path / "work")
-    (folder / "bad").mkdir()
-    make(folder / "bad" / name)
+    bad = []
+    for make in (fifo, endless, deep, binary, gone, itself, huge, long_number):
+        for name in ("results.json", "ledger.jsonl", "study.json"):
+            (file := folder / f"bad-{len(bad)}" / name).parent.mkdir()
+            make(file)
+            bad.append(f"{file.parent.name}/{name} could not be read")
     said = report([folder], tmp_path / "r.html")
     assert said.studies == said.analyses == 1
-    assert any(f"bad/{name} could not be read" in problem for problem in said.problems)
     page = (tmp_path / "r.html").read_text()
-    assert f"bad/{name} could not be read" in page
+    assert [one for one in bad if one not in page] == []
+    assert [one for one in bad if not any(one in problem for problem in said.problems)] == []
     assert "Analysis: dual" in page
 
 
@@ -113,29 +112,29 @@ def test_a_folder_that_is_closed_or_has_no_end_costs_only_itself(tmp_path, monke
     assert any("more than 100 deep" in problem for problem in said.problems)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        wrong(study=[]),
-        wrong(study={"name": 5, "level": "x"}),
-        wrong(provenance="x"),
-        wrong(comparisons={"a": 1}),
-        wrong(methods=5),
-        wrong(untrained=[{"task": [], "metric": 1, "score": "x"}]),
-        lambda study: study | {"comparisons": [c | {"candidate": []} for c in study["comparisons"]]},
-        lambda study: study | {"comparisons": [c | {"difference": 10**400} for c in study["comparisons"]]},
-        lambda study: study | {"comparisons": [c | {"margin": "wide"} for c in study["comparisons"]]},
-        lambda study: study | {"methods": [m | {"score": "x"} for m in study["methods"]]},
-        lambda study: study | {"pareto": [p | {"label": 3} for p in study["pareto"]]},
-    ],
-)
-def test_a_study_of_another_shape_costs_only_itself(tmp_path, change):
-    bad = change(material._finite(material.study("bad")))
-    folder = material.write_studies(tmp_path / "work", bad, material.study("one"), material.study("two"))
+CHANGES = [
+    wrong(study=[]),
+    wrong(study={"name": 5, "level": "x"}),
+    wrong(provenance="x"),
+    wrong(comparisons={"a": 1}),
+    wrong(methods=5),
+    wrong(untrained=[{"task": [], "metric": 1, "score": "x"}]),
+    lambda study: study | {"comparisons": [c | {"candidate": []} for c in study["comparisons"]]},
+    lambda study: study | {"comparisons": [c | {"difference": 10**400} for c in study["comparisons"]]},
+    lambda study: study | {"comparisons": [c | {"margin": "wide"} for c in study["comparisons"]]},
+    lambda study: study | {"methods": [m | {"score": "x"} for m in study["methods"]]},
+    lambda study: study | {"pareto": [p | {"label": 3} for p in study["pareto"]]},
+]
+
+
+def test_studies_of_another_shape_cost_only_themselves(tmp_path):
+    bad = [change(material._finite(material.study("bad"))) for change in CHANGES]
+    folder = material.write_studies(tmp_path / "work", *bad, material.study("one"), material.study("two"))
     said = report([folder], tmp_path / "r.html")
     page = (tmp_path / "r.html").read_text()
-    assert page.count('<p class="asked">') + len(said.problems) == 3, "shown, or named"
-    assert all("s0/results.json could not be shown" in problem for problem in said.problems)
+    assert page.count('<p class="asked">') + len(said.problems) == len(CHANGES) + 2, "shown, or named"
+    named = [re.search(r"\bs(\d+)/results.json could not be shown", problem) for problem in said.problems]
+    assert all(one and int(one[1]) < len(CHANGES) for one in named)
     assert "Verdicts: activations one</h2>" in page
     assert "Verdicts: activations two</h2>" in page
 
@@ -222,17 +221,17 @@ def test_links_in_a_folder_show_no_file_of_the_user(tmp_path):
     assert "it failed" in (tmp_path / "r.html").read_text()
 
 
-@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
-@pytest.mark.parametrize("name", ["results.json", "analysis.json", "ledger.jsonl"])
-def test_a_number_that_is_none_costs_no_other_source(name, number, tmp_path):
+def test_a_number_that_is_none_costs_no_other_source(tmp_path):
     """JSON has no NaN, and neither has the page: its data could not be written."""
     folder = material.write(tmp_path / "work")
-    [file] = [file for file in folder.rglob(name)][:1]
-    text = re.sub(r"(?<=[\[:, ])-?\d+\.\d+(?=[,}\]\s])", number, file.read_text())
-    assert number in text
-    (folder / "bad").mkdir()
-    (folder / "bad" / name).write_text(text)
-    said = report([folder], tmp_path / "r.html")
+    for name in ("results.json", "analysis.json", "ledger.jsonl"):
+        text = next(folder.rglob(name)).read_text()
+        for number in ("NaN", "-Infinity", "1e999"):
+            bad = re.sub(r"(?<=[\[:, ])-?\d+\.\d+(?=[,}\]\s])", number, text)
+            assert number in bad
+            (tmp_path / "bad" / f"{number}-{name}").mkdir(parents=True)
+            (tmp_path / "bad" / f"{number}-{name}" / name).write_text(bad)
+    said = report([folder, tmp_path / "bad"], tmp_path / "r.html")
     assert said.studies >= 1
     assert said.analyses >= 1
 

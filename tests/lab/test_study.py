@@ -24,6 +24,7 @@ from dual_lora.lab.study.rank_rule import rank_rule
 from dual_lora.lab.study.read import build_study, read_study, shipped_studies
 from dual_lora.lab.study.search import Search, choose
 
+PUBLISHED = Path(__file__).parents[2] / "results" / "studies"
 MINIMAL = {"name": "s", "tasks": ["boolq-smollm2"], "methods": {"lora": {"r": 8}, "dual_lora": {"r": 8}}}
 
 
@@ -454,7 +455,14 @@ def scale():
 
 @pytest.mark.slow
 @pytest.mark.model
-@pytest.mark.parametrize("name", [name for name in shipped_studies() if not name.startswith("gpu-")])
+@pytest.mark.parametrize(
+    "name",
+    [  # a study that has run could be planned; it is laid out again among the long tests
+        pytest.param(name, marks=[pytest.mark.long] if (PUBLISHED / name).is_dir() else [])
+        for name in shipped_studies()
+        if not name.startswith("gpu-")
+    ],
+)
 def test_shipped_studies_can_be_planned(name, scale):
     """Every method fits its model, budgets match, data is there and kept apart."""
     from importlib import util
