@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dual_lora.lab.data.questions import read_questions
-from dual_lora.lab.data.records import Record
+from dual_lora.lab.data.records import Record, read_records
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.files.write import held
 from dual_lora.lab.recipe.read import build_recipe
@@ -215,8 +215,18 @@ def test_every_format_is_read_without_an_answer(tmp_path):
         asked({"dialog": chat})
     with pytest.raises(UserError, match=r"has Nr, note\. Name the field: --data\.fields\.prompt note\.$"):
         asked("Nr,note\n1,how warm is the sea ?\n2,why ?\n", {"format": "prompt"}, name="x.csv")
-    with pytest.raises(UserError, match=r"field 'q' is missing, found prompt, answer\.$"):
-        asked({"prompt": "a?", "answer": "b"}, {"format": "prompt", "fields": {"prompt": "q"}})
+    with pytest.raises(
+        UserError, match=r"Expected q; the record has prompt, answer\. .*--data.fields.prompt prompt\.$"
+    ):
+        asked({"prompt": "a?", "answer": "much longer"}, {"format": "prompt", "fields": {"prompt": "q"}})
+    renamed = {"format": "text", "fields": {"text": "note", "label": "kind"}}
+    dated = "day,message\n2027-01-05,why ?\n2027-01-06,how warm is the sea ?\n"
+    for data, expected in ((renamed, "note"), ({}, "prompt, .*, text")):
+        named = rf"Expected {expected}; the record has day, message\. Name the field: --data\.fields\.text message\.$"
+        with pytest.raises(UserError, match=named):
+            asked(dated, data, "classification", "x.csv")
+    with pytest.raises(UserError, match=r"Name the field: --data\.fields\.text message\.$"):
+        asked("who,message\nIda,why ?\nIvo,how warm is the sea ?\n", {}, "classification", "x.csv")
     with pytest.raises(
         UserError, match=r"x.jsonl, line 1: the record has only a text, and a language model needs a prompt"
     ):
@@ -306,6 +316,20 @@ def test_what_a_model_says_is_no_formula(said, written, tmp_path):
     (row,) = csv.DictReader((tmp_path / "a.csv").open(newline=""))
     assert row == {"id": "=2", "predicted": written}, "the records are the user's"
     assert json.loads((tmp_path / "a.jsonl").read_text())["predicted"] == said
+
+
+def test_a_table_of_results_is_written_as_its_records_are(classifier, call, tmp_path):
+    """A spreadsheet that writes semicolons and a byte order mark reads the results only with both. An empty cell is
+    said."""
+    file, out = tmp_path / "new.csv", tmp_path / "out.csv"
+    file.write_bytes("\ufeffid;sentence\r\n1;the sea, it is wärm\r\n2;\r\n".encode())
+    code, said, err = call("predict", classifier, file, "--out", out)
+    assert code == 0, err
+    assert "1 without a text, whose results mean nothing; the first:" in " ".join(said.replace("│", " ").split())
+    assert "line 3" in said
+    first = "\ufeffid;sentence;predicted;probability;p(0);p(1)\n1;the sea, it is wärm;"
+    assert out.read_bytes().startswith(first.encode())
+    assert [record.values["id"] for record in read_records(str(out))] == ["1", "2"]
 
 
 def test_a_merged_classifier_says_what_its_run_does(classifier, sentences, call, tmp_path):

@@ -54,11 +54,17 @@ def records(*rows):
             "classification",
             {"text": "Text", "label": "Klasse"},
         ),
+        (
+            [{"Tag": f"{i + 1}.1.2027", "Nachricht": t, "Art": "xy"[i == 2]} for i, t in enumerate(TEXTS * 4)],
+            "text",
+            "classification",
+            {"text": "Nachricht", "label": "Art"},
+        ),
         ([{"Kommentar": t} for t in TEXTS], "document", "causal", {"text": "Kommentar"}),
     ],
     ids=[
         *("labelled", "named", "numbers", "question", "completion", "alpaca", "chat", "facts", "unnamed", "pairs"),
-        *("few", "alone"),
+        *("few", "dated", "alone"),
     ],
 )
 def test_the_task_is_guessed_from_the_columns(rows, form, head, fields):
@@ -70,6 +76,9 @@ def test_columns_that_say_nothing_are_an_error():
     rows = [{"a": i, "b": t, "c": t} for i, t in enumerate(TEXTS)]
     with pytest.raises(UserError, match="not clear from the columns a, b, c: name a text and its class"):
         guess(records(*rows))
+    for marks in ("2027-01-05", "5.1.2027 10:00", "17"):  # ask nothing
+        with pytest.raises(UserError, match="not clear from the columns mark, text"):
+            guess(records(*({"mark": marks, "text": t} for t in TEXTS)))
     assert guess(records(*rows), {"prompt": "b", "answer": "c"}).fields == {"prompt": "b", "answer": "c"}
     with pytest.raises(UserError, match="There is no column 'd' for answer: found a, b, c"):
         guess(records(*rows), {"prompt": "b", "answer": "d"})
@@ -101,6 +110,18 @@ def test_a_first_recipe_trains(table, tiny_encoder, call):
     code, _, err = call("recipes", "init", "mine.yaml", "--data", table.name, "--base", tiny_encoder)
     assert code == 1
     assert "exists already" in err
+
+
+def test_a_first_recipe_holds_no_text_out_that_it_trains_on(tmp_path, tiny_encoder, call, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for often, group in ((2, "prompt"), (40, None)):  # 40 of a kind: one text would be all of the validation records
+        rows = [f"the sea is {'warm ' * (1 + i // often)}?,{'good' if i % 3 else 'bad'}\n" for i in range(80)]
+        Path("x.csv").write_text("text,label\n" + "".join(rows))
+        code, _, err = call("recipes", "init", f"x{often}.yaml", "--data", "x.csv", "--base", tiny_encoder)
+        assert code == 0, err
+        recipe = read_recipe(f"x{often}.yaml")
+        assert recipe.data.group == group
+    assert "overlap" not in call("check-data", "x2.yaml")[1]
 
 
 def test_a_name_with_blanks_becomes_a_folders(table, tiny_encoder, call):

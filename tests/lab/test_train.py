@@ -75,13 +75,14 @@ def straight_and_stopped(recipe, folder, monkeypatch):
 
 
 @pytest.mark.parametrize("method", ["dual_lora", "dora", "full"])
-def test_resume_equals_no_stop_for(method, lm_values, tmp_path, monkeypatch):
+def test_resume_equals_no_stop_for(method, lm_values, tmp_path, monkeypatch, capsys):
     """Stopped in the fifth of eight steps; the fourth, which the metrics know already, is past the checkpoint."""
     lm_values["method"] = {"name": method} if method == "full" else {"name": method, "r": 4}
     lm_values["train"] |= {"steps": 8, "accumulate": 2, "checkpoint_every": 3}
     recipe = build_recipe(lm_values)
     straight_and_stopped(recipe, tmp_path, monkeypatch)
-    run(recipe, tmp_path / "stopped", resume=True, progress=False)
+    run(recipe, tmp_path / "stopped", resume=True)
+    assert "Continuing from step 3 of 8." in capsys.readouterr().err
     if method == "full":
         one, other = (load_file(tmp_path / f / "model/model.safetensors") for f in ("straight", "stopped"))
         assert all(torch.equal(one[k], other[k]) for k in one)

@@ -10,7 +10,7 @@ from pydantic import create_model
 
 from dual_lora.lab.commands.card import duration, facts_card, finish
 from dual_lora.lab.commands.parameters import AutoDtype, Base, Device, Json, Source, flag_values, flags
-from dual_lora.lab.data.questions import read_questions
+from dual_lora.lab.data.questions import is_blank, read_questions
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.files.folder import RunFolder
 from dual_lora.lab.files.write import held
@@ -90,6 +90,9 @@ def predict(
         facts["records"] += f", {result.resumed_from:,} of them before the interruption"
     if result.cut:
         facts["cut"] = f"{result.cut:,} texts longer than {settings.data.max_length} tokens"
+    if result.empty:
+        first = next(example.where for example in examples if is_blank(example))
+        facts["empty"] = f"{result.empty:,} without a text, whose results mean nothing; the first: {first}"
     if result.counts:
         facts["labels"] = " · ".join(f"{name} {count:,}" for name, count in result.counts.items())
     if result.answered:

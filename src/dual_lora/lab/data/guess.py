@@ -1,5 +1,6 @@
 """A guess of what records are for: format, task, and which column is which. A person reads it before it counts."""
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from shlex import quote
@@ -13,6 +14,7 @@ Head = Literal["causal", "classification", "regression"]
 SEEN = 2000  # records that are looked at
 MOST_CLASSES = 200
 HEADS = {"causal": "language model", "classification": "classifier", "regression": "regression"}  # as people say it
+DATE = re.compile(r"\d{1,4}[-./]\d{1,2}[-./]\d{1,4}([ T].*)?")  # and perhaps a time
 MOST_NAMES = 1000  # of columns, of which a table that people write has some dozens
 # What people call the fields of a format, the likeliest first.
 NAMES = {
@@ -107,8 +109,9 @@ def _by_values(seen: list[Record], names: list[str], text: str) -> Guess | None:
             few = len(classes) * 5 <= len(seen) or (text == longest and len(names) == 2 and len(classes) < len(seen))
             if name != longest and head == "classification" and few:
                 return _guess_of("text", head, {"text": longest, "label": name}, names, ("text", "label"), classes)
-        numbered = all(_number(value) is not None for value in _values(seen, names[0]) if isinstance(value, str))
-        if len(names) == 2 and len(texts) == 2 and not numbered:  # a number names a record and asks nothing
+        firsts = [value for value in _values(seen, names[0]) if isinstance(value, str)]
+        marks = all(_number(value) is not None or DATE.fullmatch(value.strip()) for value in firsts)
+        if len(names) == 2 and len(texts) == 2 and not marks:  # a number or a date marks a record and asks nothing
             return _guess_of("prompt", "causal", {"prompt": names[0], "answer": names[1]}, names, ("prompt", "answer"))
         if names == texts == [longest]:
             return _guess_of("document", "causal", {"text": longest}, names, ("text",))

@@ -86,13 +86,13 @@ def undeclared(data: DataSection, found: list[Shared] | None = None) -> str:
     if not over:
         return ""
     together = (
-        ", or keep records of one prompt together with data.group: prompt"
+        ", or set data.group: prompt, which keeps such records in one set"
         if data.holdout and not data.validation and data.group is None and any(each[:2] == PAIRS[2] for each in over)
         else ""
     )
     return (
-        f"{' and '.join(each.words for each in over)} (the same prompt or text). Remove them{together}, or declare "
-        f"them with data.overlap: {max(each.found for each in over)} (all: for tasks of memorisation)."
+        f"{' and '.join(each.words for each in over)} (the same prompt or text). Remove them{together}, or "
+        f"allow them with data.overlap: {max(each.found for each in over)}."
     )
 
 

@@ -28,7 +28,7 @@ def read_questions(source: str, data: DataSection, head: str) -> tuple[list[Reco
         name = "text" if head != "causal" else "line" if data.format == "facts" else "prompt"
         called = data.fields.get(name, name)  # as in the training records
         records = [Record({called: record.values["line"]}, record.where) for record in records]
-    if records and (data.format == "auto" or not set(data.fields) - set(ANSWERS)):
+    if records:
         _check_has_question(records, data, head)
     theirs = {ours: data.fields.get(ours, ours) for ours in ANSWERS}
     filled = [
@@ -53,17 +53,27 @@ def _check_has_question(records: list[Record], data: DataSection, head: str) -> 
     names = {data.fields.get(ours, ours) for ours in ASKED_BY}
     if names.isdisjoint(record.values):
         found = [str(name) for name in record.values]
+        expected = [data.fields[ours] for ours in ASKED_BY if ours in data.fields] or [*ASKED_BY[:-1]]
         ours = ("prompt", "answer") if head == "causal" else ("text", "label")
         longest = max(found, key=lambda name: sum(len(str(each.values.get(name, ""))) for each in records[:100]))
         likely = {ours[0]: longest}
         with contextlib.suppress(UserError):
             fields = guess(records).fields
-            fits = ("text" in fields) == (head != "causal")
-            likely = fields if fits and fields else dict(zip(ours, fields.values(), strict=False)) or likely
+            asked = next((ours for ours in ASKED_BY if fields.get(ours, ours) in record.values), "")
+            if (asked == "text") == (head != "causal"):
+                likely = {asked: fields.get(asked, asked)} | fields
+            elif head == "causal" and fields:
+                likely = dict(zip(ours, fields.values(), strict=False))
         raise UserError(
-            f"{record.where}: no field to predict from. Expected {', '.join(ASKED_BY[:-1])}; the record has "
+            f"{record.where}: no field to predict from. Expected {', '.join(expected)}; the record has "
             f"{', '.join(found)}. Name the field: {field_options(likely)}."
         )
+
+
+def is_blank(example: Example) -> bool:
+    """Whether a record asks nothing: its texts, or all its messages, are empty."""
+    said = example.text or [message.get("content") for message in example.prompt]
+    return not any(part.strip() if isinstance(part, str) else part for part in said)
 
 
 def _has_header(source: str, data: DataSection) -> bool:

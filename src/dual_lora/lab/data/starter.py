@@ -1,17 +1,20 @@
 """A first recipe for somebody's own records, with a comment where a choice was made."""
 
 import re
+from collections import Counter
 from pathlib import Path
 from shlex import quote
 
 from dual_lora.lab import yaml_text
 from dual_lora.lab.data.guess import Guess
+from dual_lora.lab.data.records import Record
 from dual_lora.lab.read import parse_yaml
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.recipe.schema import Recipe
 
 HELD_OUT = 0.1  # of the records, where there is no test set
 MOST_HELD = 500
+ASKED = ("text", "text_pair", "prompt", "instruction", "input")
 LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)
 TEMPLATE = 240  # characters that a chat template may write around a record
 CHARACTERS = 3  # a token, at the least: of English four or five
@@ -41,18 +44,16 @@ def starter(
     count: int,
     longest: int,
     columns: list[str] | None,
+    repeats: bool,
 ) -> str:
     """The text of a recipe for `file`. name: the run's. count: records. longest: characters of nearly the longest one.
-    columns: of a file without a header line."""
-    short = [c for c in found.classes if len(c) <= 20 and c.isprintable()][:6]  # a comment has one line
-    named = f": {', '.join(short)}{', …' if len(found.classes) > len(short) else ''}" if short else ""
-    seen = f"{len(found.classes)} classes{named}" if found.classes else ABOUT[found.head]
+    columns: of a file without a header line. repeats: whether a text or a prompt occurs twice."""
     held = max(0, min(MOST_HELD, max(1, round(HELD_OUT * count)), count - 1))
     around = TEMPLATE if found.head == "causal" else 0
     length = next((n for n in LENGTHS if n * CHARACTERS >= longest + around), LENGTHS[-1])
     preferred = found.format == "preference"
     lines = [
-        f"# A first recipe for {_value(data)}: {count:,} records, {seen}. Change what you like.",
+        f"# A first recipe for {_value(data)}: {count:,} records, {_task(found)}. Change what you like.",
         *_next_commands(file),
         f"name: {_value(name)}",
         "model:",
@@ -64,8 +65,9 @@ def starter(
         "  r: 16",
         "data:",
         f"  train: {_value(data)}",
-        f"  test: {_value(test)}" if test else "  # test: my-test.csv  # for the last score; choose no setting by it",
+        f"  test: {_value(test)}" if test else f"  # test: {_test_name(data)}  # for the last score, not to choose by",
         f"  holdout: {held}  # taken out of the training records, always the same, for validation",
+        *(["  group: prompt  # records of the same text stay together, in training or in validation"] * repeats),
         f"  format: {found.format}",
     ]
     if columns:
@@ -87,7 +89,7 @@ def starter(
         "  keep_best: true  # save the weights of the lowest validation loss",
         "  # patience: 3  # end the run after this many validations without a lower loss",
         "evaluate:",
-        f"  tasks: [{'loss' if found.head == 'causal' else found.head}]",
+        f"  tasks: [{_tasks(found)}",
         *([] if test else ["  split: validation  # there is no test set yet"]),
     ]
     return "\n".join(lines) + "\n"
@@ -98,6 +100,13 @@ def read_starter(text: str, where: Path) -> Recipe:
     return build_recipe(parse_yaml(text, str(where)), str(where))
 
 
+def has_repeats(records: list[Record], found: Guess) -> bool:
+    """Whether texts or prompts occur twice, and none so often that it would be all of the held-out records."""
+    names = [found.fields.get(ours, ours) for ours in ASKED]
+    texts = Counter(tuple(str(record.values.get(name, "")) for name in names) for record in records)
+    return 1 < max(texts.values()) <= HELD_OUT * len(records)
+
+
 def _next_commands(file: Path) -> list[str]:
     shown = quote(str(file)) if str(file).isprintable() else "RECIPE"  # a comment has one line
     return [
@@ -106,6 +115,25 @@ def _next_commands(file: Path) -> list[str]:
         f"# Train:             dual-lora train {shown}",
         "# Every field:       docs/reference/recipe.md, or dual-lora train --help-all",
     ]
+
+
+def _task(found: Guess) -> str:
+    short = [c for c in found.classes if len(c) <= 20 and c.isprintable()][:6]  # a comment has one line
+    named = f": {', '.join(short)}{', …' if len(found.classes) > len(short) else ''}" if short else ""
+    return f"{len(found.classes)} classes{named}" if found.classes else ABOUT[found.head]
+
+
+def _test_name(data: str) -> str:
+    """An example, of the same kind as the training records."""
+    return "hub:NAME:test" if data.startswith("hub:") else f"my-test{Path(data).suffix}"
+
+
+def _tasks(found: Guess) -> str:
+    if found.head != "causal":
+        return f"{found.head}]"
+    if found.format not in ("prompt", "instruction"):
+        return "loss]"
+    return "loss]  # [loss, exact_match] also writes answers, and counts those that are right to the letter"
 
 
 def _heads(found: Guess) -> str:

@@ -93,14 +93,14 @@ class DataSection(Section):
     )
     group: str | None = Field(
         None,
-        description="Records that holdout keeps together: prompt (records with the same prompt or text), or a field of "
-        "the records, e.g. document, for records with the same value. Left out: every record by itself.",
+        description="What holdout keeps in one set. prompt: all records with the same prompt or text. A field of the "
+        "records, e.g. document: all records with the same value in it. Left out: every record by itself.",
     )
     overlap: int | Literal["all"] = Field(
         0,
-        description="How many records of train, validation or test may have the same prompt (or text, or group) as a "
-        "record of another of the three. If there are more, a study raises an error and a run warns. all: no limit, "
-        "for tasks of memorisation.",
+        description="How many records of one set (train, validation, test) may have a prompt, text or group that "
+        "another set has too. If there are more, a study raises an error and a run warns. all: no limit, for tasks of "
+        "memorisation.",
     )
     format: Literal["auto", "chat", "instruction", "prompt", "facts", "text", "document", "preference"] = Field(
         "auto",

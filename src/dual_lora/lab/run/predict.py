@@ -16,6 +16,7 @@ from typing import Any
 
 from dual_lora.lab.data.encode import VALUE, Prompter
 from dual_lora.lab.data.formats import Example
+from dual_lora.lab.data.questions import is_blank
 from dual_lora.lab.data.records import Record
 from dual_lora.lab.errors import NotFinite, UserError
 from dual_lora.lab.files.folder import RunFolder
@@ -51,6 +52,7 @@ class Predicted:
     answered: int
     agree: int
     cut: int  # texts longer than data.max_length
+    empty: int  # records without a text, whose results mean nothing
     seconds: float
 
     def summary(self) -> dict[str, Any]:
@@ -99,7 +101,7 @@ def predict(
             file.writelines(json_text(row) + "\n" for row in rows)
             file.flush()
             done += rows
-    write_rows(out, records, done)
+    write_rows(out, records, done, source)
     unfinished.unlink(missing_ok=True)
     agree = [_is_same_answer(row, own) for row, e in zip(done, examples, strict=True) if (own := e.label or e.answer)]
     labels = [str(row["predicted"]) for row in done if "probability" in row]
@@ -114,6 +116,7 @@ def predict(
         answered=len(agree),
         agree=sum(agree),
         cut=_count_truncated(tuned, examples, data),
+        empty=sum(map(is_blank, examples)),
         seconds=round(time.perf_counter() - began, 3),
     )
 

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dual_lora.lab.data.records import Record
+from dual_lora.lab.data.records import Record, find
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.files.write import json_text, write_atomically
+from dual_lora.lab.read import delimiter_of
 
 MOST_CELLS = 10_000_000  # of a table of results, the empty ones among them
 FORMULA = re.compile(r"[ \n]*[=+\-@\t\r＝＋－＠]")  # a spreadsheet takes what begins so for one
@@ -54,19 +55,34 @@ def check_cells(out: Path, records: Sequence[Record]) -> None:
         )
 
 
-def write_rows(out: Path, records: Sequence[Record], rows: Sequence[dict[str, Any]]) -> None:
-    """Write every record with its result; in a .csv file the probabilities are columns p(CLASS)."""
+def write_rows(out: Path, records: Sequence[Record], rows: Sequence[dict[str, Any]], source: str = "") -> None:
+    """Write every record with its result; in a .csv file the probabilities are columns p(CLASS).
+
+    source: the records' file. The results of a table have its separator and its byte order mark, by which a spreadsheet
+    knows how to read them.
+    """
     together = [{**record.values, **row} for record, row in zip(records, rows, strict=True)]
     if out.suffix == ".jsonl":
         write_atomically(out, "".join(json_text(row) + "\n" for row in together))
         return
     flat = [_flat(row | {"predicted": _escape_formula(row["predicted"])}) for row in together]
     names = list(dict.fromkeys(name for row in flat for name in row))
+    separator, mark = _separator_and_mark(source, len(records[0].values)) if records else (",", "")
     text = io.StringIO()
-    writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
+    writer = csv.DictWriter(text, names, restval="", delimiter=separator, lineterminator="\n")
     writer.writeheader()
     writer.writerows(flat)
-    write_atomically(out, text.getvalue())
+    write_atomically(out, mark + text.getvalue())
+
+
+def _separator_and_mark(source: str, columns: int) -> tuple[str, str]:
+    """Of a .csv file; a comma and no byte order mark for records of another kind."""
+    if not source.endswith(".csv") or source.startswith("hub:"):
+        return ",", ""
+    with find(source).open(encoding="utf-8", errors="replace") as file:
+        line = file.readline()
+    mark = "\ufeff" if line.startswith("\ufeff") else ""
+    return delimiter_of(line.removeprefix(mark), columns), mark
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:

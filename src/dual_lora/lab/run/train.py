@@ -220,6 +220,8 @@ def _fit(session: Session, begun: Begun, more: Sequence[TrainerCallback], report
             if begun.checkpoint and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
                 check_checkpoint(begun.checkpoint, begun.start, begun.model, trainer.args)
                 keep_settings(trainer, begun.checkpoint, bool(begun.ends))
+            if begun.checkpoint and not begun.ends and shown:
+                console.print(f"Continuing from step {begun.start} of {ready.steps}.")
             with watch.interruptible():
                 trainer.train(resume_from_checkpoint=str(begun.checkpoint) if begun.checkpoint else None)
     return Fitted(trainer, watch, best, checks)
