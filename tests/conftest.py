@@ -18,6 +18,8 @@ import jinja2
 import pytest
 import torch
 
+LONG = frozenset((Path(__file__).parent / "long.txt").read_text(encoding="utf-8").splitlines())
+
 # Without a GPU the Triton kernels run in Triton's interpreter, which has to be said before anybody imports triton.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -81,8 +83,13 @@ def pytest_sessionfinish():
     gc.unfreeze()
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items):
-    """Files with many slow tests first: a file goes to one worker, and a long one at the end leaves the others idle."""
+    """Tests and rows of tests/long.txt are long: other rows ask the same. Files with many slow tests come first: a file
+    goes to one worker, and a long one at the end leaves the others idle."""
+    for item in items:
+        if item.nodeid in LONG:
+            item.add_marker(pytest.mark.long)
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
 

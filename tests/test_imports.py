@@ -142,6 +142,14 @@ def lab_folder(name):
     return parts[2] if parts[:2] == ["dual_lora", "lab"] and len(parts) > 2 else ""
 
 
+def test_the_list_of_long_tests_names_tests_that_exist():
+    tests = Path(__file__).parent
+    for line in (tests / "long.txt").read_text(encoding="utf-8").splitlines():
+        file, _, name = line.partition("::")
+        function = name.partition("[")[0].rpartition("::")[2]
+        assert f"def {function}(" in (tests.parent / file).read_text(encoding="utf-8"), line
+
+
 def test_no_file_is_long():
     assert not [dotted(path) for path in MODULES if len(path.read_text().splitlines()) > 350]
 
