@@ -88,7 +88,11 @@ def test_texts_of_a_file(tuned, merged, tmp_path):
 def test_other_classes_are_refused(tuned, merged, tmp_path):
     shutil.copytree(merged, folder := tmp_path / "merged")
     config = json.loads((folder / "config.json").read_text())
-    for names, message in (({"0": "1", "1": "0"}, "are 1, 0, and the adapter's 0, 1"), ({"0": "x"}, "names its class")):
+    for names, message in (
+        ({"0": "1", "1": "0"}, "are 1, 0, and the adapter's 0, 1"),
+        ({"0": "x"}, "names its class"),
+        (["0", "1"], "could not be loaded: AttributeError"),  # transformers' own error
+    ):
         (folder / "config.json").write_text(json.dumps(config | {"id2label": names}))
         with pytest.raises(UserError, match=message):
             verify(tuned, against=str(folder))

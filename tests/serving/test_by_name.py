@@ -276,8 +276,9 @@ def test_a_body_without_an_end_is_refused(server, monkeypatch):
         (b"[" + b"{}," * 6_000_000 + b"{}]", "12,000,002 values"),
         (("[" + "{}," * 6_000_000 + "{}]").encode("utf-16"), "12,000,002 values"),
         (b'"' * 12_000_000, "12,000,000 values"),
+        (b"[" + (b"1" * 4299 + b",") * 25_000 + b"1]", "13,437,500 values"),
     ],
-    ids=["objects", "in UTF-16", "texts"],
+    ids=["objects", "in UTF-16", "texts", "numbers"],
 )
 @pytest.mark.timeout(60)
 def test_values_without_an_end_are_refused(body, said, server):

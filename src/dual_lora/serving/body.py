@@ -10,6 +10,7 @@ from typing import Any
 
 # Read while no other request is: some hundred megabytes may be one picture, but not values without an end.
 MOST_VALUES = 10_000_000  # a batch of prompts as numbers has millions
+BYTES_A_VALUE = 8  # outside strings: what is longer counts as several, because long numbers take long to read
 
 
 class Unclear(ValueError):
@@ -33,7 +34,9 @@ def read_body(body: bytes) -> Asked:
         said = bounded_json(body, MOST_VALUES)
         whole = json.dumps(said).encode()
     except OverflowError as error:
-        raise Unclear(f"The request has {error}, of which at most {MOST_VALUES:,} are read.") from None
+        raise Unclear(
+            f"The request has {error} (a long number counts as several), of which at most {MOST_VALUES:,} are read."
+        ) from None
     except (ValueError, RecursionError):
         said = None
     if not isinstance(said, dict):
@@ -55,10 +58,10 @@ def bounded_json(body: bytes, most: int) -> Any:
 
 
 def _values_in(text: str, most: int) -> int:
-    """Return an upper bound of a JSON text's values: the separators outside strings. Of more than `most` strings only
-    that there are more."""
+    """Return an upper bound of a JSON text's values: the separators outside strings, or what lies there in lengths of
+    BYTES_A_VALUE. Of more than `most` strings only that there are more."""
     bare = text.replace("\\\\", "").replace('\\"', "")
     if (count := bare.count('"')) <= most:
         outside = "".join(bare.split('"')[::2])
-        count = sum(map(outside.count, ",[{"))
+        count = max(sum(map(outside.count, ",[{")), len(outside) // BYTES_A_VALUE)
     return count

@@ -25,9 +25,9 @@ def load_candidate(path: str, classes: list[str]) -> tuple[Tuned, Any]:
         try:
             config = AutoConfig.from_pretrained(location.name, **location.arguments())
             dtype = str(getattr(config, "dtype", None) or dtype).removeprefix("torch.")
-        except (OSError, ValueError) as error:
+        except Exception as error:  # whatever a foreign config.json makes transformers raise
             raise UserError(
-                f"The model {path!r} could not be loaded: {described(error, Exception, lines=1)}"
+                f"The model {path!r} could not be loaded: {described(error, OSError, ValueError, lines=1)}"
             ) from error
     if dtype not in PRECISIONS:
         dtype = "float32"
