@@ -12,7 +12,7 @@ from reference_layer import (
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dual_lora import DualLoraConfig, composed_weights
+from dual_lora import DualLoraConfig
 from dual_lora.core.compose_op import dual_lora_weight
 from dual_lora.method import layer as layer_module
 from dual_lora.method.factors import FactorsLayer
@@ -64,14 +64,14 @@ def test_the_base_parameters_stay_registered_during_and_after_a_failing_forward(
 
 
 def test_decoding_composes_once(monkeypatch):
-    model, _ = adapted(multihead(PACKED), call)
+    model, layer = adapted(multihead(PACKED), call)
     model.eval()
     x = inputs()
     made = []
     monkeypatch.setattr(
         layer_module, "dual_lora_weight", lambda *args, **kwargs: made.append(1) or dual_lora_weight(*args, **kwargs)
     )
-    monkeypatch.setattr(composed_weights, "decoding", True)  # as a layer with sequences finds
+    layer.warned.decoding = True  # as a layer with sequences finds
     with torch.no_grad():
         once, twice = model(x)[0], model(x)[0]
     assert torch.equal(once, twice)

@@ -433,3 +433,13 @@ def test_a_pass_without_numbers_leaves_nothing(model):
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         model(torch.empty(6, 12))
     assert torch.equal(run(model), want)
+
+
+def test_a_model_without_sequences_keeps_nothing_next_to_one_that_decodes(model):
+    """A critic's target network is written through `.data`, between the passes of a language model that generates."""
+    critic = adapted(init_weights=False).eval()
+    run(model)
+    run(critic, points())
+    layer(critic).dual_lora_B["default"].data.mul_(2)
+    run(model)
+    torch.testing.assert_close(run(critic, points()), truth(critic, points()))

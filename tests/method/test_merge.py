@@ -113,6 +113,17 @@ def test_parameter_objects_stay_and_layout_stays():
     assert weight.stride() == strides
 
 
+@pytest.mark.parametrize("base", [nn.Linear(6, 4), nn.Conv1d(6, 4, 3), nn.Embedding(6, 4)])
+def test_who_holds_the_same_memory_gets_the_merged_weight(base):
+    """As with LoRA: references that a program has kept, or a process with which the base is shared."""
+    held, before = base.weight.data, base.weight.data.clone()
+    model = adapted(nn.Sequential(base), target_modules=["0"], init_weights=False)
+    model.merge_adapter()
+    assert torch.equal(held, before + layer(model).get_delta_weight("default"))
+    model.unmerge_adapter()
+    assert torch.equal(held, before)
+
+
 def test_merging_what_is_merged_and_unmerging_what_is_not_warn():
     model = three()
     model.merge_adapter()

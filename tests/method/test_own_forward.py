@@ -1,5 +1,9 @@
 """Base layers of a subclass with a forward of its own, beside the table: arguments, caches, weights that are away."""
 
+import contextlib
+import subprocess
+import sys
+
 import pytest
 import torch
 from accelerate import cpu_offload
@@ -54,7 +58,7 @@ def test_its_composed_weight_is_kept_while_a_model_decodes():
     with torch.no_grad():
         model.eval()(x)
         assert composed_weights.bytes_held == 0
-        composed_weights.decoding = True  # as a layer with sequences finds
+        model.base_model.model.it.warned.decoding = True  # as a layer with sequences finds
         model(x)
     assert composed_weights.bytes_held == base.weight.nbytes
 
@@ -111,3 +115,56 @@ def test_a_forward_that_was_exchanged_for_all_layers_is_called(monkeypatch):
     monkeypatch.setattr(nn.Linear, "forward", lambda self, x: 2 * functional.linear(x, self.weight, self.bias))
     torch.testing.assert_close(model(x), 2 * functional.linear(x, W, base.bias))
     assert nn.Linear.forward not in layer_module.Linear.forwards
+
+
+class Coarse(torch.overrides.TorchFunctionMode):
+    """As a simulated quantisation acts: on every product and every row that is looked up."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        return result.round(decimals=1) if function in (functional.linear, functional.embedding) else result
+
+
+@contextlib.contextmanager
+def replaced_functions():
+    real = {name: getattr(functional, name) for name in ("linear", "embedding")}
+    for name, function in real.items():
+        setattr(functional, name, lambda *a, _f=function, **k: _f(*a, **k).round(decimals=1))
+    try:
+        yield
+    finally:
+        for name, function in real.items():
+            setattr(functional, name, function)
+
+
+@pytest.mark.parametrize("coarse", [replaced_functions, Coarse])
+@pytest.mark.parametrize("base", [nn.Linear(12, 5), nn.Embedding(9, 6)])
+def test_a_replaced_function_is_not_passed_by(base, coarse):
+    """What somebody puts in the place of `F.linear` acts on W + ΔW, in training and in evaluation."""
+    model, layer = adapted(base)
+    x = torch.arange(4) if isinstance(base, nn.Embedding) else torch.randn(4, 12)
+    fine, weight = model(x), base.weight.detach() + layer.get_delta_weight("default")
+    function = functional.embedding if isinstance(base, nn.Embedding) else functional.linear
+    expected = function(x, weight) if isinstance(base, nn.Embedding) else function(x, weight, base.bias)
+    for mode in (True, False):
+        with coarse(), torch.set_grad_enabled(mode):
+            y = model.train(mode)(x)
+        torch.testing.assert_close(y, expected.round(decimals=1))
+        assert not torch.equal(y, fine)
+    with torch.device("cpu"):  # PyTorch's own mode changes no result
+        torch.testing.assert_close(model(x), fine)
+
+
+def test_a_forward_that_was_replaced_before_the_import_is_not_passed_by():
+    code = """
+import torch
+from torch import nn
+plain = nn.Linear.forward
+nn.Linear.forward = lambda self, x: plain(self, x) * 3
+from peft import get_peft_model
+from dual_lora import DualLoraConfig
+base, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4)
+expected = base(x)
+print(torch.equal(get_peft_model(base, DualLoraConfig(r=2, target_modules=["0"]))(x), expected))
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "True"

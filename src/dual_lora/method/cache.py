@@ -66,7 +66,6 @@ class ComposedWeights:
 
     def __init__(self, limit_bytes: int = 4 << 30):
         self.limit_bytes = limit_bytes
-        self.decoding = False  # whether the last sequences were of few tokens; layers without sequences go by it
         self._entries: weakref.WeakKeyDictionary[nn.Module, _Entry] = weakref.WeakKeyDictionary()
         self._warned = Warned()
         self._lock = threading.RLock()  # several threads may generate at once
@@ -124,7 +123,6 @@ class ComposedWeights:
 
     def clear(self) -> None:
         """Drop all composed weights, e.g. after writing to parameters through `.data`."""
-        self.decoding = False
         with self._lock:
             for layer in list(self._entries):
                 self.drop(layer)

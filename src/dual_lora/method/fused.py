@@ -31,8 +31,8 @@ from ..core.reference import Adapter, Factors, Form
 from ..core.tokens import AUTO, EXACT
 from .config import Sampling
 from .config_checks import check_share
-from .layer import is_plain
 from .parallel import sharded
+from .plain import is_plain, own
 
 HIRA = Form(magnitude="identity", direction="weight")
 LOHA = Form(magnitude="identity", direction="identity")
@@ -68,7 +68,7 @@ class _FusedLayer:
     def _fallback_reason(self, names: list[str]) -> str | None:
         """Return why the forward of these adapters has to be PEFT's own for every input; None if it does not."""
         base = self.base_layer
-        if not is_plain(base, self.forwards):
+        if not is_plain(base, self.forwards, function="linear"):
             return f"its base {type(base).__name__} is quantised, has hooks, or a forward of its own"
         weight = base.weight
         if sharded.is_sharded(weight) or weight.dtype.itemsize == 1:
@@ -105,7 +105,7 @@ def _scale(x: Tensor, value: float) -> Tensor:
 class FusedHiraLinear(_FusedLayer, hira.Linear):
     """HiRA on nn.Linear and transformers' Conv1D."""
 
-    forwards = nn.Linear.forward, Conv1D.forward
+    forwards = own(nn.Linear.forward, Conv1D.forward)
     frozen_base = True
 
     def _has(self, name: str) -> bool:
@@ -142,7 +142,7 @@ class _FusedLoHa(_FusedLayer):
 class FusedLoHaLinear(_FusedLoHa, loha.Linear):
     """LoHa on nn.Linear."""
 
-    forwards = (nn.Linear.forward,)
+    forwards = own(nn.Linear.forward)
 
     def _product(self, x: Tensor, adapters: list[Adapter]) -> Tensor:
         base = self.base_layer
@@ -150,7 +150,7 @@ class FusedLoHaLinear(_FusedLoHa, loha.Linear):
 
 
 class _FusedLoHaConv(_FusedLoHa):
-    forwards = nn.Conv1d.forward, nn.Conv2d.forward
+    forwards = own(nn.Conv1d.forward, nn.Conv2d.forward)
 
     def _fallback_reason(self, names: list[str]) -> str | None:
         if any(name in self.hada_t1 for name in names):

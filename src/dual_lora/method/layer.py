@@ -24,8 +24,9 @@ from ..core.tokens import AUTO, EXACT
 from .cache import composed_weights
 from .config import DualLoraConfig
 from .factors import Adapters
-from .merge import MergeLayer, is_foreign_tensor
+from .merge import MergeLayer
 from .parallel import sharded
+from .plain import is_plain, is_replaced, own
 from .replaced import original, replaced, turn
 from .scaler import loss_scale
 
@@ -86,8 +87,8 @@ class DualLoraLayer(MergeLayer):
         if torch.is_grad_enabled() or is_traced() or torch._C._len_torch_dispatch_stack():  # make_fx, fake tensors
             return False
         if x is not None and x.dim() == 3:
-            composed_weights.decoding = x.shape[1] <= DECODED_TOKENS
-        if not composed_weights.decoding or sharded.is_gathered(self):
+            self.warned.decoding = x.shape[1] <= DECODED_TOKENS
+        if not self.warned.decoding or sharded.is_gathered(self):
             return False
         return not self.training or (x is not None and x.dim() == 3 and x.shape[1] == 1)
 
@@ -131,32 +132,6 @@ def layers_of(model: nn.Module, adapter: str | None = None) -> list[DualLoraLaye
     return list(named_layers(model, adapter).values())
 
 
-def is_plain(base: Any, forwards: tuple[Any, ...], reads_foreign_tensors: bool = False) -> bool:
-    """Whether calling a layer is one of these forwards and nothing else.
-
-    reads_foreign_tensors: whether the weight may be a library's own kind of tensor.
-    """
-    return (
-        type(base).forward in forwards
-        and (reads_foreign_tensors or not is_foreign_tensor(base._parameters.get("weight")))
-        and "forward" not in base.__dict__  # accelerate's hooks sit there
-        and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
-        and not (any(_OF_ALL_MODULES) and _somebody_hooks_all())
-    )
-
-
-_OF_ALL_MODULES = (
-    *(nn.modules.module._global_forward_pre_hooks, nn.modules.module._global_forward_hooks),
-    *(nn.modules.module._global_backward_pre_hooks, nn.modules.module._global_backward_hooks),
-)
-
-
-def _somebody_hooks_all() -> bool:
-    """Whether a hook of all modules may change what a layer gets or gives. PyTorch's own, of its counters, look on."""
-    hooks = (hook for hooks in _OF_ALL_MODULES for hook in hooks.values())
-    return any(not getattr(hook, "__module__", "").startswith("torch.") for hook in hooks)
-
-
 class MapLayer(DualLoraLayer):
     """A layer whose output is linear in its weight: f(x; W + ΣΔW) = f(x; W) + Σ f(x; ΔW).
 
@@ -166,17 +141,18 @@ class MapLayer(DualLoraLayer):
     supports_sharded_weight = False  # whether the weight may be sharded by tensor parallelism
     reads_foreign_tensors = False  # whether the fused product reads weights of a library's own tensor class
     forwards: tuple[Any, ...] = ()  # the forward methods of base layers that compute f and nothing else
+    function = ""  # of torch.nn.functional, which those forwards call, and which `_map` would pass by
 
     def _is_plain(self) -> bool:
         """Whether calling the base layer only computes f(x; W), so that the fused product may replace the call."""
-        return is_plain(self.base_layer, self.forwards, self.reads_foreign_tensors)
+        return is_plain(self.base_layer, self.forwards, self.reads_foreign_tensors, self.function)
 
     def _has_own_forward(self) -> bool:
-        """Whether the base is a subclass with its own forward (a norm, a scale, a padding, other indices).
+        """Whether the base has its own forward (a norm, a scale, a padding, other indices), or a replaced function.
 
         Such a forward is called with W + ΣΔW in the weight's place, which needs a plain floating-point weight.
         """
-        if type(self.base_layer).forward in self.forwards:
+        if type(self.base_layer).forward in self.forwards and not (self.function and is_replaced(self.function)):
             return False
         weight: Any = self.base_layer._parameters.get("weight")
         if weight is None or weight.is_meta or not weight.numel() or sharded.is_sharded(weight):  # offloaded, ZeRO-3
@@ -265,7 +241,8 @@ class Linear(MapLayer):
     """Dual LoRA on nn.Linear (weight [O, I]) and transformers' Conv1D (weight [I, O])."""
 
     supports_sharded_weight = samples_tokens = True
-    forwards: tuple[Any, ...] = (nn.Linear.forward, Conv1D.forward)
+    forwards: tuple[Any, ...] = own(nn.Linear.forward, Conv1D.forward)
+    function = "linear"
 
     def __init__(self, base_layer: nn.Module, *args: Any, fan_in_fan_out: bool = False, **kwargs: Any) -> None:
         self.fan_in_fan_out, self.merges_sharded_weight = fan_in_fan_out, not fan_in_fan_out
@@ -283,7 +260,8 @@ class Linear(MapLayer):
 
     def _is_plain(self) -> bool:
         base = self.base_layer
-        return is_plain(base, self.forwards, self.reads_foreign_tensors) or sharded.takes_product(base)
+        plain = is_plain(base, self.forwards, self.reads_foreign_tensors, self.function)
+        return plain or sharded.takes_product(base)
 
     def _map(self, x: Tensor, names: list[str], with_base: bool) -> Tensor:
         """One product with the composed weight: x (W + ΣΔW)ᵀ + bias, or x ΣΔWᵀ."""

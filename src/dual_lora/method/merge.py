@@ -91,7 +91,7 @@ class MergeLayer(FactorsLayer):
         for parameter in parameters.values():
             self._refuse_computed(parameter)
         if (originals := self._original) is None:
-            originals = {n: p.to_local().clone() if sharded.is_sharded(p) else p.data for n, p in parameters.items()}
+            originals = {n: _kept(p) for n, p in parameters.items()}
         else:
             self._refuse_changed()
         merged = originals
@@ -103,8 +103,11 @@ class MergeLayer(FactorsLayer):
             if sharded.is_sharded(parameter):
                 with torch.no_grad():
                     parameter.to_local().copy_(merged[name])
-            else:
+            elif parameter.is_inference():
                 parameter.data = merged[name]
+            else:
+                # In place, as PEFT's LoRA: a program or process that holds the same memory gets the merged weight too.
+                parameter.data.copy_(merged[name])
                 torch.autograd.graph.increment_version(parameter)  # a graph that waits for its backward raises an error
         self._original = originals if names else None
         self._written = self._fingerprints() if names else {}
@@ -183,6 +186,13 @@ class MergeLayer(FactorsLayer):
     def _compose(self, weight: Tensor | None, adapters: list[Adapter], dtype: torch.dtype) -> Tensor:
         """Compose W + ΣΔW as a matrix, by the implementation that forward uses too."""
         return dispatch.compose(weight, adapters, dtype)
+
+
+def _kept(parameter: Any) -> Tensor:
+    """Return a copy of a base weight, or of this process's part of it; an inference tensor itself: it is replaced."""
+    if sharded.is_sharded(parameter):
+        return parameter.to_local().clone()
+    return parameter.data if parameter.is_inference() else parameter.data.clone()
 
 
 def fingerprint(weight: Any) -> int:

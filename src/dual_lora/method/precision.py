@@ -19,9 +19,10 @@ FACTOR_DTYPES = (torch.float32, torch.float64)
 
 
 class Warned(set[str]):
-    """The warnings that a model's layers have given, so that each comes once. A copy of the model starts empty."""
+    """What a model's layers share: the warnings that they have given, so that each comes once. A copy starts empty."""
 
     last_load: object = None  # the load that was warned of last
+    decoding = False  # whether its last sequences were of few tokens; layers without sequences go by it
 
     def __reduce__(self) -> tuple[type[Warned], tuple[()]]:
         return Warned, ()

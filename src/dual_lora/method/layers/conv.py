@@ -15,11 +15,12 @@ from ...core.dispatch import in_dtype_of
 from ...core.sampled import Geometry, with_sampled_gradient
 from ...core.tokens import EXACT
 from ..layer import MapLayer
+from ..plain import own
 
 
 class _Conv(MapLayer):
     samples_tokens = True
-    forwards = nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward
+    forwards = own(nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 
     def _matrix_shape(self) -> tuple[int, int]:
         O, *rest = self._stored_shape()

@@ -14,6 +14,7 @@ from ...core.embedding_op import dual_lora_embedding
 from ...core.reference import Adapter
 from ..layer import MapLayer
 from ..parallel import sharded
+from ..plain import own
 from ..replaced import original, replaced
 from ..scaler import loss_scale
 from ..start import OTHER_STD
@@ -24,7 +25,8 @@ class Embedding(MapLayer):
     """Dual LoRA on nn.Embedding and its scaled kin (`embed_scale`)."""
 
     takes_dropout = False
-    forwards: tuple[Any, ...] = (nn.Embedding.forward,)
+    forwards: tuple[Any, ...] = own(nn.Embedding.forward)
+    function = "embedding"
     start_std, start_gain = OTHER_STD, 1.0  # with those of other layers a step gains twice what LoRA's gains
     supports_sharded_weight = True  # transformers' plans give whole rows, to which the adapter's own are added
 

@@ -43,6 +43,7 @@ class QuantizedLinear(Linear):
     """Dual LoRA on a linear layer that a quantisation library has made."""
 
     reads_foreign_tensors = True
+    function = ""  # the library's kernels are in its place anyway
 
     supports_sharded_weight = False
 
