@@ -225,6 +225,9 @@ def test_every_format_is_read_without_an_answer(tmp_path):
         named = rf"Expected {expected}; the record has day, message\. Name the field: --data\.fields\.text message\.$"
         with pytest.raises(UserError, match=named):
             asked(dated, data, "classification", "x.csv")
+    for short in ("day,message\n2027-01-05,ok\n", "nr,message\n1000000,ok\n"):  # longer than what they mark
+        with pytest.raises(UserError, match=r"Name the field: --data\.fields\.text message\.$"):
+            asked(short, {}, "classification", "x.csv")
     with pytest.raises(UserError, match=r"Name the field: --data\.fields\.text message\.$"):
         asked("who,message\nIda,why ?\nIvo,how warm is the sea ?\n", {}, "classification", "x.csv")
     with pytest.raises(

@@ -109,13 +109,19 @@ def _by_values(seen: list[Record], names: list[str], text: str) -> Guess | None:
             few = len(classes) * 5 <= len(seen) or (text == longest and len(names) == 2 and len(classes) < len(seen))
             if name != longest and head == "classification" and few:
                 return _guess_of("text", head, {"text": longest, "label": name}, names, ("text", "label"), classes)
-        firsts = [value for value in _values(seen, names[0]) if isinstance(value, str)]
-        marks = all(_number(value) is not None or DATE.fullmatch(value.strip()) for value in firsts)
-        if len(names) == 2 and len(texts) == 2 and not marks:  # a number or a date marks a record and asks nothing
+        if len(names) == 2 and len(texts) == 2 and not marks_records(seen, names[0]):
             return _guess_of("prompt", "causal", {"prompt": names[0], "answer": names[1]}, names, ("prompt", "answer"))
         if names == texts == [longest]:
             return _guess_of("document", "causal", {"text": longest}, names, ("text",))
     return None
+
+
+def marks_records(records: list[Record], name: str) -> bool:
+    """Whether a field holds nothing but numbers and dates, which mark a record and ask nothing."""
+    values = _values(records, name)
+    if any(isinstance(value, list | dict) for value in values):
+        return False
+    return all(_number(word) is not None or DATE.fullmatch(word.strip()) for word in map(str, values))
 
 
 def _refuse_unclear(names: list[str], options: str) -> Guess:

@@ -6,7 +6,7 @@ from typing import Any
 
 from dual_lora.lab.data.examples import in_words, read_examples
 from dual_lora.lab.data.formats import Example
-from dual_lora.lab.data.guess import field_options, guess
+from dual_lora.lab.data.guess import field_options, guess, marks_records
 from dual_lora.lab.data.records import Record, find, read_records
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.read import delimiter_of
@@ -55,7 +55,9 @@ def _check_has_question(records: list[Record], data: DataSection, head: str) -> 
         found = [str(name) for name in record.values]
         expected = [data.fields[ours] for ours in ASKED_BY if ours in data.fields] or [*ASKED_BY[:-1]]
         ours = ("prompt", "answer") if head == "causal" else ("text", "label")
-        longest = max(found, key=lambda name: sum(len(str(each.values.get(name, ""))) for each in records[:100]))
+        seen = records[:100]
+        asking = [name for name in found if not marks_records(seen, name)] or found
+        longest = max(asking, key=lambda name: sum(len(str(each.values.get(name, ""))) for each in seen))
         likely = {ours[0]: longest}
         with contextlib.suppress(UserError):
             fields = guess(records).fields
