@@ -38,7 +38,7 @@ _OWN_FUNCTIONS = {  # None for one that was replaced before this import
 
 
 def is_replaced(function: str) -> bool:
-    """Whether somebody's own code acts in the place of a function of `torch.nn.functional`, or a mode on its calls."""
+    """Whether somebody's own code acts instead of a function of `torch.nn.functional`, or a mode on its calls."""
     found = _FUNCTIONS[function]
     if found is not _OWN_FUNCTIONS[function] and not _home(found).startswith("deepspeed."):  # which takes less memory
         return True
