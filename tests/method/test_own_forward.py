@@ -140,7 +140,7 @@ def replaced_functions():
 @pytest.mark.parametrize("coarse", [replaced_functions, Coarse])
 @pytest.mark.parametrize("base", [nn.Linear(12, 5), nn.Embedding(9, 6)])
 def test_a_replaced_function_is_not_passed_by(base, coarse):
-    """What somebody puts in the place of `F.linear` acts on W + ΔW, in training and in evaluation."""
+    """What somebody calls instead of `F.linear` acts on W + ΔW, in training and in evaluation."""
     model, layer = adapted(base)
     x = torch.arange(4) if isinstance(base, nn.Embedding) else torch.randn(4, 12)
     fine, weight = model(x), base.weight.detach() + layer.get_delta_weight("default")
