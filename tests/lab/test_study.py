@@ -342,7 +342,7 @@ def test_a_few_validation_records_that_are_test_records_are_counted(tiny):
     lines = [(tiny / name).read_text().splitlines(True) for name in ("train.jsonl", "test.jsonl")]
     (tiny / "mixed.jsonl").write_text("".join(lines[0][:30] + lines[1][:10]))
     mixed = {"validation": str(tiny / "mixed.jsonl")}
-    with pytest.raises(UserError, match=r"10 of 40 validation records are test records too .*declare .*overlap: 30"):
+    with pytest.raises(UserError, match=r"10 of 40 validation records are test records too .*allow .*overlap: 30"):
         laid_out(tiny, overrides={"data": mixed})
     _, cells = laid_out(tiny, overrides={"data": mixed | {"overlap": 30}})
     assert cells["lora"].overlap == (
