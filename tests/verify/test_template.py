@@ -65,7 +65,7 @@ import sys
 sys.path.insert(0, {os.path.dirname(__file__)!r})
 from test_template import STUCK, TALK, template, time_limit, tokenizer
 template.rendered(tokenizer("x"), TALK)  # the first one imports: on a slow machine for longer than the limit below
-template.SECONDS, time_limit.STUCK = 0.1, 0.5
+template.SECONDS, time_limit.STUCK = 0.5, 0.5
 template.rendered(tokenizer("x"), TALK)
 template.rendered(tokenizer(STUCK), TALK)
 """
