@@ -7,7 +7,7 @@ from typing import Any
 
 from dual_lora.lab.data.guess import guess
 from dual_lora.lab.data.records import read_records
-from dual_lora.lab.data.starter import has_repeats, read_starter, run_name, starter
+from dual_lora.lab.data.starter import read_starter, run_name, starter
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.files.write import write_atomically
 from dual_lora.lab.read import regular
@@ -34,12 +34,9 @@ def source_of(recipe: str | None, base: str | None, data: str | None, test: str 
             f"nothing is trained on. Missing here: {', '.join(missing)}."
         )
     records = read_records(data)
-    found_columns = guess(records)
-    lengths = sorted(sum(len(str(value)) for value in record.values.values()) for record in records)
     name = run_name(Path(data).stem)
     file = folder / f"{name}-{_short_digest(base, data, test)}.yaml"
-    repeats = has_repeats(records, found_columns)
-    text = starter(file, name, base, data, test, found_columns, len(records), lengths[-1], None, repeats)
+    text = starter(file, name, base, data, test, guess(records), records)
     read_starter(text, Path(name))
     return _write_once(file, text)
 

@@ -116,7 +116,7 @@ def init(
     """
     from dual_lora.lab.data.guess import HEADS, INIT_OPTIONS, guess
     from dual_lora.lab.data.records import read_records
-    from dual_lora.lab.data.starter import has_repeats, read_starter, run_name, starter
+    from dual_lora.lab.data.starter import read_starter, run_name, starter
     from dual_lora.lab.model.location import check_here
 
     if to.suffix not in (".yaml", ".yml"):
@@ -127,10 +127,7 @@ def init(
     named = {"text": text, "label": label, "prompt": prompt, "answer": answer}
     found = guess(records, {ours: theirs for ours, theirs in named.items() if theirs}, INIT_OPTIONS)
     check_here(base)
-    lengths = sorted(sum(len(str(value)) for value in record.values.values()) for record in records)
-    longest = lengths[round(0.98 * (len(lengths) - 1))]
-    repeats = has_repeats(records, found)
-    written = starter(to, run_name(to.stem), base, data, test, found, len(records), longest, columns, repeats)
+    written = starter(to, run_name(to.stem), base, data, test, found, records, columns, whole=0.98)
     recipe = read_starter(written, to)
     write_atomically(to, written)
     used = ", ".join(f"{theirs} is the {ours}" for ours, theirs in found.fields.items())

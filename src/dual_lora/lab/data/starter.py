@@ -41,13 +41,13 @@ def starter(
     data: str,
     test: str | None,
     found: Guess,
-    count: int,
-    longest: int,
-    columns: list[str] | None,
-    repeats: bool,
+    records: list[Record],
+    columns: list[str] | None = None,
+    whole: float = 1.0,
 ) -> str:
-    """The text of a recipe for `file`. name: the run's. count: records. longest: characters of nearly the longest one.
-    columns: of a file without a header line. repeats: whether a text or a prompt occurs twice."""
+    """The text of a recipe for `file`. name: the run's. columns: of a file without a header line. whole: the share of
+    the records that `max_length` is to cut nothing of."""
+    count, longest = len(records), _longest(records, whole)
     held = max(0, min(MOST_HELD, max(1, round(HELD_OUT * count)), count - 1))
     around = TEMPLATE if found.head == "causal" else 0
     length = next((n for n in LENGTHS if n * CHARACTERS >= longest + around), LENGTHS[-1])
@@ -67,7 +67,7 @@ def starter(
         f"  train: {_value(data)}",
         f"  test: {_value(test)}" if test else f"  # test: {_test_name(data)}  # for the last score, not to choose by",
         f"  holdout: {held}  # taken out of the training records, always the same, for validation",
-        *(["  group: prompt  # records of the same text stay together, in training or in validation"] * repeats),
+        *_grouped(records, found),
         f"  format: {found.format}",
     ]
     if columns:
@@ -100,11 +100,19 @@ def read_starter(text: str, where: Path) -> Recipe:
     return build_recipe(parse_yaml(text, str(where)), str(where))
 
 
-def has_repeats(records: list[Record], found: Guess) -> bool:
-    """Whether texts or prompts occur twice, and none so often that it would be all of the held-out records."""
+def _longest(records: list[Record], share: float) -> int:
+    """Characters of the longest record of so many, the shortest first."""
+    lengths = sorted(sum(len(str(value)) for value in record.values.values()) for record in records)
+    return lengths[round(share * (len(lengths) - 1))]
+
+
+def _grouped(records: list[Record], found: Guess) -> list[str]:
+    """A line where texts or prompts occur twice, and none so often that it would be all of the held-out records."""
     names = [found.fields.get(ours, ours) for ours in ASKED]
     texts = Counter(tuple(str(record.values.get(name, "")) for name in names) for record in records)
-    return 1 < max(texts.values()) <= HELD_OUT * len(records)
+    if not 1 < max(texts.values()) <= HELD_OUT * len(records):
+        return []
+    return ["  group: prompt  # records of the same text stay together, in training or in validation"]
 
 
 def _next_commands(file: Path) -> list[str]:
