@@ -20,7 +20,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from dual_lora import DualLoraConfig, DualLoraLayer, DualLoraWarning
-from dual_lora.core.reference import Factors, delta_weight
+from dual_lora.core.reference import Factors, Form, delta_weight
 from dual_lora.method.layers.quantized_rows import keep_unpacked
 
 pytestmark = [
@@ -123,11 +123,14 @@ def leaves(model, adapter="default"):
     }
 
 
-def update(layer, factors, adapter):
-    """ΔW by the reference, [O, I] or [E, O, I]."""
-    state = layer.states[adapter]
-    scale = state.alpha / ((state.r1 * state.r2) ** 0.5 if state.r2 else 2 * state.r1)
-    scale, form = scale * layer.warmup_factor(adapter).double(), state.form
+def update(model, part, factors, adapter):
+    """ΔW by the reference, [O, I] or [E, O, I], from what was asked for and not from what the layer made of it."""
+    asked, layer = model.peft_config[adapter], parts(model)[part]
+    r1, r2 = factors.A.shape[-2], factors.C.shape[-2] if asked.direction_activation != "frozen" else 0
+    alpha = layer.states[adapter].alpha if asked.alpha is None else asked.alpha
+    scale = alpha / ((r1 * r2) ** 0.5 if r2 else 2 * r1) * layer.warmup_factor(adapter).double()
+    live = asked.init_weights != "paper"
+    form = Form(asked.ste, asked.magnitude_activation, asked.direction_activation, live, asked.plain_rank)
     if factors.A.ndim == 2:
         return delta_weight(factors, float(scale), form)
     scales = torch.as_tensor(scale).expand(len(factors.A)).tolist()
@@ -142,8 +145,8 @@ def reference(kind, model, x, *adapters, given=None, strength=1.0):
     if not adapters:
         return holder(x)
     updates = {
-        part: strength * sum(update(layer, given[part] if given else leaves(model, a)[part], a) for a in adapters)
-        for part, layer in parts(model).items()
+        part: strength * sum(update(model, part, given[part] if given else leaves(model, a)[part], a) for a in adapters)
+        for part in parts(model)
     }
     return functional_call(holder, {f"it.{n}": w for n, w in kind.weights(plain, updates).items()}, (x,))
 
@@ -287,7 +290,7 @@ def test_a_penalty_on_the_update_reaches_the_factors(kind):
         ours = layer._matrix(layer.get_delta_weight("default"))
         # What has no part in the layer, such as the padding's row, is 0 in ours alone.
         G = torch.randn(ours.shape, generator=torch.Generator().manual_seed(4)) * (ours.detach() != 0)
-        theirs = update(layer, given[part], "default")
+        theirs = update(model, part, given[part], "default")
         assert_near(ours * G.ne(0), theirs * G.ne(0), what=f"{part}: ΔW")
         factors = layer.factors("default")
         got = torch.autograd.grad(ours, factors, 3 * G, retain_graph=True)
@@ -515,8 +518,8 @@ def test_the_merged_weight(kind, dtype):
     model.base_model.set_adapter(["default", "other"])
     plain = kind.plain(parts(model)["it"].get_base_layer() if kind.merge_rough else kind.built().to(dtype)).double()
     updates = {
-        part: sum(update(layer, leaves(model, a)[part], a) for a in ("default", "other")).detach().double()
-        for part, layer in parts(model).items()
+        part: sum(update(model, part, leaves(model, a)[part], a) for a in ("default", "other")).detach().double()
+        for part in parts(model)
     }
     sums, adapted_layers = kind.weights(plain, updates), parts(model)
     merged = model.merge_and_unload().it
