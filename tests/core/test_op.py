@@ -78,21 +78,6 @@ def test_shapes(O, I, dtype, small_blocks):
 
 
 @both
-def test_a_weight_too_tall_for_tiles_of_columns(dtype, monkeypatch):
-    monkeypatch.setattr(blocked, "CPU", blocked.Sizes(tile=16 * 63, block=16 * 63 * dtype.itemsize, narrow=16))
-    case = make_case(T=5, I=63, O=577, dtype=dtype)
-    assert 577 * blocked.CPU.narrow * dtype.itemsize > blocked.CPU.block
-    assert_close(run(operator, case), truth(case), dtype)
-
-
-@both
-def test_a_matrix_of_several_default_blocks(dtype):
-    case = make_case(T=3, I=1100, O=1300, ranks=((1, 1),), dtype=dtype)
-    assert 2 * blocked.CPU.tile < 1100 * 1300
-    assert_close(run(operator, case), truth(case), dtype)
-
-
-@both
 @pytest.mark.parametrize("layout", ["x", "weight", "dy", "all"])
 def test_non_contiguous(layout, dtype, small_blocks):
     case = make_case(T=20, dtype=dtype)
@@ -104,13 +89,6 @@ def test_non_contiguous(layout, dtype, small_blocks):
     if layout in ("dy", "all"):
         case = case._replace(dy=case.dy[:1].expand(20, -1))
     assert_close(run(operator, case), truth(case), dtype, layout)
-
-
-def test_strided_rows_of_x(small_blocks):
-    case = make_case(T=20)
-    wide = torch.zeros(20, 200)
-    wide[:, ::2] = case.x
-    assert_close(run(operator, case._replace(x=wide[:, ::2])), truth(case), torch.float32)
 
 
 @both
@@ -127,29 +105,6 @@ def test_empty_batch(lead, function):
     assert got["y"].shape == (*lead, 50)
     assert got["x"].shape == (*lead, 100)
     assert all(not got[f"{n}0"].any() and got[f"{n}0"].shape for n in "ABCD")
-
-
-@both
-def test_several_adapters(dtype, small_blocks):
-    forms = [{}, {"ste": "hardtanh"}, {"magnitude": "identity"}, {"live_zero": True}]
-    case = make_case(T=20, ranks=((3, 5), (1, 2), (4, 4), (2, 1)), forms=forms, dtype=dtype)
-    assert_close(run(operator, case), truth(case), dtype)
-
-
-@both
-@pytest.mark.parametrize("ranks", [((3, 5),), ((3, 5), (2, 2))], ids=["one", "two"])
-def test_without_weight_or_bias(ranks, dtype, small_blocks):
-    case = make_case(T=20, ranks=ranks, dtype=dtype, bias=False)._replace(weight=None)
-    assert_close(run(operator, case), truth(case), dtype)
-
-
-@both
-def test_row_source(dtype, small_blocks):
-    case = make_case(T=20, dtype=dtype)
-    want = truth(case)
-    got = run(operator_by_rows, case)
-    del got["weight"], want["weight"]
-    assert_close(got, want, dtype)
 
 
 def test_row_source_is_never_read_whole(small_blocks):

@@ -57,10 +57,6 @@ def test_form_survives_its_code(form):
     assert Form.from_code(Form(**form).code) == Form(**form)
 
 
-def test_form_codes_differ():
-    assert len({Form(**form).code for form in FORMS}) == len(FORMS)
-
-
 @pytest.mark.parametrize(
     ("form", "message"),
     [

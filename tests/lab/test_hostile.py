@@ -516,19 +516,6 @@ def test_an_output_that_is_a_link_is_followed(there, source, tmp_path):
         merge(source, tmp_path / "link")
 
 
-def test_a_run_into_a_link_to_an_empty_folder(lm_values, tmp_path):
-    (tmp_path / "big-disk").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "big-disk")
-    lm_values["train"]["steps"] = 1
-    wrong = {**lm_values, "data": {"train": "nowhere.json"}}
-    with pytest.raises(UserError, match=r"There is no data file nowhere\.json"):
-        run(build_recipe(wrong), tmp_path / "link", progress=False)
-    assert list((tmp_path / "big-disk").iterdir()) == []
-    assert run(build_recipe(lm_values), tmp_path / "link", progress=False).state == "finished"
-    assert (tmp_path / "link").is_symlink()
-    assert (tmp_path / "big-disk/adapter").is_dir()
-
-
 def test_exit_status_is_128_and_the_signal():
     assert exit_status(KeyboardInterrupt()) == 130
 

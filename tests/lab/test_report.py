@@ -72,15 +72,6 @@ def test_a_broken_file_is_named_and_the_rest_is_shown(folder):
     assert "Analysis: dual" in page
 
 
-def test_a_file_of_another_shape_is_named_and_the_rest_is_shown(folder):
-    study = material.study()
-    del study["methods"][0]["trials"]
-    (folder / "study" / "results.json").write_text(json.dumps(study))
-    page = page_of(folder)
-    assert "results.json could not be shown: KeyError" in page
-    assert "Analysis: dual" in page
-
-
 def from_the_other_side(study):
     """The same study with the roles of candidate and reference changed."""
     turn = {"significantly better": "significantly worse", "significantly worse": "significantly better"}

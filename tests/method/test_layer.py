@@ -106,13 +106,6 @@ def test_layers_pattern():
     assert ["h.1." in name for name in layers(model)] == [True]
 
 
-def test_exclude_modules():
-    model = adapted(llama(), target_modules=["q_proj", "v_proj"], exclude_modules=["layers.0.self_attn.q_proj"])
-    assert len(layers(model)) == 3
-    model = adapted(llama(), target_modules=["q_proj", "v_proj"], exclude_modules=".*v_proj")
-    assert all(name.endswith("q_proj") for name in layers(model))
-
-
 @pytest.mark.parametrize(
     ("bias", "moving"),
     [("none", set()), ("all", {"second", "third"}), ("dual_lora_only", {"second"})],
