@@ -52,8 +52,8 @@ class Watch:
         for layer in (one() for one in self.layers):
             if layer is None or self.adapter not in layer.states or not layer.states[self.adapter].r2:
                 continue
-            of_factors = [groups.get(id(factor)) for factor in layer._stored_factors(self.adapter)]
-            A, B, C, D = (group and group.get("initial_lr", group.get("lr")) for group in of_factors)
+            of_factors = [groups.get(id(factor), {}) for factor in layer._stored_factors(self.adapter)]
+            A, B, C, D = (group.get("initial_lr", group.get("lr")) for group in of_factors)
             if B is not None and D is not None and A == B != C == D and self._holds_others(of_factors[3]):
                 self.rates_told = True
                 warn(
@@ -74,10 +74,10 @@ class Watch:
                 )
                 return
 
-    def _holds_others(self, group: dict[str, Any] | None) -> bool:
+    def _holds_others(self, group: dict[str, Any]) -> bool:
         """Whether an optimizer's group has parameters besides this adapter's factors, such as a head's."""
         own = set(map(id, self._factors()))
-        return group is not None and any(id(p) not in own for p in group["params"])
+        return any(id(p) not in own for p in group["params"])
 
     def _factors(self) -> list[Tensor]:
         alive = [layer for layer in (one() for one in self.layers) if layer is not None]
