@@ -326,12 +326,10 @@ def strengths(method):
     """Of two layers: the rank, and `lora_alpha` at equal strength, as a model gets them; and what trains of biases."""
     fields = {key: rank_rule(value, method.get("r", 8), key) for key, value in method.items()}
     config = method_config(fields | ({} if "r1" in fields else {"r": fields.get("r", 8)}), "causal", 1, [])
-    config.task_type, dual = None, fields["name"] == "dual_lora"
+    config.task_type = None
     model = get_peft_model(nn.ModuleDict({"q_proj": nn.Linear(8, 8), "v_proj": nn.Linear(8, 8)}), config)
     layers = [model.base_model.model[name] for name in ("q_proj", "v_proj")]
-    return config.bias.removeprefix("dual_"), [
-        (a.r["default"], a.scaling["default"] * a.r["default"] / (4 if dual else 1)) for a in layers
-    ]
+    return config.bias.removeprefix("dual_"), [(a.r["default"], a.scaling["default"] * a.r["default"]) for a in layers]
 
 
 @pytest.mark.parametrize("name", ["lora", "dual_lora"])

@@ -270,7 +270,7 @@ def test_alpha_defaults_to_a_share_of_the_ranks_of_each_layer(start, share):
     model = adapted(r=8, rank_pattern={"second": 4}, init_weights=start)
     first, second = layers(model).values()
     assert (first.states["default"].alpha, second.states["default"].alpha) == (8 * share, 4 * share)
-    assert (first.scaling["default"], second.scaling["default"]) == (2 * share, 2 * share)
+    assert (first.strength("default"), second.strength("default")) == (2 * share, 2 * share)
 
 
 def test_patterns():
@@ -278,7 +278,7 @@ def test_patterns():
     first, second = layers(model).values()
     assert (first.states["default"].r1, first.states["default"].r2, first.states["default"].alpha) == (1, 4, 6)
     assert (second.states["default"].r1, second.states["default"].r2, second.states["default"].alpha) == (1, 1, 9)
-    assert first.scaling["default"] == 6 / 2
+    assert first.strength("default") == 6 / 2
     A, B, C, D = first.factors("default")
     assert [tuple(f.shape) for f in (A, B, C, D)] == [(1, 12), (16, 1), (4, 12), (16, 4)]
 

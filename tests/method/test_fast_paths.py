@@ -69,7 +69,7 @@ def dense(base, model):
         if not isinstance(module, DualLoraLayer):
             continue
         A, B, C, D = (f.detach().double() for f in module.factors("default"))
-        delta = module.scaling["default"] * (B @ A).clamp(min=0) * torch.where(D @ C > 0, 1.0, -1.0)
+        delta = module.strength("default") * (B @ A).clamp(min=0) * torch.where(D @ C > 0, 1.0, -1.0)
         plain = expected.get_submodule(name.replace("base_layer.", ""))
         weight = plain.in_proj_weight if isinstance(plain, nn.MultiheadAttention) else plain.weight
         weight.data += delta
@@ -141,7 +141,7 @@ def test_the_linear_layer_inside_a_loss():
     module = model.layer.linear
     four = [f.detach().double().requires_grad_() for f in module.factors("default")]
     A, B, C, D = four
-    delta = module.scaling["default"] * (B @ A).clamp(min=0) * torch.where(D @ C > 0, 1.0, -1.0)
+    delta = module.strength("default") * (B @ A).clamp(min=0) * torch.where(D @ C > 0, 1.0, -1.0)
     linear = expected.layer.linear
     want = nn.functional.cross_entropy(x.double() @ (linear.weight + delta).t() + linear.bias, target)
     loss = model.layer(x, target)

@@ -154,4 +154,4 @@ def test_sgd_takes_less_than_loras_rate(momentum):
 def test_the_default_alpha_is_loras_two_r():
     model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), DualLoraConfig(r=8, target_modules=["0"]))
     layer = next(m for m in model.modules() if isinstance(m, DualLoraLayer))
-    assert layer.scaling["default"] == DualLoraConfig(r=8, lora_alpha=16).alpha / 4
+    assert layer.strength("default") == DualLoraConfig(r=8, lora_alpha=16).alpha / 4

@@ -45,7 +45,7 @@ def by_hand(module, x, adapters=("default",)):
     W = weight_of(module)
     for name in adapters:
         W = W + float(module.warmup_factor(name)) * delta_weight(
-            module.factors(name), module.scaling[name], module.states[name].form
+            module.factors(name), module.strength(name), module.states[name].form
         )
     return nn.functional.linear(x, W, module.get_base_layer().bias)
 
@@ -152,7 +152,7 @@ def test_adapters_with_and_without_dropout_together():
     torch.manual_seed(7)
     dropped = nn.functional.dropout(x, 0.5)
     want = by_hand(module, x, ["plain"])
-    want = want + dropped @ delta_weight(module.factors("default"), module.scaling["default"]).t()
+    want = want + dropped @ delta_weight(module.factors("default"), module.strength("default")).t()
     torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-5)
 
 
@@ -178,7 +178,7 @@ def test_what_users_hang_on_the_base_layer_is_honoured(kind):
         base[0].forward = lambda x: 2 * old(x)
     model = adapted(base, target_modules=["0"], init_weights=False)
     module = layer(model)
-    update = x @ delta_weight(module.factors("default"), module.scaling["default"]).t()
+    update = x @ delta_weight(module.factors("default"), module.strength("default")).t()
     want = 2 * plain + (2 * update if kind == "subclass" else update)  # a subclass is a function of its weight
     for mode in (True, False):
         torch.testing.assert_close(model.train(mode)(x), want, rtol=1e-5, atol=1e-5)

@@ -68,7 +68,7 @@ def test_merging_is_exact_for_any_shape_dtype_and_rank(dtype, shape, transposed,
     W = weight()
 
     def total(chosen):
-        updates = (delta_weight(module.factors(n), module.scaling[n], module.states[n].form).double() for n in chosen)
+        updates = (delta_weight(module.factors(n), module.strength(n), module.states[n].form).double() for n in chosen)
         return W.double() + sum(u.T if transposed else u for u in updates)
 
     def assert_rounded(merged, chosen):

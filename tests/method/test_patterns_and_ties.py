@@ -86,7 +86,7 @@ def test_a_swapped_adapter_is_saved_as_it_is(kind, new, tmp_path):
     again = PeftModel.from_pretrained(make(), tmp_path).eval()
     for ours, theirs in zip(layers(again).values(), layers(model).values(), strict=True):
         torch.testing.assert_close(ours.get_delta_weight("default"), theirs.get_delta_weight("default"))
-        assert ours.scaling["default"] == pytest.approx(theirs.scaling["default"])
+        assert ours.strength("default") == pytest.approx(theirs.strength("default"))
 
 
 def tied_and(targets):

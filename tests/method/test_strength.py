@@ -75,7 +75,7 @@ def test_a_strength_written_as_for_lora_acts_compiled_too(way, copied):
             before = counter.frame_count
             for share in (0.5, 2.0):
                 for ours, other in zip(layers(model).values(), layers(theirs).values(), strict=True):
-                    WRITTEN[way](ours, share * ours.states["default"].strength)
+                    WRITTEN[way](ours, share * ours.states["default"].scaling)
                     other.set_scale("default", share)
                 for run in (model, compiled):
                     torch.testing.assert_close(run(points()), theirs(points()))
@@ -92,6 +92,36 @@ def test_a_strength_that_is_to_train_is_refused(way):
     assert torch.equal(module(points()), before)
     WRITTEN[way](other, torch.tensor(2.0))
     assert dict(other.scaling) == {"default": 2.0}
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_alpha": 10}, {"r": 6, "r1": 1, "r2": 5}, {"r": 3, "alpha": 7}], ids=str)
+def test_the_number_under_lora_s_name_is_lora_s(options):
+    """Scripts write `lora_alpha / r`, a part of it, or 1 where both are equal."""
+    model = adapted(**{"r": 8, "init_std": 0.3} | options).eval()
+    config, full = model.peft_config["default"], copy.deepcopy(model)
+    for module in layers(model).values():
+        assert module.scaling["default"] == pytest.approx(config.lora_alpha / config.r)
+        assert module.scaling["default"] == module.lora_alpha["default"] / module.r["default"]
+        assert module.strength("default") == module.states["default"].strength
+        module.scaling["default"] = config.lora_alpha / config.r
+    torch.testing.assert_close(model(points()), full(points()))
+    for ours, theirs in zip(layers(model).values(), layers(full).values(), strict=True):
+        ours.scaling["default"] = 0.25 * config.lora_alpha / config.r
+        torch.testing.assert_close(ours.get_delta_weight("default"), 0.25 * theirs.get_delta_weight("default"))
+        assert ours.get_delta_weight("default").any()
+
+
+def test_what_asks_for_lora_s_factors_is_told_that_there_are_none():
+    """`hasattr(module, "lora_A")`: a merge, a penalty or a strength of a script would pass these layers by."""
+    model = adapted(dropout=0.5, init_std=0.3)
+    for name in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"):
+        with pytest.warns(UserWarning, match=f"asks a Dual LoRA layer for '{name}'.*LoraLayer.* finds these") as told:
+            found = [m for m in model.modules() if hasattr(m, name)]
+        assert (found, len(told)) == ([], 1)
+    for module in (m for m in model.modules() if hasattr(m, "lora_dropout")):
+        module.lora_dropout["default"].p = 0.0
+    assert torch.equal(model(points()), model(points()))
+    assert not torch.equal(adapted(dropout=0.5, init_std=0.3)(points()), model(points()))
 
 
 def test_scripts_that_look_for_loras_layers_find_these():

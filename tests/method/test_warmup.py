@@ -422,7 +422,7 @@ def test_an_adapter_of_an_earlier_version_keeps_its_start(tmp_path):
     again = load(tmp_path, is_trainable=True)
     assert again.peft_config["default"].init_weights == "paper"
     assert not again.peft_config["default"].form.live_zero
-    assert layer(again).scaling["default"] == layer(model).scaling["default"] == 4
+    assert layer(again).strength("default") == layer(model).strength("default") == 4
     assert factor(again) == pytest.approx(0.4)
     assert torch.equal(again(points()), model(points()))
     assert get_peft_model(Mlp(), DualLoraConfig(**config)).peft_config["default"].warmup_steps == 10

@@ -1,6 +1,7 @@
 """An adapter that does not train is noticed; a healthy run warns of nothing."""
 
 import copy
+import re
 import warnings
 
 import pytest
@@ -136,25 +137,35 @@ def by_hand(model, ratio, *higher):
     return optimizer
 
 
+def with_head(model, ratio, *higher):
+    """Groups by hand, of which the second has a bias besides."""
+    model.base_model.model.first.base_layer.bias.requires_grad_(True)
+    return by_hand(model, ratio, *higher)
+
+
 @pytest.mark.parametrize(
     ("made", "told_of"),
     [
-        (lambda model: of_peft(model, 16.0), True),
-        (lambda model: by_hand(model, 16.0, "lora_B"), True),
+        (lambda model: of_peft(model, 16.0), "learning rates as LoRA+"),
+        (lambda model: by_hand(model, 16.0, "lora_B"), "learning rates as LoRA+"),
+        (lambda model: with_head(model, 4.0, "lora_A", "lora_B"), "C and D .* have the learning rate of other param"),
+        (lambda model: with_head(model, 4.0, "lora_C", "lora_D"), False),
+        (lambda model: with_head(model, 4.0, "lora_"), False),
         (lambda model: of_peft(model, 1.0), False),
         (lambda model: by_hand(model, 16.0, "lora_B", "lora_D"), False),
         (lambda model: by_hand(model, 4.0, "lora_C", "lora_D"), False),
         (lambda model: by_hand(model, 4.0, "first"), False),
     ],
-    ids=["of PEFT", "by hand", "one rate", "B and D", "C and D", "by layer"],
+    ids=["PEFT", "hand", "a head's", "C and D, a head", "a head", "one rate", "B and D", "C and D", "by layer"],
 )
 def test_rates_by_lora_s_names_are_noticed(made, told_of):
-    """LoRA+: B's rate, which D is to have as well. It comes once, before anything has moved."""
+    """LoRA+: B's rate, which D is to have as well. Or `lora_A` and `lora_B` at one rate, and all others at a head's.
+    It comes once, before anything has moved."""
     model = adapted(init_weights=True)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         train(model, 6, optimizer=made(model))
-    assert ["learning rates as LoRA+" in message for message in told(caught)] == [True] * told_of
+    assert [bool(told_of and re.search(told_of, message)) for message in told(caught)] == [True] * bool(told_of)
 
 
 def test_factors_that_are_frozen_or_have_an_optimizer_of_their_own_are_no_fault():

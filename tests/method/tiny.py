@@ -158,7 +158,7 @@ def factor(lambda_of, adapter="default"):
     for m in layers(lambda_of).values():
         if adapter in m.scaling:
             # What forward uses is a tensor, derived from the count.
-            assert m.adapter(adapter).scale.item() == pytest.approx(value * m.scaling[adapter], rel=1e-6)
+            assert m.adapter(adapter).scale.item() == pytest.approx(value * m.strength(adapter), rel=1e-6)
     return value
 
 

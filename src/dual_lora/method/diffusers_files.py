@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from ..core.reference import scaling
 from .config import LORA_ALPHA, DualLoraConfig
 
 _MARK, _ALPHA = ".dual_lora_", ".dual_lora_alpha"
@@ -39,7 +38,7 @@ def note_alpha(B: Any, layer: Any, adapter: str) -> None:
     """Attach a layer's α to its factor B in a state that is about to be saved, for `convert_state`."""
     if B is not None:
         state = layer.states[adapter]
-        B._dual_lora_alpha = layer.scaling[adapter] / scaling(1.0, state.r1, state.r2)
+        B._dual_lora_alpha = LORA_ALPHA * state.r * layer.scaling[adapter]
 
 
 def convert_state(original: Callable[..., Any], state: dict[str, Any], *args: Any, **kwargs: Any) -> Any:

@@ -60,7 +60,7 @@ class FactorsLayer(Warmup, Strength, Seeds, nn.Module, BaseTunerLayer):
         self.dual_lora_keys: dict[str, tuple[Tensor, Tensor]] = {}
         self._key_sources: dict[str, tuple[Tensor, int]] = {}
         self.dual_lora_scale: dict[str, Tensor] = {}
-        self._scaling = Scaling({}, self.dual_lora_scale)
+        self._scaling = Scaling({}, self.dual_lora_scale, self.states)
         self._disable_adapters = False
         self.tied: dict[str, FactorsLayer] = {}  # by adapter, the embedding whose weight and factors this layer shares
         self.warned = Warned() if warned is None else warned  # shared by all layers of a model
@@ -147,7 +147,7 @@ class FactorsLayer(Warmup, Strength, Seeds, nn.Module, BaseTunerLayer):
         if share != EXACT and not self.samples_tokens:
             self.warned.once(f"token_sampling has no effect on {type(base).__name__}: its gradients are exact.")
         self.states[adapter_name] = state = AdapterState(r1, r2, alpha, config.form, share=share)
-        self._scaling[adapter_name] = state.strength
+        self._scaling[adapter_name] = state.scaling
         dropout = config.dropout if self.takes_dropout else 0.0
         self.dual_lora_dropout[adapter_name] = nn.Dropout(dropout) if dropout else nn.Identity()
         shapes = self._factor_shapes(r1, r2)

@@ -82,7 +82,7 @@ def hotswap_from_state_dict(
             r1, r2, alpha = layer_options(config, key_of(name, layer))
             before, left = layer.states[adapter_name], new.get(f"{name}.dual_lora_left")
             state = AdapterState(r1, r2, alpha, before.form, before.warmup, before.share)
-            layer.states[adapter_name], layer.scaling[adapter_name] = state, state.strength
+            layer.states[adapter_name], layer.scaling[adapter_name] = state, state.scaling
             if left is not None and left.any() and config.warmup_steps:
                 layer.begin_warmup(adapter_name, config.warmup_steps)
             layer.set_left(adapter_name, 0 if left is None else left)

@@ -110,7 +110,7 @@ def refuse_empty(state: dict[str, Tensor], adapter_name: str) -> None:
 
 def warn_of_scales(layers: list[Any], adapter_name: str) -> None:
     """Warn of a strength that was set with `set_scale`, which is not saved."""
-    scales = {layer.scaling[adapter_name] / layer.states[adapter_name].strength for layer in layers}
+    scales = {layer.scaling[adapter_name] / layer.states[adapter_name].scaling for layer in layers}
     other = next((scale for scale in scales if not math.isclose(scale, 1)), None)
     if other is not None:
         warn(

@@ -48,11 +48,21 @@ class Watch:
         """Warn before the first step of LoRA+ by LoRA's names, which gives B a rate of its own, and D that of A."""
         if self.own_steps or self.rates_told:
             return
-        rates = {id(p): g.get("initial_lr", g.get("lr")) for g in optimizer.param_groups for p in g["params"]}
+        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         for layer in (one() for one in self.layers):
             if layer is None or self.adapter not in layer.states or not layer.states[self.adapter].r2:
                 continue
-            A, B, C, D = (rates.get(id(factor)) for factor in layer._stored_factors(self.adapter))
+            of_factors = [groups.get(id(factor), {}) for factor in layer._stored_factors(self.adapter)]
+            A, B, C, D = (group.get("initial_lr", group.get("lr")) for group in of_factors)
+            if B is not None and D is not None and A == B != C == D and self._holds_others(of_factors[3]):
+                self.rates_told = True
+                warn(
+                    f"C and D of the Dual LoRA adapter {self.adapter!r} have the learning rate of other parameters, "
+                    f"{float(D):.3g}, and A and B have {float(B):.3g}: as the names `lora_A` and `lora_B` choose, "
+                    "where LoRA has no other factors. Put all parameters with 'dual_lora_' in their name in one group.",
+                    stacklevel=4,
+                )
+                return
             if B is not None and D is not None and A == C == D != B:
                 self.rates_told = True
                 warn(
@@ -63,6 +73,11 @@ class Watch:
                     stacklevel=4,
                 )
                 return
+
+    def _holds_others(self, group: dict[str, Any]) -> bool:
+        """Whether an optimizer's group has parameters besides this adapter's factors, such as a head's."""
+        own = set(map(id, self._factors()))
+        return any(id(p) not in own for p in group["params"])
 
     def _factors(self) -> list[Tensor]:
         alive = [layer for layer in (one() for one in self.layers) if layer is not None]

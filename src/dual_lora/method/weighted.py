@@ -51,7 +51,7 @@ def copy_scaled(model: nn.Module, source: str, weight: float, adapter_name: str)
         layer.dual_lora_dropout[adapter_name].train(layer.dual_lora_dropout[source].training)
         if adapter_name in layer.tied:
             continue  # the factors are the embedding's
-        strength = weight * layer.scaling[source] / layer.scaling[adapter_name]
+        strength = weight * layer.strength(source) / layer.strength(adapter_name)
         frozen = not layer.states[source].r2
         layer.factors(adapter_name).B.data.mul_(strength if frozen else abs(strength))
         if strength < 0 and not frozen:

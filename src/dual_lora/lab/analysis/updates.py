@@ -65,7 +65,7 @@ def snapshot(model: nn.Module, adapter: str = "default") -> dict[str, LayerUpdat
         if isinstance(layer, DualLoraLayer) and adapter in layer.scaling:
             full = layer.adapter(adapter)
             copies = Factors(*(f.detach().clone() for f in full.factors))
-            matrix = Factored(full._replace(factors=copies, scale=torch.full_like(full.scale, layer.scaling[adapter])))
+            matrix = Factored(full._replace(factors=copies, scale=torch.full_like(full.scale, layer.strength(adapter))))
             result[name] = LayerUpdate(partial(_itself, matrix), float(layer.warmup_factor(adapter)))
         elif adapter in getattr(layer, "active_adapters", []):
             tensors = {n: p.detach().clone() for n, p in _own_tensors(layer)}
