@@ -229,8 +229,8 @@ def _open_adapter(
     name_classes(loaded.model, classes)
     other = _other_base(adapter, part, base)
     check_config(config, loaded.model, f"The adapter {adapter}", adapter / "adapter_model.safetensors")
-    before = _weights_in_both(adapter, loaded.model)
     try:
+        before = _weights_in_both(adapter, loaded.model)
         model = PeftModel.from_pretrained(loaded.model, str(adapter), config=config)
         brought = get_peft_model_state_dict(model, save_embedding_layers=False)
     except Exception as error:
