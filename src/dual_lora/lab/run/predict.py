@@ -35,7 +35,7 @@ from dual_lora.lab.run.scoring import Asked, class_rows
 Names = Sequence[str] | None
 _TEXT, _LABEL = {"predicted"}, {"predicted", "probability", "probabilities"}  # fields of a result
 LONGEST = 10_000_000  # characters of a result
-_READ = {"adapter_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}  # beside the weights
+_READ = {"adapter_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}  # next to the weights
 BATCHES = 8  # at a time: their rows are sorted by length, computed, and then written
 
 
