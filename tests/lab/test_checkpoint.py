@@ -1,6 +1,7 @@
 """A checkpoint that is not what the run wrote is not gone on from: Trainer would read whatever it finds there."""
 
 import json
+import re
 import shutil
 import zipfile
 
@@ -123,16 +124,20 @@ def test_the_rate_is_the_schedule_s(stopped, tmp_path):
     assert all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
 
 
-def test_a_whole_model_takes_no_base_s_place(stopped, tmp_path):
+@pytest.mark.parametrize(
+    "name",  # all but the first are read as such where case does not count, or invisible letters
+    ["model-00001-of-00001.safetensors", "Model.SAFETENSORS", "model.\u017fafetensors", "mod\u200cel.safetensors"],
+)
+def test_a_whole_model_takes_no_base_s_place(name, stopped, tmp_path):
     folder, _, method = stopped
     folder = shutil.copytree(folder, tmp_path / "run")
     weights = {name: torch.zeros(2) for name in ("a", "b")}
-    save_file(weights, folder / "checkpoints/checkpoint-2/model-00001-of-00001.safetensors")
+    save_file(weights, folder / "checkpoints/checkpoint-2" / name)
     mark_whole(folder / "checkpoints/checkpoint-2")
     if method == "full":  # nobody reads it there
         assert run(stopped[1], folder, resume=True, progress=False).steps == 4
     else:
-        with pytest.raises(UserError, match=r"model-00001-of-00001\.safetensors, which this run does not write"):
+        with pytest.raises(UserError, match=rf"{re.escape(name)}, which this run does not write"):
             run(stopped[1], folder, resume=True, progress=False)
 
 
@@ -144,6 +149,11 @@ def test_packed_weights_of_an_adapter_are_not_read(stopped, tmp_path):
     (folder / "adapter/adapter_model.safetensors").unlink()
     torch.save(held, folder / "adapter/adapter_model.bin")
     open_tuned(folder / "adapter")
-    packed(folder / "adapter/adapter_model.bin")
-    with pytest.raises(UserError, match="holds a packed entry"):
-        open_tuned(folder / "adapter")
+    for name in ("adapter_model.bin", "other.BIN"):  # in capital letters it is read where case does not count
+        (folder / "adapter/adapter_model.bin").rename(folder / "adapter" / name)
+        packed(folder / "adapter" / name)
+        if name != "adapter_model.bin":
+            torch.save(held, folder / "adapter/adapter_model.bin")
+        with pytest.raises(UserError, match="holds a packed entry"):
+            open_tuned(folder / "adapter")
+        torch.save(held, folder / "adapter/adapter_model.bin")

@@ -284,6 +284,27 @@ def test_tensors_of_an_adapter_that_the_model_leaves_out_are_said(tiny_lm, tmp_p
         open_tuned(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["model.norm", "model.layers.0.self_attn.q_proj.base_layer", "model.embed_tokens"])
+def test_an_adapter_leaves_the_base_as_it_was(name, tiny_lm, tmp_path):
+    """PEFT writes into the base what an adapter's file holds by a name of the base's."""
+    base = load_model(ModelSection(path=str(tiny_lm), dtype="float32")).model
+    tokens = torch.arange(6)[None]
+    with torch.no_grad():
+        expected = base(tokens).logits
+    own = base.state_dict()[name.replace(".base_layer", "") + ".weight"].clone()
+    get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    held, key = load_file(file), f"base_model.model.{name}.weight"
+    for brought, another in ((own, False), (own.flip(0) + 1, True)):
+        save_file(held | {key: brought}, file)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            tuned = open_tuned(tmp_path)
+        assert any("weights of the base itself" in str(each.message) for each in said) == another
+        with torch.no_grad(), tuned.as_variant("base") as model:
+            assert torch.equal(model(tokens).logits, expected)
+
+
 @pytest.fixture
 def hub(tiny_lm, monkeypatch):
     """What is asked of the hub for the model me/tiny, which is tiny_lm: [(name, revision)]."""

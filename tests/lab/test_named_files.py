@@ -1,6 +1,7 @@
 """What a stranger's model, tokenizer or adapter names outside of its folder is neither read nor run."""
 
 import base64
+import hashlib
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.load import load_model, load_tokenizer
+from dual_lora.lab.model.location import locate
 from dual_lora.lab.model.named_files import MADE
 from dual_lora.lab.model.opened import open_tuned
 from dual_lora.lab.model.tokenizer_rules import check_rules
@@ -242,13 +244,50 @@ def test_weights_lie_next_to_their_index(name, base):
     (base / "deep/er").mkdir(parents=True)
     os.mkfifo(base / "deep/er/w.safetensors")
     (base / "model.safetensors").unlink()
-    settings(base / "model.safetensors.index.json", metadata={}, weight_map={"lm_head.weight": name})
-    with pytest.raises(UserError, match=r"names .*, expected files of weights that lie next to it"):
-        load_model(ModelSection(path=str(base)))
-    (base / "model.safetensors.index.json").unlink()
+    for index in ("model.safetensors.index.json", "Model.safetensors.INDEX.json"):  # where case does not count
+        settings(base / index, metadata={}, weight_map={"lm_head.weight": name})
+        with pytest.raises(UserError, match=r"names .*, expected files of weights that lie next to it"):
+            load_model(ModelSection(path=str(base)))
+        (base / index).unlink()
     settings(base / "config.json", transformers_weights=name)
     with pytest.raises(UserError, match="transformers_weights, names"):
         load_model(ModelSection(path=str(base)))
+
+
+@pytest.mark.parametrize("kind", ["link", "hard link", "folder", "snapshot", "blob"])
+def test_the_hub_s_cache_shows_no_file_from_outside(kind, tiny_lm, tmp_path, monkeypatch):
+    """As an archive of it may, which was unpacked over the user's own."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "secret.jinja").write_text("my-password")
+    folder = tmp_path / "hub/models--me--tiny"
+    snapshot = folder / "snapshots" / ("a" * 40)
+    shutil.copytree(tiny_lm, mine / "model" if kind == "snapshot" else snapshot)
+    for part in ("blobs", "refs", "snapshots"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    (folder / "refs/main").write_text("a" * 40)
+    locate("me/tiny")  # as it should be
+    if kind == "link":
+        (snapshot / "additional.jinja").symlink_to(mine / "secret.jinja")
+    elif kind == "hard link":
+        os.link(mine / "secret.jinja", snapshot / "additional.jinja")
+    elif kind == "folder":
+        (snapshot / "additional_chat_templates").symlink_to(mine)
+    elif kind == "snapshot":
+        snapshot.symlink_to(mine / "model")
+    else:
+        content = (snapshot / "config.json").read_bytes()
+        blob = folder / "blobs" / hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+        (snapshot / "config.json").rename(blob)
+        (snapshot / "config.json").symlink_to(f"../../blobs/{blob.name}")
+        os.link(blob, tmp_path / "backup")  # of the same content: what saves room on a disk
+        locate("me/tiny")
+        locate(str(snapshot))
+        blob.write_text("my-password")
+    for path in ("me/tiny", *([str(snapshot)] if kind in ("link", "hard link", "blob") else [])):
+        with pytest.raises(UserError, match=r"outside|has a second name elsewhere"):
+            locate(path)
 
 
 def test_weights_in_parts_are_read(base):

@@ -232,3 +232,4 @@ def test_no_process_imports_from_the_folder_that_a_command_is_given_in(tmp_path,
     monkeypatch.setattr(os, "environ", os.environ.copy())
     entry.main()
     assert os.environ[permission.SAFE_PATH] == "1"  # for those that libraries start
+    assert os.environ[permission.SAFE_PROGRAMS] == "1"

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from dual_lora.lab.data.questions import read_questions
 from dual_lora.lab.data.records import Record, read_records
@@ -146,6 +147,36 @@ def test_what_was_interrupted_goes_on(classifier, sentences, call, tmp_path, mon
     assert sum(computed[2:]) == 14, "what was there is not computed again"
     assert parts.read_text() == whole.read_text()
     assert not unfinished.exists()
+
+
+@pytest.mark.parametrize(
+    "changed", ["adapter/adapter_model.safetensors", "adapter/adapter_config.json", "base", "model"]
+)
+def test_what_another_model_in_the_same_folder_said_is_not_gone_on_with(
+    changed, writer, questions, call, tmp_path, monkeypatch, tiny_lm
+):
+    import dual_lora.lab.run.predict as predicting
+
+    source = tmp_path / ("base" if changed == "model" else "adapter")
+    shutil.copytree(tiny_lm, tmp_path / "base")
+    shutil.copytree(writer / "adapter", tmp_path / "adapter")
+    (tmp_path / "adapter/lab.json").unlink()  # an adapter of PEFT's own does not know its base's weights
+    given = (source, questions / "test.json", "--out", tmp_path / "out.jsonl", "--data.max-length", 48)
+    given += ("--evaluate.max-new-tokens", 1) if changed == "model" else ("--base", tmp_path / "base")
+    with monkeypatch.context() as stopping:
+        stopping.setattr(predicting, "write_rows", lambda *_: pytest.fail("stopped"))
+        with pytest.raises(pytest.fail.Exception):
+            call("predict", *given)
+    file = tmp_path / changed
+    file = tmp_path / "base/model.safetensors" if file.suffix not in (".json", ".safetensors") else file
+    if file.suffix == ".json":
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_alpha": 99}))
+    else:
+        twice = {name: weight * 2 for name, weight in load_file(file).items()}
+        save_file(twice, file, metadata={"format": "pt"})
+    code, _, said = call("predict", *given)
+    assert code == 1
+    assert "results of other records, another model or other settings" in " ".join(said.split())
 
 
 def test_two_commands_do_not_write_the_same_results(classifier, sentences, call, tmp_path):

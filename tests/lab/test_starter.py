@@ -146,13 +146,15 @@ def test_preferences_begin_with_dpo(tmp_path, tiny_lm, call, monkeypatch):
     assert recipe.data.max_length == 128  # with room for a template
 
 
-def test_a_class_of_several_lines_stays_out_of_the_comments(tmp_path, tiny_encoder, call, monkeypatch):
+@pytest.mark.parametrize("name", ["x.jsonl", "x\nname: other.jsonl", "x\u2028name: other.jsonl"])
+def test_a_class_or_a_file_of_several_lines_stays_out_of_the_comments(name, tmp_path, tiny_encoder, call, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = [{"text": f"sea {i}", "label": "good\nname: other" if i % 2 else "bad"} for i in range(8)]
-    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    code, _, err = call("recipes", "init", "mine.yaml", "--data", "x.jsonl", "--base", tiny_encoder)
+    (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, _, err = call("recipes", "init", "mine.yaml", "--data", name, "--base", tiny_encoder)
     assert code == 0, err
-    assert yaml.safe_load(Path("mine.yaml").read_text())["name"] == "mine"
+    written = yaml.safe_load(Path("mine.yaml").read_text())
+    assert (written["name"], written["data"]["train"]) == ("mine", name)
 
 
 def checked(call, *arguments):

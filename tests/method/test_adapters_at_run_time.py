@@ -1,6 +1,7 @@
 """What is done with adapters of a running model: several at once, mixed batches, swaps, switches, tied weights."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -220,6 +221,19 @@ def test_a_layer_that_the_new_adapter_leaves_out_acts_no_more(tmp_path):
     model = PeftModel.from_pretrained(llama(), tmp_path / "a").eval()
     hotswap_adapter(model, str(tmp_path / "b"), adapter_name="default", torch_device="cpu")
     torch.testing.assert_close(logits(model), second, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["norm", "layers.0.self_attn.q_proj.base_layer"])
+def test_a_hotswap_says_which_weights_of_the_base_it_changes(name, tmp_path):
+    saved(tmp_path / "a", 1)
+    model = PeftModel.from_pretrained(llama(), tmp_path / "a").eval()
+    key = f"base_model.model.model.{name}.weight"
+    state, its = get_peft_model_state_dict(model), model.state_dict()[key].clone()
+    for brought, said in ((its, 0), (its + 1, 1)):
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            hotswap.hotswap_adapter_from_state_dict(model, state | {key: brought}, "default", config())
+        assert sum("weights of the base itself" in str(each.message) for each in found) == said
 
 
 def test_hotswap_refusals_change_nothing(tmp_path):

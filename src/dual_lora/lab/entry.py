@@ -4,7 +4,7 @@ import os
 import sys
 
 from .memory import limit_memory
-from .permission import SAFE_PATH
+from .permission import SAFE_PATH, SAFE_PROGRAMS
 
 LAUNCHED = ("WORLD_SIZE", "RANK", "LOCAL_RANK")  # set for a process among several, which uses what is sharded
 
@@ -14,6 +14,7 @@ def main() -> None:
     # The folder that a command is given in may be a stranger's, and Python processes that libraries start (`-c`, `-m`)
     # would import modules that lie there.
     os.environ.setdefault(SAFE_PATH, "1")
+    os.environ.setdefault(SAFE_PROGRAMS, "1")
     limit_memory(sys.argv[1:])
     try:
         if "torch" not in sys.modules and not any(name in os.environ for name in LAUNCHED):

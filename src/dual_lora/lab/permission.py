@@ -16,6 +16,7 @@ from dual_lora.lab.errors import UserError
 FLAG = "--allow-module"
 VARIABLE = "DUAL_LORA_ALLOW_MODULES"
 SAFE_PATH = "PYTHONSAFEPATH"  # what Python asks at its start: import nothing from the working folder (`-c`, `-m`)
+SAFE_PROGRAMS = "NoDefaultCurrentDirectoryInExePath"  # what Windows asks: start no program (git) that lies there
 
 
 def allow(module: str) -> None:

@@ -4,7 +4,9 @@ import contextlib
 import csv
 import json
 import stat
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -72,6 +74,19 @@ def not_utf8(file: Path, error: UnicodeDecodeError) -> str:
         f"{file} is not text in UTF-8 (byte {error.start}): save it in UTF-8 (in Excel as 'CSV UTF-8'), or convert "
         "it, for example with iconv -f WINDOWS-1252 -t UTF-8."
     )
+
+
+def folded(name: str) -> str:
+    """A file's name as the most careless file system compares it: case, width and invisible characters left out."""
+    kept = (c for c in unicodedata.normalize("NFKC", name) if unicodedata.category(c) != "Cf")
+    return "".join(kept).casefold()
+
+
+def entries_named(folder: Path, *patterns: str) -> list[Path]:
+    """The entries of a folder that a library may open by such a name: where case does not count, `Model.SAFETENSORS` is
+    `model.safetensors`. patterns: as of `glob`, in small letters."""
+    entries = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in entries if any(fnmatchcase(folded(path.name), pattern) for pattern in patterns))
 
 
 def lines_of(text: str) -> list[str]:

@@ -67,6 +67,7 @@ def hotswap_from_state_dict(
     key_of = _key_function(model)
     scales: dict[DualLoraLayer, Tensor] = {}
     with torch.no_grad():
+        _warn_of_base(others, known, adapter_name)
         for key, value in others.items():
             known[key].copy_(value)
         for name, layer in layers.items():
@@ -97,6 +98,24 @@ def hotswap_from_state_dict(
         changed.init_weights, changed.warmup_steps = config.init_weights, config.warmup_steps
         changed.direction_seed = config.direction_seed
         _write_options(changed, model, adapter_name)
+
+
+def _warn_of_base(others: dict[str, Tensor], known: dict[str, Tensor], adapter: str) -> None:
+    """Say which weights of the base itself a swap changes. Those that an adapter trains have its name, biases have not;
+    PEFT saves an embedding with an adapter on it, most often as it was."""
+    changed = [
+        key
+        for key, value in others.items()
+        if adapter not in key.split(".")
+        and not key.endswith(".bias")
+        and not torch.equal(known[key], value.to(known[key]))
+    ]
+    if changed:
+        warn(
+            f"The adapter holds {len(changed)} weights of the base itself, the first of them {changed[0]}. They take "
+            "the place of the base's own, and stay when the next adapter comes.",
+            stacklevel=4,
+        )
 
 
 def _key_function(model: nn.Module) -> Callable[[str, DualLoraLayer], str]:

@@ -153,8 +153,10 @@ def _heads(found: Guess) -> str:
 
 
 def _value(text: str) -> str:
-    """A text as YAML writes it in one line, quoted where it has to be."""
-    return _flow([text])[1:-1]
+    """A text as YAML writes it in one line, quoted where it has to be; with escapes where it has several lines."""
+    if len(text.splitlines()) < 2:
+        return _flow([text])[1:-1]
+    return yaml_text.dump([text], default_flow_style=True, default_style='"', width=10**6).strip()[1:-1]
 
 
 def _flow(values: list[str]) -> str:

@@ -32,6 +32,7 @@ def objects_of(folder: Path) -> Iterator[tuple[Git, str]]:
     Raises UserError for a folder without a whole history, and for answers that are too long or take too long.
     """
     inside = folder / ".git" if (folder / ".git").is_dir() else folder
+    _check_objects(folder, inside / "objects")
     tip, ends = _head_commit(folder, inside), time.monotonic() + SECONDS
     with TemporaryDirectory() as empty:
         for part in ("objects", "refs"):
@@ -77,6 +78,15 @@ def _run_git(folder: Path, command: list[str], env: dict[str, str], cwd: str, en
             "made without --depth and without --filter."
         )
     return said
+
+
+def _check_objects(folder: Path, objects: Path) -> None:
+    """Raise UserError for what git would wait for, or read without an end: pipes, devices, and objects elsewhere."""
+    if os.path.lexists(objects / "info/alternates"):
+        raise UserError(f"{folder} has objects elsewhere: give a clone that was made without --shared and --reference.")
+    for file in objects.rglob("*"):
+        if file.exists() and not file.is_file() and not file.is_dir():
+            raise UserError(f"{file} is neither a file nor a folder, so the history was not read: remove it.")
 
 
 def _head_commit(folder: Path, inside: Path) -> str:

@@ -31,6 +31,7 @@ from dual_lora.lab.model.named_files import (
     weights_of,
 )
 from dual_lora.lab.model.quantize import check_packed, quantization_config
+from dual_lora.lab.read import folded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -99,7 +100,7 @@ def load_model(part: ModelSection, num_labels: int | None = None, device: str | 
         check_whole_model(location.name, location.revision)
         weights = weights_of(location.name, location.revision)
         allow_mapped(weights)
-        check_weights(file for file in weights if file.suffix == ".bin")
+        check_weights(file for file in weights if folded(file.name).endswith(".bin"))
     tokenizer = load_tokenizer(part.path, location)
     arguments: dict[str, Any] = {"dtype": getattr(torch, dtype_of(part, device)), **location.arguments()}
     if part.attention:

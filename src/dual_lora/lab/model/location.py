@@ -16,12 +16,12 @@ from shlex import quote
 from typing import Any
 
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.model.hub_cache import WEIGHTS, check_cached, is_a_second_name
 from dual_lora.lab.model.named_files import check_plain_name
-from dual_lora.lab.read import expanded, has_second_name, read_object
+from dual_lora.lab.read import expanded, folded, has_second_name, read_object
 
 MOST_CLASSES, LONGEST_CLASS = 1000, 200  # of a classifier that is used by its own names: each is a column
 HUB_SECONDS = 10  # for an answer whether it has a model
-WEIGHTS = (".safetensors", ".bin", ".gguf")
 NEXT_TO_GGUF = (
     "config.json",
     "generation_config.json",
@@ -98,7 +98,7 @@ def locate(path: str, revision: str | None = None) -> Location:
     if here.suffix == ".gguf":
         if not here.is_file():
             raise UserError(f"There is no model file {path}.")
-        check_entries(here.parent, lambda file: file.name in NEXT_TO_GGUF)
+        check_entries(here.parent, lambda file: folded(file.name) in NEXT_TO_GGUF)
         return Location(str(here.parent), here.name)
     if here.is_dir():
         check_entries(here)
@@ -115,6 +115,7 @@ def locate(path: str, revision: str | None = None) -> Location:
         )
     if path.startswith(("/", ".", "~")) or path.count("/") > 1:
         raise UserError(f"There is no folder {path}.{suggest_model(path)}")
+    check_cached(path)
     return Location(path, revision=revision)
 
 
@@ -135,7 +136,8 @@ def check_entries(folder: Path, looked_at: Callable[[Path], bool] = lambda _: Tr
             raise UserError(f"{file} is neither a file nor a folder, so it was not read: remove it.")
         if file.suffix in WEIGHTS:
             continue
-        if file.is_file() and has_second_name(file) and not file.resolve().is_relative_to(roots[1]):
+        cached = file.resolve().is_relative_to(roots[1])
+        if is_a_second_name(file) if cached else file.is_file() and has_second_name(file):
             raise UserError(
                 f"{file} has a second name elsewhere (a hard link), so it may be a file of yours that an archive was "
                 "unpacked over. It was not read: take a copy of the folder (cp -r)."

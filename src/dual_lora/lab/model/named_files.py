@@ -15,7 +15,7 @@ from typing import Any
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.tokenizer_rules import check_rules
-from dual_lora.lab.read import read_object, regular
+from dual_lora.lab.read import entries_named, read_object, regular
 
 ARGUMENTS = ("tokenizer_config.json", "special_tokens_map.json")  # of the tokenizer's class, both of them
 # Arguments that no tokenizer opens. Where a file of the first two kinds lay is noted by every older transformers.
@@ -118,7 +118,7 @@ def check_whole_model(model: str, revision: str | None = None) -> None:
 
 def check_plain_names(folder: Path) -> None:
     """Raise UserError for an index in a folder that names weights in another one, or what are no files of weights."""
-    for index in sorted(folder.glob("*.index.json")) if folder.is_dir() else ():
+    for index in entries_named(folder, "*.index.json"):
         for shard in _shards(index):
             check_plain_name(shard, str(index))
 
@@ -136,7 +136,7 @@ def weights_of(model: str, revision: str | None = None) -> list[Path]:
     """A model's files of weights, safetensors or PyTorch's; of one on the hub those that transformers would read."""
     folder = Path(model)
     if folder.is_dir():
-        return sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+        return entries_named(folder, "*.safetensors", "*.bin")
     for name in (
         "model.safetensors",
         "model.safetensors.index.json",

@@ -1,6 +1,7 @@
 """Open what was trained: a run folder, an adapter folder or any plain model."""
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +21,7 @@ from dual_lora.lab.model.methods import plain_name
 from dual_lora.lab.model.note import NOTE, name_classes, read_note
 from dual_lora.lab.model.pickled import check_weights
 from dual_lora.lab.model.weights import is_other_base, other_settings, short_digest, warn_of_doubt, weights_digest
-from dual_lora.lab.read import read_object, regular
+from dual_lora.lab.read import entries_named, read_object, regular
 from dual_lora.lab.recipe.schema import ModelSection, Recipe
 from dual_lora.serving.files import CONFIG_BYTES
 from dual_lora.verify.numbers import header
@@ -30,6 +31,8 @@ from dual_lora.verify.numbers import header
 BESIDE_THE_BASE = {"DUAL_LORA", "LORA", "ADALORA", "LOHA", "LOKR", "HIRA", "IA3", "VERA", "OFT", "BOFT", "HRA"} | {
     "FOURIERFT", "RANDLORA", "VBLORA", "LN_TUNING"
 }  # fmt: skip
+
+_AROUND = re.compile(r"\b(base_layer|original_module)\.")  # what PEFT puts around a weight of the base
 
 
 @dataclass
@@ -48,6 +51,8 @@ class Tuned:
     run: Path | None = None
     untrained: Callable[[], Any] | None = None  # loads that model
     given: dict[str, str] = field(default_factory=dict)  # the base and the precision that were asked for
+    part: ModelSection | None = None  # the base, or the plain model, that was loaded
+    rewritten: bool = False  # whether the adapter's file held weights of the base, which took the place of its own
     _loaded: Any = field(default=None, repr=False)  # what it has loaded
 
     @property
@@ -90,7 +95,7 @@ class Tuned:
         """Whether the model without its adapter is the base: trained biases stay, and so do weights that were cut."""
         from dual_lora.method.lora_fields import keeps_base
 
-        if not self.adapted:
+        if not self.adapted or self.rewritten:
             return False
         for config in self.model.peft_config.values():
             kind = getattr(config.peft_type, "value", config.peft_type)
@@ -134,7 +139,8 @@ def open_tuned(
     check_here(str(source), others=", run or adapter")
     loaded = load_plain(str(source), dtype or unsaid, classes, device)
     check_finite_weights(dict(loaded.model.named_parameters()), f"The model {source}")
-    return Tuned(loaded.model, loaded.tokenizer, str(source), classes=[*classes])
+    part = ModelSection(path=str(source))
+    return Tuned(loaded.model, loaded.tokenizer, str(source), classes=[*classes], part=part)
 
 
 def load_plain(path: str, dtype: str, classes: Sequence[str] = (), device: str | None = None) -> Loaded:
@@ -212,7 +218,7 @@ def _open_adapter(
     except Exception as error:  # whatever a foreign file makes PEFT raise: KeyError, AttributeError, RecursionError
         raise UserError(f"The adapter {adapter} could not be read: {described(error)}") from error
     check_stored_numbers(adapter / "adapter_model.safetensors", f"The adapter {adapter}")
-    check_weights(sorted(adapter.glob("*.bin")))
+    check_weights(entries_named(adapter, "*.bin"))
     part = recipe.model if recipe else _model_section(config, adapter, unsaid)
     another = {"path": base, "revision": None} if base and base != part.path else {}
     unpacked = {"quantize": "none"} if whole else {}
@@ -224,6 +230,7 @@ def _open_adapter(
     other = _other_base(adapter, part, base)
     check_config(config, loaded.model, f"The adapter {adapter}", adapter / "adapter_model.safetensors")
     try:
+        before = _weights_in_both(adapter, loaded.model)
         model = PeftModel.from_pretrained(loaded.model, str(adapter), config=config)
         brought = get_peft_model_state_dict(model, save_embedding_layers=False)
     except Exception as error:
@@ -238,8 +245,9 @@ def _open_adapter(
     untrained = partial(untrained_model, part, seed, labels, str(model.device))
     tokenizer = _tokenizer_of(adapter, loaded.tokenizer)
     return Tuned(
-        model.eval(), tokenizer, str(run or adapter), recipe, classes, run=run, untrained=untrained, given=other
-    )
+        model.eval(), tokenizer, str(run or adapter), recipe, classes, run=run, untrained=untrained, given=other,
+        part=part, rewritten=_warn_of_rewritten(adapter, model, before),
+    )  # fmt: skip
 
 
 def _tokenizer_of(adapter: Path, of_base: Any) -> Any:
@@ -251,6 +259,30 @@ def _tokenizer_of(adapter: Path, of_base: Any) -> Any:
     except UserError as error:
         warn(f"The tokenizer in {adapter} is not used, but its base's: {error}", stacklevel=4)
         return of_base
+
+
+def _weights_in_both(adapter: Path, base: Any) -> dict[str, torch.Tensor]:
+    """Return copies of the base's weights that have a namesake in the adapter's file, by the name there. PEFT puts in
+    their place what the file holds."""
+    from peft.utils import load_peft_weights
+
+    file, own = adapter / "adapter_model.safetensors", base.state_dict()
+    held = header(file) if file.is_file() else load_peft_weights(str(adapter), device="cpu")
+    plain = {name: _AROUND.sub("", name.removeprefix("base_model.model.")) for name in held}
+    return {name: own[its].clone() for name, its in plain.items() if its in own}
+
+
+def _warn_of_rewritten(adapter: Path, model: Any, before: dict[str, torch.Tensor]) -> bool:
+    """Whether the base's weights are others than they were, which is said. Trained biases are an adapter's own."""
+    now = model.state_dict()
+    changed = sorted(name for name, was in before.items() if name in now and not torch.equal(now[name], was))
+    if changed and not all(name.endswith(".bias") for name in changed):
+        warn(
+            f"{adapter} holds {len(changed)} weights of the base itself, the first of them {changed[0]}, and the model "
+            "has taken them over. What the base computes is measured with its own.",
+            stacklevel=4,
+        )
+    return bool(changed)
 
 
 def _warn_of_unread(adapter: Path, model: Any) -> None:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.named_files import check_plain_names
 from dual_lora.lab.model.pickled import check_no_views, check_unpacked
-from dual_lora.lab.read import read_object
+from dual_lora.lab.read import entries_named, read_object
 from dual_lora.verify.numbers import header
 
 STATE = "trainer_state.json"
@@ -24,7 +24,7 @@ SETTINGS = (  # of torch's optimizers, and of those that are like them
     *("initial_lr", "betas", "eps", "weight_decay", "momentum", "dampening", "nesterov", "amsgrad", "maximize"),
     *("alpha", "centered", "decoupled_weight_decay"),
 )
-ADAPTER = ("*/adapter_model.*",)
+ADAPTER = ("adapter_model.*",)  # in a folder of its own
 
 
 def check_checkpoint(checkpoint: Path, step: int, model: Any, arguments: Any) -> None:
@@ -36,10 +36,11 @@ def check_checkpoint(checkpoint: Path, step: int, model: Any, arguments: Any) ->
     missing = [name for name in NEEDED if not any(checkpoint.glob(name))]
     if missing:
         _refuse(checkpoint, f"has no {missing[0].replace('*', '')}")
-    for found in (file for name in (*ADAPTER, *(WHOLE_MODEL * adapted)) for file in checkpoint.glob(name)):
+    inside = (file for path in checkpoint.iterdir() if path.is_dir() for file in entries_named(path, *ADAPTER))
+    for found in (*inside, *(entries_named(checkpoint, *WHOLE_MODEL) if adapted else ())):
         _refuse(checkpoint, f"holds {found.relative_to(checkpoint)}, which this run does not write")
     check_plain_names(checkpoint)
-    for file in sorted(file for kind in ("bin", "pt", "pth") for file in checkpoint.glob(f"*.{kind}")):
+    for file in entries_named(checkpoint, "*.bin", "*.pt", "*.pth"):
         check_unpacked(file)
     check_no_views(checkpoint / "optimizer.pt")
     _check_weights(checkpoint, model, adapted)

@@ -24,7 +24,7 @@ from dual_lora.lab.files.write import json_text
 from dual_lora.lab.model.generate import check_writes, generate_all, search_of
 from dual_lora.lab.model.load import quiet
 from dual_lora.lab.model.opened import Tuned
-from dual_lora.lab.model.weights import folder_digest
+from dual_lora.lab.model.weights import folder_digest, weights_digest
 from dual_lora.lab.progress import Bar
 from dual_lora.lab.read import has_second_name, parse_json, regular
 from dual_lora.lab.recipe.schema import DataSection, EvaluateSection
@@ -35,6 +35,7 @@ from dual_lora.lab.run.scoring import Asked, class_rows
 Names = Sequence[str] | None
 _TEXT, _LABEL = {"predicted"}, {"predicted", "probability", "probabilities"}  # fields of a result
 LONGEST = 10_000_000  # characters of a result
+_READ = {"adapter_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}  # next to the weights
 BATCHES = 8  # at a time: their rows are sorted by length, computed, and then written
 
 
@@ -185,8 +186,11 @@ def _inputs_digest(
     tuned: Tuned, records: list[Record], data: DataSection, spec: EvaluateSection, variant: str | None
 ) -> str:
     """Return a digest of everything that the results depend on."""
-    held = RunFolder(tuned.run).result if tuned.run else None
-    how: dict[str, Any] = {"model": tuned.source, "weights": folder_digest(held) if held else {}}
+    held = RunFolder(tuned.run).result if tuned.run else Path(tuned.source)
+    how: dict[str, Any] = {"model": tuned.source, "base": weights_digest(tuned.part) if tuned.part else {}}
+    if held is not None and held.is_dir():
+        read = (file for file in sorted(held.iterdir()) if file.name in _READ)
+        how |= {"weights": folder_digest(held)} | {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in read}
     how |= {"given": tuned.given, "variant": variant}
     how |= {"data": data.model_dump(mode="json"), "spec": spec.model_dump(mode="json")}
     text = json.dumps([how, [record.values for record in records]], sort_keys=True, default=str)
