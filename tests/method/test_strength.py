@@ -1,6 +1,7 @@
 """The strength λα/√(r1 r2): a number that is written acts, and what a graph has saved of it stays as it was."""
 
 import copy
+import inspect
 import operator
 import pickle
 import warnings
@@ -122,6 +123,14 @@ def test_what_asks_for_lora_s_factors_is_told_that_there_are_none():
         module.lora_dropout["default"].p = 0.0
     assert torch.equal(model(points()), model(points()))
     assert not torch.equal(adapted(dropout=0.5, init_std=0.3)(points()), model(points()))
+
+
+@pytest.mark.filterwarnings("error::dual_lora.DualLoraWarning")
+def test_who_looks_through_all_names_is_told_nothing():
+    """As `torch.jit` does, and debuggers."""
+    model = adapted().base_model.model
+    inspect.getmembers(model.first)
+    torch.jit.trace(model, points(), check_trace=False)
 
 
 def test_scripts_that_look_for_loras_layers_find_these():

@@ -148,6 +148,10 @@ class Strength:
     lora_A, lora_B = _FactorOfLora(), _FactorOfLora()
     lora_embedding_A, lora_embedding_B = _FactorOfLora(), _FactorOfLora()
 
+    def __dir__(self) -> list[str]:
+        """Leave LoRA's factors out: whoever looks through all names (`torch.jit`, `inspect`) does not ask for one."""
+        return [name for name in super().__dir__() if not isinstance(getattr(Strength, name, None), _FactorOfLora)]
+
     def _known_names(self, names: list[str]) -> list[str]:
         return [*dict.fromkeys(filter(self.states.__contains__, names))]
 
