@@ -2,6 +2,11 @@
 
 A change is made as soon as the library's own module has been imported, so that importing this package imports none of
 them.
+
+What the list does not have: hooks that a library offers (PyTorch's of optimizers, of operators and of decompositions;
+`LoraLayer.register` of Python's abstract classes); `re._MAXCACHE`, raised where an adapter's patterns would not fit
+(`verify/patterns.py`); the filter of one warning that is untrue here (`method/parallel/fast_paths.py`); and gguf's
+reader, which the laboratory replaces while it reads a file (`lab/model/read_gguf.py`).
 """
 
 from functools import partial
