@@ -42,6 +42,7 @@ PATCHES = (
         (
             "peft.utils.hotswap:hotswap_adapter_from_state_dict",
             "peft.utils.hotswap:prepare_model_for_compiled_hotswap",
+            "peft.utils.hotswap:CONFIG_KEYS_TO_CHECK",
         ),
         "Swapping adapters is written for LoRA's factors.",
         "PEFT: hotswap asks the tuner",
