@@ -482,7 +482,7 @@ def test_logs_that_do_not_pair_are_named(evaluations):
         judge(evaluations, metric="acc")
 
 
-@pytest.mark.parametrize("metric", ["accuracy gap", "f1_drop", "exact-match change"])
+@pytest.mark.parametrize("metric", ["accuracy gap", "f1_drop", "exact-match change", "1-acc", "inverse_accuracy"])
 def test_a_distance_or_a_change_is_no_metric_whose_direction_is_known(metric, tmp_path):
     rows = [[m, s, i, metric, (s + i + (m == "b")) % 3 / 3] for m in "ab" for s in range(4) for i in range(9)]
     results = judge(write_table(tmp_path / "s.csv", rows, ("method", "seed", "item", "metric", "score")))
@@ -549,6 +549,9 @@ def test_percent_beside_shares_is_asked_about(tmp_path):
     assert any(
         "scores of a lie between 0 and 1, those of b go up to 100: are some of them in percent?" in n for n in said
     )
+    one = [[m, s, i, 100 * score if (m, s) == ("b", 2) else score] for m, s, i, score in rows]
+    said = judge(write_table(tmp_path / "o.csv", one))["notes"]
+    assert any("of a, b (seed 1, 3) lie between 0 and 1, those of b (seed 2) go up to 100" in note for note in said)
 
 
 def test_a_small_level_is_written_in_full(tmp_path, call):

@@ -28,7 +28,8 @@ def study(folder, name, skill, seeds_from=0, **more):
     results["study"]["name"] = name
     for m in results["methods"]:
         for s in m["seeds"]:
-            s["key"] = f"{m['method']} {s['seed'] + seeds_from}"
+            s["seed"] += seeds_from
+            s["key"] = f"{m['method']} {s['seed']}"
     return results
 
 
@@ -46,7 +47,15 @@ def test_one_study_alone_is_its_own_comparison(tmp_path):
 
 def test_a_run_that_two_studies_share_counts_once(tmp_path):
     one, other = (study(tmp_path, name, {"a": 0.5, "b": 0.7}) for name in ("one", "other"))
-    assert pooled("q", [(one, "b", "a"), (other, "b", "a")]).seeds == 4
+    alone, twice = pooled("q", [(one, "b", "a")]), pooled("q", [(one, "b", "a"), (other, "b", "a")])
+    assert (twice.seeds, [n for *_, n in twice.asked]) == (4, [4, 0])
+    assert (twice.difference, twice.low) == pytest.approx((alone.difference, alone.low))
+    for row in (m["seeds"] for m in other["methods"]):  # in another precision: other runs from the same start and order
+        for run in row:
+            run |= {"key": run["key"][::-1], "score": run["score"] + 0.01 * (run["seed"] % 2)}
+    again = pooled("q", [(one, "b", "a"), (other, "b", "a")])
+    assert again.seeds == 4
+    assert again.high - again.low > 0.7 * (alone.high - alone.low)
     more = study(tmp_path, "more", {"a": 0.5, "b": 0.7}, seeds_from=100)
     both = pooled("q", [(one, "b", "a"), (more, "b", "a")])
     assert (both.seeds, [n for *_, n in both.asked]) == (8, [4, 4])

@@ -3,10 +3,11 @@
 `python -m dual_lora.lab.study.pooled results/pooled/questions.yaml` writes pooled.json next to it, which the forest
 plot draws. A question is a list of STUDY/CANDIDATE/REFERENCE.
 
-A seed counts once, by the keys of its two runs, however many studies share them. Of the seeds the differences and their
-spread are known exactly. Items' scores are not in results.json, so the items' part of the error is bounded: the test
-records of one task are taken as the same ones, so their parts add up as the weights of the studies do; where two
-methods were compared with a third one only, their difference varies no more than the sum of the two differences.
+A seed counts once, by its number: where several studies have it, its difference is the mean of theirs. Such runs have
+the same start and order, and mostly the same records, so that they are not independent. Of the seeds the differences
+and their spread are known exactly. Items' scores are not in results.json, so the items' part of the error is bounded:
+the test records of one task are taken as the same ones, so their parts add up as the weights of the studies do; where
+two methods were compared with a third one only, their difference varies no more than the sum of the two differences.
 
     δ = mean over all seeds ± √(t²[S - 1] seeds' part² + t²[N - 1] items' part²)       as in `statistics`
 
@@ -58,35 +59,32 @@ def pooled(question: str, asked: Sequence[tuple[Results, str, str]], margin: flo
 
     Raises UserError for a study without the pair, for several metrics, and for fewer than two seeds in all.
     """
-    parts, seen, counted = [], set[tuple[str, str]](), list[list[Any]]()
-    kinds = set()
-    for results, candidate, reference in asked:
+    by_seed: dict[int, list[tuple[float, int]]] = {}  # of each seed the differences, and the studies that have them
+    parts, counted, kinds = list[tuple[float, int, bool, float]](), list[list[Any]](), set[tuple[str, str]]()
+    for k, (results, candidate, reference) in enumerate(asked):
         name = results["study"]["name"]
         two = [_method_row(results, name, m) for m in (candidate, reference)]
         kinds.add((two[0]["task"], two[0]["metric"]))
-        sign, differences = metrics.direction(two[0]["better"]), []
+        sign, known = metrics.direction(two[0]["better"]), len(by_seed)
         for a, b in zip(two[0]["seeds"], two[1]["seeds"], strict=True):
             if a["score"] is None or b["score"] is None:
                 raise UserError(f"{name}: a run of {candidate} or {reference} diverged, and can not be pooled.")
-            if (a["key"], b["key"]) not in seen:
-                differences.append(sign * (a["score"] - b["score"]))
-            seen.add((a["key"], b["key"]))
-        counted.append([name, candidate, reference, len(differences)])
-        if differences:
-            parts.append((differences, *_items(results, candidate, reference), results["study"]["margin"]))
+            by_seed.setdefault(a["seed"], []).append((sign * (a["score"] - b["score"]), k))
+        counted.append([name, candidate, reference, len(by_seed) - known])
+        parts.append((*_items(results, candidate, reference), results["study"]["margin"][two[0]["metric"]]))
     if len({metric for _, metric in kinds}) != 1:
         raise UserError(f"{question}: {kinds} are several metrics, which have no mean.")
     metric = next(iter(kinds))[1]
-    d = np.concatenate([own for own, *_ in parts])
+    d = np.array([np.mean([difference for difference, _ in had]) for had in by_seed.values()])
     if len(d) < 2:
         raise UserError(f"{question}: one seed gives no estimate for other seeds; at least two are needed.")
-    item_error = sum(len(own) * error for own, error, *_ in parts) / len(d)
+    item_error = sum(parts[k][0] / len(had) for had in by_seed.values() for _, k in had) / len(d)
     seed_error = float(d.std(ddof=1)) / math.sqrt(len(d))
-    items = min(items for _, _, items, *_ in parts)
+    items = min(items for _, items, *_ in parts)
     s = stats.Spread(float(d.mean()), math.hypot(seed_error, item_error), seed_error, len(d), items)
     low, high = stats.interval(s, 0.95)
-    margin = margin or parts[0][-1][metric]
-    bounded = any(part[3] for part in parts)
+    margin = margin or parts[0][-1]
+    bounded = any(part[2] for part in parts)
     p = stats.difference_p(s)
     return Pooled(question, metric, s.difference, low, high, s.error, p, len(d), counted, margin, bounded)
 
