@@ -273,7 +273,7 @@ def test_too_few_minutes_say_how_many_are_needed(letters, tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("changes", "asked", "message"),
     [
-        ({"data": {"train": "train.jsonl"}}, {}, "test records that no run trains on: set data.train and data.test"),
+        ({"data": {"train": "train.jsonl"}}, {}, "The recipe names no data.test: add it, or give --test FILE"),
         (
             {"model": {"path": "x", "head": "regression"}, "evaluate": {}},
             {"metric": "mse"},

@@ -49,6 +49,7 @@ def test_the_best_is_saved_and_the_run_ends_early(values, tmp_path):
     measured = evaluate(tmp_path / "run", progress=False).metrics["tuned"]["loss"]
     assert measured == pytest.approx(losses[best], rel=1e-4)
     assert measured < losses[result.steps]
+    assert result.validation_loss == losses[best], "of the weights that are saved, not of the last ones"
     record = json.loads((tmp_path / "run/record.json").read_text())
     assert record["result"]["best_step"] == best
     assert (tmp_path / f"run/checkpoints/checkpoint-{result.steps}").is_dir(), "a longer run goes on from there"

@@ -101,6 +101,12 @@ def test_changed_data_is_noticed_and_makes_other_runs(tiny, copy_of_whole):
     assert len({*first, *second}) == 4
 
 
+def test_without_a_study_the_command_says_how_to_write_one(call):
+    code, out, _ = call("compare")
+    assert code == 0
+    assert "dual-lora compare mine.yaml" in " ".join(out.split())
+
+
 DIVERGING = {"lora": {"r": 4}, "wild": {"name": "lora", "train": {"learning_rate": 1e30, "max_grad_norm": 0.0}}}
 
 

@@ -105,8 +105,9 @@ def test_compare_repeats_nothing_when_there_is_room_again(size, ended, tmp_path,
     assert "disk is full" in err
     done = tiny_study.outcomes(tmp_path / "out")
     assert len(done) == ended
-    code, _, err = call("compare", study, "--out", tmp_path / "out")
+    code, out, err = call("compare", study, "--out", tmp_path / "out")
     assert code == 0, err
+    assert f"dual-lora report {tmp_path / 'out'}" in " ".join(out.split())
     again = tiny_study.outcomes(tmp_path / "out")
     assert len(again) == 3
     assert done.items() <= again.items()

@@ -340,7 +340,9 @@ def test_the_command_writes_results_and_a_page(tmp_path, call):
     page = (tmp_path / "judged" / "report.html").read_text()
     assert "significantly better" in page
     assert "could not be shown" not in page
-    judge(file, out=tmp_path / "judged")  # its own results are written anew
+    code, out, _ = call("judge", file, "--out", tmp_path / "judged")  # its own results are written anew
+    assert code == 0
+    assert f"As a page: {tmp_path / 'judged' / 'report.html'}" in " ".join(out.split())
     (tmp_path / "study").mkdir()
     (tmp_path / "study" / "results.json").write_text('{"study": {}}')
     with pytest.raises(UserError, match=r"results.json exists and was not written by"):

@@ -31,7 +31,7 @@ def test_of_many_records_the_longest_are_read_and_some_others(encoder_values, mo
     monkeypatch.setattr("dual_lora.lab.cost.lengths.LONGEST", 4)
     monkeypatch.setattr("dual_lora.lab.cost.lengths.DRAWN", 8)
     found = lengths_of(build_recipe(encoder_values))
-    assert (found.records, found.seen, found.logits) == (64, 12, None)
+    assert (found.records, found.seen, found.logits, found.classes) == (64, 12, None, 2)
     assert found.words.startswith("longest of 12 of 64 records, the mean one has")
 
 
@@ -60,3 +60,15 @@ def test_an_estimate_goes_by_the_records(lm_values, write_recipe, call):
     assert (whole["length"], whole["logits"], whole["rows"]) == (60, None, None)
     peaks = [each["methods"]["lora"]["memory"]["1"]["peak"] for each in (found, whole)]
     assert peaks[0] < peaks[1]
+
+
+def test_an_estimate_counts_the_head_of_the_records_own_classes(encoder_values, write_recipe, call, tmp_path):
+    (tmp_path / "three.tsv").write_text("cold\tthe sea\nwarm\tthe sky\nneither\tred\n")
+    encoder_values["data"]["train"] = str(tmp_path / "three.tsv")
+    recipe = write_recipe(encoder_values)
+    sizes = []
+    for options in ([], ["--classes", 3], ["--classes", 2]):
+        code, out, err = call("estimate", recipe, "--methods", "lora", *options, "--json")
+        assert code == 0, err
+        sizes.append(json.loads(out)["methods"]["lora"]["trainable_parameters"])
+    assert sizes[0] == sizes[1] > sizes[2]

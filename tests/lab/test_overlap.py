@@ -68,7 +68,7 @@ def test_records_in_two_sets_are_counted_and_declared(facts):
     test = facts.with_name("test.txt")
     test.write_text("place 3||another answer\nplace 99||new\n")
     data = DataSection(train=str(facts), test=str(test), holdout=12, group="prompt")
-    assert [tuple(found) for found in shared(data)] in ([("test", "train", 1, 2)], [("validation", "test", 6, 13)])
+    assert [found[:4] for found in shared(data)] in ([("test", "train", 1, 2)], [("validation", "test", 6, 13)])
     assert "data.overlap: " in undeclared(data)
     assert undeclared(data.model_copy(update={"overlap": "all"})) == ""
     assert undeclared(data.model_copy(update={"overlap": 6})) == ""
@@ -84,7 +84,11 @@ def test_the_same_prompt_in_other_groups_is_shared_too(tmp_path):
         return str(file)
 
     data = DataSection(train=records("a.jsonl", "a"), test=records("b.jsonl", "b"), group="of")
-    assert [tuple(found) for found in shared(data)] == [("test", "train", 8, 8)]
+    assert [found[:4] for found in shared(data)] == [("test", "train", 8, 8)]
+    assert f"for example {shared(data)[0].first} and {shared(data)[0].like})" in undeclared(data)
+    assert [[where.rpartition("/")[2] for where in found[4:]] for found in shared(data)] == [
+        ["b.jsonl, line 1", "a.jsonl, line 1"]
+    ]
 
 
 def test_what_an_earlier_turn_asks_is_shared_too(tmp_path):
@@ -109,7 +113,7 @@ def test_a_conversation_of_answers_without_an_end_is_read_in_one_pass(tmp_path):
     (tmp_path / "train.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
     (tmp_path / "test.jsonl").write_text(json.dumps({"messages": turns[:9998]}) + "\n")
     data = DataSection(train=str(tmp_path / "train.jsonl"), test=str(tmp_path / "test.jsonl"))
-    assert [tuple(found) for found in shared(data)] == [("test", "train", 1, 1)]
+    assert [found[:4] for found in shared(data)] == [("test", "train", 1, 1)]
 
 
 def test_a_study_refuses_what_its_recipe_does_not_declare(tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 import report_material as material
-from report_in_browser import a_table, column, opened, texts, wait
+from report_in_browser import a_table, column, drawn, opened, texts, wait
 
 from dual_lora.lab.report.report import report
 
@@ -191,6 +191,18 @@ def test_the_bar_is_one_line_on_a_phone_and_its_menus_open_over_the_page(browser
             return document.elementFromPoint(box.x + box.width / 2, box.y + box.height / 2) === link;
         """
         assert browser.execute_script(script)
+        drawn(browser)
+        names_over_bands = """
+            return [...document.querySelectorAll("svg")].flatMap((svg) => {
+                const band = svg.querySelector(".mark-rule") && svg.querySelector(".mark-rect path");
+                const texts = [...svg.querySelectorAll(".role-axis-label text")];
+                const name = texts.find((text) => /[a-z]/i.test(text.textContent));
+                return band && name ? [!!(band.compareDocumentPosition(name) & Node.DOCUMENT_POSITION_FOLLOWING)] : [];
+            });
+        """
+        seen = browser.execute_script(names_over_bands)
+        assert seen, "there are charts with a band"
+        assert all(seen), "names stand in the chart on a narrow page, and a band drawn later would hide them"
     finally:
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 

@@ -236,6 +236,8 @@ def test_budget_in_parameters_is_matched(tiny):
 def test_budgets_that_cannot_be_matched_are_named(tiny):
     with pytest.raises(UserError, match=r"methods.ia3: the budget of .* cannot be matched.*unmatched: true"):
         laid_out(tiny, methods={"lora": {"r": 8}, "ia3": {}})
+    with pytest.raises(UserError, match=r"methods.dora: .*at r 1 .*Give lora a higher rank"):
+        laid_out(tiny, methods={"lora": {"r": 2}, "dora": {}})
     with pytest.raises(UserError, match=r"methods.dual_lora: r is written, but the budget solves"):
         laid_out(tiny, methods={"lora": {"r": 8}, "dual_lora": {"r": 4}})
 

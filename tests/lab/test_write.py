@@ -44,6 +44,27 @@ def test_a_folder_of_the_user_s_beside_the_target_stays(tmp_path):
     assert (tmp_path / "merged" / "a").read_text() == "1"
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_who_may_read_a_folder_may_read_its_weights(mask, mode, tmp_path):
+    """safetensors writes weights for their owner alone."""
+
+    def write(folder):
+        (folder / "part").mkdir()
+        for file in (folder / "model.safetensors", folder / "part" / "tool"):
+            file.write_text("1")
+            file.chmod(0o600)
+        (folder / "part" / "tool").chmod(0o700)
+
+    before = os.umask(mask)
+    try:
+        write_folder_atomically(tmp_path / "merged", write)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "merged" / "model.safetensors").stat().st_mode & 0o777 == mode
+    assert (tmp_path / "merged" / "part" / "tool").stat().st_mode & 0o777 == mode | 0o100
+
+
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "ctrl-c"])
 def test_what_fails_leaves_the_old_and_nothing_else(error, tmp_path, monkeypatch):
     def fails(*_):

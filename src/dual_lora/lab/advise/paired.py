@@ -57,10 +57,13 @@ def paired_study(
     Raises UserError for a recipe without test records, or whose metric needs a margin from the user.
     """
     name, recipe = recipe_of(source)
-    if not recipe.data.train or not (recipe.data.test or recipe.data.tests):
+    there = {"train": recipe.data.train, "test": recipe.data.test or recipe.data.tests}
+    if missing := [name for name, records in there.items() if not records]:
+        options = " and ".join({"train": "--data FILE", "test": "--test FILE"}[name] for name in missing)
         raise UserError(
-            f"{source}: advise needs training records, and test records that no run trains on: set data.train and "
-            "data.test in the recipe."
+            f"{source}: advise needs training records, and test records that no run trains on. The recipe names no "
+            f"data.{' and no data.'.join(missing)}: add it, or give {options}. If all records are in one file, split "
+            "it first."
         )
     metric = metric or metrics.default_metric(recipe.evaluate.tasks, recipe.model.head)
     metrics.evaluation(metric, recipe.model.head)

@@ -1,15 +1,24 @@
 """dual-lora compare"""
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
+from rich.console import Group
 
 from dual_lora.lab.commands.card import finish, finish_forecast
 from dual_lora.lab.commands.parameters import Device, DryRun, Json, ReportTo
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.interrupt import resumable
+from dual_lora.lab.progress import stage
 from dual_lora.lab.terminal import figures
+
+OWN = (
+    "Your own study is a YAML file with tasks (recipes), methods and seeds: dual-lora compare mine.yaml. An example is "
+    "in docs/how-to/studies.md, every field in docs/reference/study.md. Without such a file, for LoRA and Dual LoRA: "
+    "dual-lora advise."
+)
 
 
 def compare(
@@ -46,6 +55,8 @@ def compare(
 
     Example: `dual-lora compare quick --dry-run`, then `dual-lora compare quick --executor process`
 
+    Your own study, a YAML file with tasks, methods and seeds (docs/how-to/studies.md): `dual-lora compare mine.yaml`
+
     For a GPU that this machine does not have: `dual-lora compare gpu-commonsense --dry-run --on h100-80gb`
 
     After a stop, the same command continues where it was. Finished runs are not repeated.
@@ -60,7 +71,7 @@ def compare(
             "Shipped studies: dual-lora compare NAME", ("name", "question"), (), questions.items(), box=None
         )
         table.columns[0].style = "bold"
-        finish(questions, table, json)
+        finish(questions, Group(table, "\n" + OWN), json)
         return
     if workers is not None and workers < 1:
         raise UserError(f"--workers is {workers}, expected at least 1.")
@@ -69,7 +80,9 @@ def compare(
     if dry_run:
         from dual_lora.lab.study.forecast import forecast
 
-        finish_forecast(forecast(study, out, runs=runs, executor=executor, workers=workers, on=on), json)
+        with stage(f"planning {study}"):
+            expected = forecast(study, out, runs=runs, executor=executor, workers=workers, on=on)
+        finish_forecast(expected, json)
         return
     from dual_lora.lab.report.tables import show_results
     from dual_lora.lab.study.compare import compare as run
@@ -80,6 +93,7 @@ def compare(
     if json:
         finish(results, None, True)
     else:
-        show_results(results)
+        folder = out or Path("studies") / results["study"]["name"]
+        show_results(results, next_steps=f"The study is in {folder}. As a page: dual-lora report {quote(str(folder))}")
     if not results["complete"]:
         raise UserError(f"{len(results['failed'])} runs failed, so the study is not complete: {results['failed'][0]}")

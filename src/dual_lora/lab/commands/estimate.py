@@ -65,7 +65,9 @@ def estimate(
     ] = None,
     accumulate: Annotated[int | None, Parameter(help="Forward passes per optimizer step.")] = None,
     head: Annotated[Literal["causal", "classification"] | None, Parameter(help="Head of the model.")] = None,
-    classes: Annotated[int, Parameter(help="Classes of a classification head.")] = 2,
+    classes: Annotated[
+        int | None, Parameter(help="Classes of a classification head. [default: those of the recipe's records, or 2]")
+    ] = None,
     devices: Annotated[int, Parameter(help="Show 1, 2, 4 … devices, up to this number.")] = 1,
     strategy: Annotated[
         Literal["ddp", "fsdp2", "zero1", "zero2", "zero3"], Parameter(help="How many devices share the work.")
@@ -162,6 +164,7 @@ def _options(what: str, given: dict[str, Any], say: Callable[[str], None]) -> tu
             return from_recipe(recipe, **given), f"Rows are taken as long as data.max_length: {rows}."
         logits = None if rows.logits is None else min(rows.logits, rows.longest)
         seen = {"length": rows.longest} | ({"logits": logits} if logits and "head" not in given else {})
+        seen |= {"classes": rows.classes} if rows.classes else {}
         return from_recipe(recipe, **{**seen, **given}), rows
     return from_model(what, **given), ""
 

@@ -104,4 +104,4 @@ def judge(
     if json:
         finish(results, None, True)
     else:
-        show_results(results)
+        show_results(results, next_steps=f"As a page: {out / 'report.html'}" if out is not None else "")

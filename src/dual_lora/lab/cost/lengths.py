@@ -22,13 +22,15 @@ MOST_BYTES = 300_000_000  # of files of records: reading more takes longer than 
 
 class Lengths(NamedTuple):
     """longest, usual: tokens of the longest row and of the mean one. logits: last positions of the longest answer that
-    are computed, None for all. records: that there are; seen: that were looked at."""
+    are computed, None for all. records: that there are; seen: that were looked at. classes: labels of the records of a
+    classifier, None of others."""
 
     longest: int
     usual: float
     logits: int | None
     records: int
     seen: int
+    classes: int | None = None
 
     @property
     def words(self) -> str:
@@ -68,7 +70,8 @@ def lengths_of(recipe: Recipe) -> Lengths | str:
     asked = recipe.model.head == "causal" and knows_logits(recipe.model.path)
     tails = max(row.label_tail for row in kept) + 1 if asked else None
     usual = sum(len(row.input_ids) for row in drawn) / len(drawn)
-    return Lengths(max(len(row.input_ids) for row in kept), usual, tails, len(examples), len(some))
+    classes = len({example.label for example in examples}) if recipe.model.head == "classification" else None
+    return Lengths(max(len(row.input_ids) for row in kept), usual, tails, len(examples), len(some), classes)
 
 
 def _some(examples: list[Example]) -> list[Example]:

@@ -18,12 +18,15 @@ Stamp = tuple[Path, int, int]
 
 
 class Shared(NamedTuple):
-    """`found` of the `size` records of one set have their prompt, text or group in another."""
+    """`found` of the `size` records of one set have their prompt, text or group in another; where the first one is, and
+    the one like it."""
 
     of: str
     among: str
     found: int
     size: int
+    first: str
+    like: str
 
     @property
     def words(self) -> str:
@@ -53,13 +56,17 @@ def _read(section: str, stamps: tuple[Stamp | None, ...]) -> tuple[tuple[Shared,
 
 def shared_by(sets: dict[str, list[Example]]) -> list[Shared]:
     """Return what these sets share; keys: as those of `WORDS`."""
-    known = {split: set().union(*map(_all_prompts_of, examples)) for split, examples in sets.items()}
-    counted = (
-        Shared(of, among, sum(not known[among].isdisjoint(_prompts_of(example)) for example in sets[of]), len(sets[of]))
-        for of, among in PAIRS
-        if of in sets and among in sets
-    )
-    return [each for each in counted if each.found]
+    places = {
+        split: {asked: example.where for example in reversed(examples) for asked in _all_prompts_of(example)}
+        for split, examples in sets.items()
+    }
+    found = []
+    for of, among in PAIRS:
+        if of in sets and among in sets:
+            there = places[among]
+            alike = [(e.where, there[min(both)]) for e in sets[of] if (both := _prompts_of(e) & there.keys())]
+            found += [Shared(of, among, len(alike), len(sets[of]), *alike[0])] if alike else []
+    return found
 
 
 def _stamps(data: DataSection) -> tuple[Stamp | None, ...]:
@@ -91,8 +98,8 @@ def undeclared(data: DataSection, found: list[Shared] | None = None) -> str:
         else ""
     )
     return (
-        f"{' and '.join(each.words for each in over)} (the same prompt or text). Remove them{together}, or "
-        f"allow them with data.overlap: {max(each.found for each in over)}."
+        f"{' and '.join(each.words for each in over)} (the same prompt or text; for example {over[0].first} and "
+        f"{over[0].like}). Remove them{together}, or allow them with data.overlap: {max(each.found for each in over)}."
     )
 
 

@@ -81,13 +81,26 @@ def write_atomically(path: Path, content: str | bytes, mode: int = 0o666) -> Non
 
 
 def write_folder_atomically(target: Path, write: Callable[[Path], object], listed: bool = False) -> None:
-    """``write(folder)`` fills a folder next to ``target``, which then takes its place. listed: see `mark_whole`."""
+    """``write(folder)`` fills a folder next to ``target``, which then takes its place. listed: see `mark_whole`.
+
+    Every file in it may be read by whoever may read the folder.
+    """
     with _in_place_of(target) as part:
         part.mkdir()
         write(part)
+        _share_as_the_folder(part)
         if listed:
             mark_whole(part)
         sync(*part.rglob("*"), part)
+
+
+def _share_as_the_folder(folder: Path) -> None:
+    """Give files to those who have the folder. safetensors writes files for their owner alone: a server that another
+    user runs could read a merged model's configuration, and not its weights."""
+    allowed = stat.S_IMODE(folder.stat().st_mode) & 0o666  # as the umask made it
+    for path in folder.rglob("*"):
+        if not path.is_symlink() and path.is_file() and (mode := stat.S_IMODE(path.stat().st_mode)) | allowed != mode:
+            path.chmod(mode | allowed)
 
 
 def finite(value: Any) -> Any:

@@ -147,7 +147,8 @@ def _intervals(chart: Chart, view: View, points: list[Row]) -> Spec:
         seen[label] += 1
     ends = [each for v in values for each in (v["x"], v.get("low"), v.get("high"), *v["dots"])] + [*(chart.band or ())]
     x = _axis(view.x, "x", ends, chart.zero)
-    y = {"field": "row", "type": "nominal", "sort": [v["row"] for v in values], "axis": {"labelLimit": 330}}
+    names = {"labelLimit": 330, "zindex": 1}  # over the band: on a narrow page they stand in the chart
+    y = {"field": "row", "type": "nominal", "sort": [v["row"] for v in values], "axis": names}
     own = {"y": y, "color": {"field": "colour", "type": "nominal", "scale": None}}
     layers: list[Spec] = []
     if chart.band:

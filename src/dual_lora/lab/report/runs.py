@@ -46,6 +46,8 @@ def _summary(record: dict[str, Any]) -> str:
     if result:
         parts.append(f"{number(result['steps'])} of {number(record.get('total_steps') or result['steps'])} steps")
         parts.append(f"{number(result['examples'])} examples")
+    if step := result.get("best_step"):
+        parts.append(f"lowest validation loss at step {number(step)}")
     if error := record.get("error"):
         parts.append(f"because: {error}")
     return ", ".join(parts) + "."

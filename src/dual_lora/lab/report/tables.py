@@ -15,8 +15,8 @@ def wide_console() -> Console:
     return console if console.is_terminal else Console(width=160)
 
 
-def show_results(results: Results, console: Console | None = None) -> None:
-    """Print everything that a person wants to see of results.json."""
+def show_results(results: Results, console: Console | None = None, next_steps: str = "") -> None:
+    """Print everything that a person wants to see of results.json. next_steps: the last line."""
     console = console or wide_console()
     study = results["study"]
     console.print(f"\n{study['name']}: {study['question']}", style="bold")
@@ -29,6 +29,8 @@ def show_results(results: Results, console: Console | None = None) -> None:
         console.print(f"• {note}")
     if not results["complete"]:
         console.print("Not complete: start the same command again to do what is missing.", style="yellow")
+    if next_steps:
+        console.print(next_steps, markup=False)
 
 
 def show_forecast(f: Forecast, console: Console | None = None) -> None:

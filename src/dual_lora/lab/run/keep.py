@@ -32,7 +32,7 @@ class RunResult:
     state: str  # "finished", or "interrupted" with a checkpoint to resume from
     steps: int
     loss: float | None  # of the last log line
-    validation_loss: float | None
+    validation_loss: float | None  # of the last validation; of the weights that are saved, where they are the best ones
     seconds: float
     tokens: int  # seen in training, padding left out
     tokens_per_second: float
@@ -88,12 +88,16 @@ def _result(session: Session, begun: Begun, fitted: Fitted) -> RunResult:
     early = best is not None and best.stopped
     seconds, tokens = begun.earlier + watch.seconds(), begun.ready.tokens[done]
     lines = read_metrics(session.folder.metrics)
+    finished = done >= begun.ready.steps or (early and not watch.stopped_by)
+    validation_loss = next((line["eval_loss"] for line in reversed(lines) if "eval_loss" in line), None)
+    if finished and best is not None and best.weights:
+        validation_loss = best.loss
     return RunResult(
         folder=str(session.folder.path),
-        state="finished" if done >= begun.ready.steps or (early and not watch.stopped_by) else "interrupted",
+        state="finished" if finished else "interrupted",
         steps=done,
         loss=next((line["loss"] for line in reversed(lines) if "loss" in line), None),
-        validation_loss=next((line["eval_loss"] for line in reversed(lines) if "eval_loss" in line), None),
+        validation_loss=validation_loss,
         seconds=round(seconds, 3),
         tokens=tokens,
         tokens_per_second=round(tokens / seconds, 1) if seconds else 0.0,

@@ -209,7 +209,9 @@ def fit_parameters(study: Study, scale: Scale, cell: Cell, target: float | None,
     size = set_rank(cell, rank, scale)
     cell.mismatch = size.trainable / target - 1
     found = f"the nearest is {size.trainable:,} at {field_name} {rank}" if field_name else f"it has {size.trainable:,}"
-    check_match(study, cell, f"{target:,.0f} trainable parameters", found)
+    like = study.budget.like if field_name else None
+    finer = f"Give {like} a higher rank, where the steps are smaller, " if like else ""
+    check_match(study, cell, f"{target:,.0f} trainable parameters", found, finer)
 
 
 def written_rank(entry: MethodEntry) -> int | None:
@@ -228,13 +230,14 @@ def rank_step(entry: MethodEntry) -> int:
     return rank_denominator(entry.fields.values(), least)
 
 
-def check_match(study: Study, cell: Cell, budget: str, nearest: str) -> None:
-    """Raise UserError where the cell's mismatch is not within the tolerance of the study's budget."""
+def check_match(study: Study, cell: Cell, budget: str, nearest: str, finer: str = "") -> None:
+    """Raise UserError where the cell's mismatch is not within the tolerance of the study's budget. finer: a way to come
+    nearer."""
     if cell.mismatch is not None and abs(cell.mismatch) > study.budget.tolerance:
         raise UserError(
             f"methods.{cell.method}: the budget of {budget} cannot be matched within {study.budget.tolerance:.0%}: "
-            f"{nearest} ({cell.mismatch:+.1%}). Set unmatched: true to run it outside the budget, or raise "
-            "budget.tolerance."
+            f"{nearest} ({cell.mismatch:+.1%}). {finer}{'set' if finer else 'Set'} unmatched: true to run it outside "
+            "the budget, or raise budget.tolerance."
         )
 
 

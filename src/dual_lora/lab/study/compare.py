@@ -14,7 +14,7 @@ from dual_lora.lab.errors import UserError, is_disk_full
 from dual_lora.lab.files.write import write_json
 from dual_lora.lab.model.precision import AUTO
 from dual_lora.lab.model.weights import weights_digest
-from dual_lora.lab.progress import Bar, console, in_words
+from dual_lora.lab.progress import Bar, console, in_words, stage
 from dual_lora.lab.run.record import code_version, surroundings
 from dual_lora.lab.run.reporting import check_reports
 from dual_lora.lab.study import notes
@@ -74,11 +74,12 @@ def compare(
     to = check_reports(report_to)
     options = Options(executor, runs_side_by_side(executor, workers), keep, progress, report_to=to)
     check_executor(executor)
-    plan = settled_plan(study, folder)
-    chosen = plan.precision
-    if progress and not folder.known.study and chosen.get("asked") == AUTO:
-        console.print(f"auto: {chosen['precision']} for the whole study ({chosen['why']})", markup=False)
-    cells = lay_out(plan)  # before the folder is made: what is wrong from the start leaves nothing behind
+    with stage(f"planning {study.name}", progress):
+        plan = settled_plan(study, folder)
+        chosen = plan.precision
+        if progress and not folder.known.study and chosen.get("asked") == AUTO:
+            console.print(f"auto: {chosen['precision']} for the whole study ({chosen['why']})", markup=False)
+        cells = lay_out(plan)  # before the folder is made: what is wrong from the start leaves nothing behind
     runs_folder = folder.runs(runs)
     try:
         with folder:
