@@ -20,17 +20,19 @@ from ..core.reference import Adapter, Factors
 from ..core.tokens import EXACT
 from .cache import composed_weights
 from .config import DualLoraConfig
+from .lora_names import LoraNames
 from .parallel import offloaded, sharded
 from .precision import FACTOR_DTYPES, Warned, in_fp32, mark_as_stored
 from .seeds import Seeds
 from .start import GAIN, STD, gain_of, give_signs_of_rank_one, std_of
-from .strength import AdapterState, Scaling, Strength
+from .state import AdapterState
+from .strength import Scaling, Strength
 from .warmup import Warmup, warming_layers
 
 Adapters = dict[str, Adapter]  # by name, in the order in which they are added
 
 
-class FactorsLayer(Warmup, Strength, Seeds, nn.Module, BaseTunerLayer):
+class FactorsLayer(Warmup, Strength, LoraNames, Seeds, nn.Module, BaseTunerLayer):
     """Factors and life cycle of adapters. Subclasses say how the weight is a matrix [O, I]."""
 
     samples_tokens = False  # whether gradients can be estimated from a share of the tokens

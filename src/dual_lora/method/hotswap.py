@@ -22,7 +22,7 @@ from .layer import DualLoraLayer, layers_of, named_layers
 from .layers.experts import ParamWrapper
 from .patterns import layer_options
 from .precision import mark_as_stored
-from .strength import AdapterState
+from .state import AdapterState
 
 # The options in which both adapters have to agree; ranks, α and the estimator (used in training only) may differ.
 KEYS_TO_CHECK = ["magnitude_activation", "direction_activation", "plain_rank", "dropout"]

@@ -4,70 +4,14 @@ Code for LoRA reads and writes `layer.scaling`, which is `lora_alpha`/r there. S
 `config.lora_alpha / config.r` leaves the adapter as it is, and 0.5 of that halves it.
 """
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from dataclasses import dataclass
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..core.reference import Form, refuse_trained, scaling
-from ..core.tokens import EXACT
-from .lora_fields import LORA_ALPHA
-from .precision import Warned
-
-
-@dataclass
-class AdapterState:
-    """A layer's settings of one adapter.
-
-    r2: 0 for a frozen direction, which has no factors C and D.
-    warmup: optimizer steps of the paper's warm-up; below 1, a share of a run whose length is not known yet; 0 for none.
-    share: the share of the tokens that gradients are estimated from.
-    """
-
-    r1: int
-    r2: int
-    alpha: float
-    form: Form
-    warmup: float = 0
-    share: float = EXACT
-
-    @property
-    def strength(self) -> float:
-        """α/√(r1 r2)."""
-        return scaling(self.alpha, self.r1, self.r2)
-
-    @property
-    def r(self) -> int:
-        """LoRA's rank with as many parameters."""
-        return self.r1 + self.r2
-
-    @property
-    def lora_alpha(self) -> float:
-        """LoRA's `lora_alpha` at equal strength."""
-        return self.alpha / LORA_ALPHA
-
-    @property
-    def scaling(self) -> float:
-        """LoRA's `lora_alpha`/r at equal strength."""
-        return self.lora_alpha / self.r
-
-
-class _View(Mapping[str, Any]):
-    """A view of one number of the adapters' states, by adapter."""
-
-    def __init__(self, states: Mapping[str, AdapterState], read: Callable[[AdapterState], Any]):
-        self._states, self._read = states, read
-
-    def __getitem__(self, adapter: str) -> Any:
-        return self._read(self._states[adapter])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._states)
-
-    def __len__(self) -> int:
-        return len(self._states)
+from ..core.reference import refuse_trained
+from .state import AdapterState
 
 
 class Scaling(dict[str, float]):
@@ -111,64 +55,17 @@ def _scale_tensor(value: float, dtype: torch.dtype, device: torch.device) -> Ten
     return torch.full((), value, dtype=dtype, device=device)
 
 
-class _FactorOfLora:
-    """LoRA's name of a factor, which a layer of this method does not have. Asking for it warns, `hasattr` too.
-
-    Scripts ask `hasattr(module, "lora_A")` to find the layers whose update they merge, penalise, scale or reset. The
-    answer False would pass all of that by, and nothing would say so.
-    """
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
-
-    def __get__(self, layer: Any, owner: type) -> Any:
-        if layer is None:
-            return self
-        layer.warned.once(
-            f"A script asks a Dual LoRA layer for {self.name!r}, which it does not have: ΔW is made of four factors, "
-            "`dual_lora_A` to `dual_lora_D`, and is no product of two. What the script does with LoRA's factors, such "
-            "as a merge, a penalty or a strength, it does not do here. `isinstance(module, "
-            "peft.tuners.lora.LoraLayer)` finds these layers, `get_delta_weight(adapter)` returns ΔW with its "
-            "gradient, `set_scale(adapter, factor)` sets the strength, and `merge()` merges."
-        )
-        raise AttributeError(self.name)
-
-
 class Strength:
-    """The part of a layer that has its adapters' states and strengths, and LoRA's names."""
+    """The part of a layer that has its adapters' strengths."""
 
     states: dict[str, AdapterState]
-    warned: Warned
     _scaling: Scaling
     dual_lora_A: nn.ParameterDict
-    dual_lora_dropout: nn.ModuleDict
     dual_lora_scale: dict[str, Tensor]  # the strength as operators take it: 0-dim, where the factors are
     active_adapters: list[str]
 
-    lora_A, lora_B = _FactorOfLora(), _FactorOfLora()
-    lora_embedding_A, lora_embedding_B = _FactorOfLora(), _FactorOfLora()
-
-    def __dir__(self) -> list[str]:
-        """Leave LoRA's factors out: whoever looks through all names (`torch.jit`, `inspect`) does not ask for one."""
-        return [name for name in super().__dir__() if not isinstance(getattr(Strength, name, None), _FactorOfLora)]
-
     def _known_names(self, names: list[str]) -> list[str]:
         return [*dict.fromkeys(filter(self.states.__contains__, names))]
-
-    @property
-    def r(self) -> Mapping[str, int]:
-        """r1 + r2 by adapter, for code that knows LoRA."""
-        return _View(self.states, lambda state: state.r)
-
-    @property
-    def lora_alpha(self) -> Mapping[str, float]:
-        """LoRA's `lora_alpha` by adapter, at equal strength."""
-        return _View(self.states, lambda state: state.lora_alpha)
-
-    @property
-    def lora_dropout(self) -> nn.ModuleDict:
-        """The dropouts by adapter, under LoRA's name."""
-        return self.dual_lora_dropout
 
     @property
     def scaling(self) -> Scaling:

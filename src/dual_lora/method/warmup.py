@@ -21,7 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from . import watch_training
 from .cache import composed_weights
 from .parallel import offloaded
-from .strength import AdapterState
+from .state import AdapterState
 
 NOT_BEGUN = torch.iinfo(torch.int32).max  # more steps than any run has; `set_length` reduces it to the warm-up's
 warming_layers: weakref.WeakSet[Any] = weakref.WeakSet()  # the layers that have a count
