@@ -27,9 +27,11 @@ ELSEWHERE = {
     "advise": "twenty minutes; small ones in test_advise",
     "studies/advise-sst2-minilm": "what advise leaves",
     "my-recipe.yaml": "the reader's own",
+    "my-encoder": "a classifier: test_starter and test_predict",
     "--calibrate": "a minute of this machine",
     "evaluations": "lm-eval's logs: test_judge",
     "method_comparison/MetaMathQA": "PEFT's results: test_judge_peft",
+    "peft-verdicts": "PEFT's history: test_judge_history",
     "method_comparison/mine": "for PEFT's suite: test_judge_peft",
 }  # fmt: skip
 
@@ -65,7 +67,7 @@ def what_the_reader_has(folder):
     from transformers import AutoModelForCausalLM
 
     model = write_model(folder / "my-model")
-    write_records(folder / "my.jsonl", 1, 40)
+    write_records(folder / "my.jsonl", 1, 240)
     write_records(folder / "my-test.jsonl", 2, 8)
     (folder / "prompts.txt").write_text("a b c ?\nb c d ?\n")
     (folder / "questions.jsonl").write_text('{"instruction": "Is ice cold?"}\n{"instruction": "Is fire cold?"}\n')
