@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -47,16 +48,18 @@ def main() -> None:
     folder = parser.parse_args().study
     results = json.loads((folder / "results.json").read_text())
     rows: list[Row] = []
-    means: dict[str, dict[str, float]] = {}  # over the seeds that choose
     for cell in results["methods"]:
         method, rate = cell["method"].split(" lr=")
         runs = [(run["seed"], run["score"] if run["status"] == "done" else 0.0) for run in cell["seeds"]]
         rows += [(method, f"lr={rate}", seed, score, cell["metric"]) for seed, score in runs]
         scores = np.array([score for _, score in runs])
-        choosing = sorted(seed for seed, _ in runs)[: len(runs) // 2]
-        means.setdefault(method, {})[f"lr={rate}"] = float(np.mean([score for seed, score in runs if seed in choosing]))
         print(f"{method:10} {rate:>7}  {described(scores)}")
-    best = {method: max(by_rate, key=lambda rate: by_rate[rate]) for method, by_rate in means.items()}
+    seeds = sorted({seed for _, _, seed, _, _ in rows})
+    choosing = set(seeds[: len(seeds) // 2])
+    totals: dict[str, Counter[str]] = {}
+    for method, rate, seed, score, _ in rows:
+        totals.setdefault(method, Counter())[rate] += score * (seed in choosing)
+    best = {method: by_rate.most_common(1)[0][0] for method, by_rate in totals.items()}
     write(folder / "rates.csv", rows)
     chosen = [row for row in rows if row[1] == best[row[0]] and row[2] not in choosing]
     write(folder / "best.csv", [(name, "best rate", seed, score, metric) for name, _, seed, score, metric in chosen])

@@ -554,6 +554,8 @@ def test_percent_beside_shares_is_asked_about(tmp_path):
     one = [[m, s, i, 100 * score if (m, s) == ("b", 2) else score] for m, s, i, score in rows]
     said = judge(write_table(tmp_path / "o.csv", one))["notes"]
     assert any("of a, b (seed 1, 3) lie between 0 and 1, those of b (seed 2) go up to 100" in note for note in said)
+    hard = [[m, s, i, 100 * score if m == "b" else score] for m, s, i, score in rows_of({"a": 0.5, "b": 0.1})]
+    assert any("in percent" in note for note in judge(write_table(tmp_path / "h.csv", hard))["notes"])
 
 
 def test_a_small_level_is_written_in_full(tmp_path, call):

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import PeftMixedModel, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils import hotswap
 from peft.utils.hotswap import hotswap_adapter
 from reference_layer import assert_same_bits
@@ -385,3 +385,19 @@ def test_transformers_own_functions(monkeypatch, tmp_path):
     assert torch.equal(logits(again), one)
     model.delete_adapter("other")
     assert list(model.peft_config) == ["default"]
+
+
+def test_set_requires_grad():
+    model = two_adapters()
+    model.set_adapter("one")
+    model.set_requires_grad("two")
+    names = trainable(model)
+    assert any(".one" in n for n in names)
+    assert any(".two" in n for n in names)
+    model.set_requires_grad(["one", "two"], requires_grad=False)
+    assert not trainable(model)
+
+
+def test_mixed_model_raises_a_clear_error():
+    with pytest.raises(ValueError, match="'DUAL_LORA' is not compatible with the `PeftMixedModel`"):
+        PeftMixedModel(llama(), config(), "default")

@@ -404,3 +404,10 @@ def test_compile_equals_eager_and_does_not_recompile_as_the_ramp_rises(backend):
         assert (results[0].diff() != 0).all()
     finally:
         torch._dynamo.config.error_on_recompile = False
+
+
+def test_exclude_modules():
+    model = adapted(llama(), target_modules=["q_proj", "v_proj"], exclude_modules=["layers.0.self_attn.q_proj"])
+    assert len(layers(model)) == 3
+    model = adapted(llama(), target_modules=["q_proj", "v_proj"], exclude_modules=".*v_proj")
+    assert all(name.endswith("q_proj") for name in layers(model))

@@ -21,7 +21,7 @@ from dual_lora.lab.recipe.read import changed
 from dual_lora.lab.study.cell import Cell, pace_job
 from dual_lora.lab.study.compare import compare
 from dual_lora.lab.study.execute import Options, run_jobs
-from dual_lora.lab.study.folder import StudyFolder
+from dual_lora.lab.study.folder import StudyFolder, study_folder
 from dual_lora.lab.study.forecast import Forecast, Speed, forecast
 from dual_lora.lab.study.job import Job, Outcome, read_outcome
 from dual_lora.lab.study.plan import lay_out, settled_plan
@@ -34,7 +34,7 @@ HOPELESS = 4  # times the minutes, by arithmetic: not even a few steps are tried
 
 def folder_of(source: str | Path, out: str | Path | None) -> Path:
     """Return the study's folder: one folder a recipe, in which more minutes add to what is there."""
-    return Path(out) if out is not None else Path("studies") / f"advise-{recipe_of(source)[1].name}"
+    return study_folder(f"advise-{recipe_of(source)[1].name}", out)
 
 
 def advise(

@@ -86,6 +86,7 @@ def compare(
         return
     from dual_lora.lab.report.tables import show_results
     from dual_lora.lab.study.compare import compare as run
+    from dual_lora.lab.study.folder import study_folder
 
     with resumable():
         options: dict[str, Any] = {"executor": executor, "workers": workers, "keep": keep}
@@ -93,7 +94,7 @@ def compare(
     if json:
         finish(results, None, True)
     else:
-        folder = out or Path("studies") / results["study"]["name"]
+        folder = study_folder(results["study"]["name"], out)
         show_results(results, next_steps=f"The study is in {folder}. As a page: dual-lora report {quote(str(folder))}")
     if not results["complete"]:
         raise UserError(f"{len(results['failed'])} runs failed, so the study is not complete: {results['failed'][0]}")

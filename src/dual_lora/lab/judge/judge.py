@@ -7,7 +7,7 @@ results = judge("scores.csv", reference="lora", margin=0.01)
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,7 +44,9 @@ FEW = 11  # values, from none to ten tenths; with fewer items than that no more 
 LESS = set("loss nll entropy perplexity ppl bits mse mae rmse error wer cer brier".split())  # noqa: SIM905
 MORE = set("accuracy acc exact match f1 recall precision bleu rouge matthews mcc pearson auc".split())  # noqa: SIM905
 # With one of these a name is that of a distance or a change, of which more may be either.
-TURNED = set("gap drop gain change difference diff delta rise fall decline decrease increase reduction not".split())  # noqa: SIM905
+TURNED = set(
+    "gap drop gain change difference diff delta rise fall decline decrease increase reduction inverse not".split()  # noqa: SIM905
+)
 
 
 def judge(
@@ -166,7 +168,7 @@ def _directions(
         if told is None:
             words = set(re.findall("[a-z0-9]+", name.lower().replace("_", " ")))
             told = "less" if LESS & words else "more"
-            if told == "less" or not MORE & words or TURNED & words or name.startswith(("1-", "inverse")):
+            if told == "less" or not MORE & words or TURNED & words or name.startswith("1-"):
                 guessed[metric] = told
         found[scenario] = told
     return found, [
@@ -179,26 +181,23 @@ def _directions(
 def _other_units(paired: dict[Scenario, dict[str, Runs]]) -> Iterator[str]:
     """Tasks where some runs' scores look like shares and others' like percent, of one method or of several."""
     for scenario, own in paired.items():
-        means = {method: runs.table.mean(axis=1) for method, runs in own.items()}
-        scores = np.concatenate([*means.values()])
-        small, large = scores[scores <= 1], scores[scores > 1]
-        if scores.min() < 0 or scores.max() > 100 or not len(small) or not len(large):
+        runs = [(m, seed, row) for m, r in own.items() for seed, row in zip(r.seeds, r.table, strict=True)]
+        small = [run for run in runs if run[2].min() >= 0 and run[2].max() <= 1]
+        large = [run for run in runs if run[2].min() >= 0 and 1 < run[2].max() <= 100]
+        if not small or not large:
             continue
-        if 30 * np.median(small) <= np.median(large) <= 300 * np.median(small):
+        share, percent = (np.median([row.mean() for *_, row in some]) for some in (small, large))
+        if max(row.max() for *_, row in large) > 20 or 30 * share <= percent <= 300 * share:
             yield (
-                f"On {task_name(*scenario)} the scores of {_where(own, means, lambda m: m <= 1)} lie between 0 and 1, "
-                f"those of {_where(own, means, lambda m: m > 1)} go up to 100: are some of them in percent?"
+                f"On {task_name(*scenario)} the scores of {_named(small, own)} lie between 0 and 1, those of "
+                f"{_named(large, own)} go up to 100: are some of them in percent?"
             )
 
 
-def _where(own: Mapping[str, Runs], means: Mapping[str, Any], holds: Callable[[Any], Any]) -> str:
-    """The methods whose mean scores are such; with their seeds, where not all are."""
-    found = []
-    for method, mean in means.items():
-        seeds = [str(seed) for seed, such in zip(own[method].seeds, holds(mean), strict=True) if such]
-        if seeds:
-            found.append(method if len(seeds) == len(mean) else f"{method} (seed {', '.join(seeds)})")
-    return ", ".join(found)
+def _named(runs: Sequence[tuple[str, int, Any]], of: Mapping[str, Runs]) -> str:
+    """The methods of these runs; with their seeds, where not all are among them."""
+    seeds = {method: [str(seed) for m, seed, _ in runs if m == method] for method, *_ in runs}
+    return ", ".join(m if len(s) == len(of[m].seeds) else f"{m} (seed {', '.join(s)})" for m, s in seeds.items())
 
 
 def _missing_methods_notes(paired: dict[Scenario, dict[str, Runs]], methods: list[str]) -> Iterator[str]:

@@ -21,7 +21,7 @@ from dual_lora.lab.study import notes
 from dual_lora.lab.study.budget import match_by_probes
 from dual_lora.lab.study.cell import Cell, Ended, Finished, base_jobs, final_jobs, trial_jobs
 from dual_lora.lab.study.execute import Options, check_executor, run_jobs, runs_side_by_side
-from dual_lora.lab.study.folder import StudyFolder
+from dual_lora.lab.study.folder import StudyFolder, study_folder
 from dual_lora.lab.study.forecast import RunTimes, Speed, estimates
 from dual_lora.lab.study.job import (
     Job,
@@ -70,7 +70,7 @@ def compare(
     study = read_study(source)
     if keep not in KEPT:
         raise UserError(f"keep is {keep!r}, expected one of {', '.join(KEPT)}.")
-    folder = StudyFolder(Path(out) if out is not None else Path("studies") / study.name).read()
+    folder = StudyFolder(study_folder(study.name, out)).read()
     to = check_reports(report_to)
     options = Options(executor, runs_side_by_side(executor, workers), keep, progress, report_to=to)
     check_executor(executor)

@@ -111,6 +111,11 @@ class Known(BaseModel):
     jobs: dict[str, Planned] = {}
 
 
+def study_folder(name: str, out: str | Path | None = None) -> Path:
+    """Where a study lies: at `out`, else in `studies` under its name."""
+    return Path(out) if out is not None else Path("studies") / name
+
+
 class StudyFolder:
     """The folder of one study. As a context manager it is held: another process that wants it is refused."""
 

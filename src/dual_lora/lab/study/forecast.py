@@ -28,7 +28,7 @@ from dual_lora.lab.recipe.schema import DataSection, Recipe
 from dual_lora.lab.study.budget import match_by_probes, planned_steps
 from dual_lora.lab.study.cell import PROBE_STEPS, UNTRAINED, Cell, base_jobs, final_jobs, rank_field, trial_jobs
 from dual_lora.lab.study.execute import runs_side_by_side
-from dual_lora.lab.study.folder import StudyFolder
+from dual_lora.lab.study.folder import StudyFolder, study_folder
 from dual_lora.lab.study.job import Job, Outcome, outcomes_here
 from dual_lora.lab.study.plan import lay_out, settled_plan
 from dual_lora.lab.study.read import read_study
@@ -207,7 +207,7 @@ def forecast(
     on: a card of `calibrate`, whose published figures are taken instead of this machine's speed.
     """
     study = read_study(source)
-    folder = StudyFolder(Path(out) if out is not None else Path("studies") / study.name).read()
+    folder = StudyFolder(study_folder(study.name, out)).read()
     plan = settled_plan(study, folder, "bf16" if on else None)
     study = plan.study
     side_by_side = runs_side_by_side(executor, workers)

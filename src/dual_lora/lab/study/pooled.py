@@ -60,7 +60,7 @@ def pooled(question: str, asked: Sequence[tuple[Results, str, str]], margin: flo
     Raises UserError for a study without the pair, for several metrics, and for fewer than two seeds in all.
     """
     by_seed: dict[int, list[tuple[float, int]]] = {}  # of each seed the differences, and the studies that have them
-    parts, counted, kinds = list[tuple[float, int, bool, float]](), list[list[Any]](), set[tuple[str, str]]()
+    parts, counted, kinds = list[tuple[float, int, bool]](), list[list[Any]](), set[tuple[str, str]]()
     for k, (results, candidate, reference) in enumerate(asked):
         name = results["study"]["name"]
         two = [_method_row(results, name, m) for m in (candidate, reference)]
@@ -71,7 +71,7 @@ def pooled(question: str, asked: Sequence[tuple[Results, str, str]], margin: flo
                 raise UserError(f"{name}: a run of {candidate} or {reference} diverged, and can not be pooled.")
             by_seed.setdefault(a["seed"], []).append((sign * (a["score"] - b["score"]), k))
         counted.append([name, candidate, reference, len(by_seed) - known])
-        parts.append((*_items(results, candidate, reference), results["study"]["margin"][two[0]["metric"]]))
+        parts.append(_items(results, candidate, reference))
     if len({metric for _, metric in kinds}) != 1:
         raise UserError(f"{question}: {kinds} are several metrics, which have no mean.")
     metric = next(iter(kinds))[1]
@@ -80,11 +80,11 @@ def pooled(question: str, asked: Sequence[tuple[Results, str, str]], margin: flo
         raise UserError(f"{question}: one seed gives no estimate for other seeds; at least two are needed.")
     item_error = sum(parts[k][0] / len(had) for had in by_seed.values() for _, k in had) / len(d)
     seed_error = float(d.std(ddof=1)) / math.sqrt(len(d))
-    items = min(items for _, items, *_ in parts)
+    items = min(items for _, items, _ in parts)
     s = stats.Spread(float(d.mean()), math.hypot(seed_error, item_error), seed_error, len(d), items)
     low, high = stats.interval(s, 0.95)
-    margin = margin or parts[0][-1]
-    bounded = any(part[2] for part in parts)
+    margin = margin or asked[0][0]["study"]["margin"][metric]
+    bounded = any(bound for *_, bound in parts)
     p = stats.difference_p(s)
     return Pooled(question, metric, s.difference, low, high, s.error, p, len(d), counted, margin, bounded)
 
