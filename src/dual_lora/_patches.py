@@ -5,7 +5,7 @@ them.
 
 What the list does not have: hooks that a library offers (PyTorch's of optimizers, of operators and of decompositions;
 `LoraLayer.register` of Python's abstract classes); `re._MAXCACHE`, raised where an adapter's patterns would not fit
-(`verify/patterns.py`); the filter of one warning that is untrue here (`method/parallel/fast_paths.py`); and gguf's
+(`verify/patterns.py`); the filter of one warning that is untrue here (`method/layers/read.py`); and gguf's
 reader, which the laboratory replaces while it reads a file (`lab/model/read_gguf.py`).
 """
 

@@ -13,7 +13,7 @@ pytest.importorskip("triton", minversion="3.4", reason="the Triton kernels need 
 
 import triton
 
-from dual_lora.core import blocked, dispatch, whole
+from dual_lora.core import blocked, dispatch, stacked, whole
 from dual_lora.core.compose_op import dual_lora_weight
 from dual_lora.core.kernels import launch as triton_launch
 from dual_lora.core.kernels import linear as triton_linear
@@ -97,8 +97,9 @@ class Right:
 
 def plain_of(weight, adapters):
     """Who computes without kernels: small weights at once, those that are read by rows in blocks."""
-    small = (weight is None or isinstance(weight, torch.Tensor)) and adapters[0].factors.B.ndim == 2
-    return whole if small else blocked
+    if adapters[0].factors.B.ndim == 3:
+        return stacked
+    return whole if weight is None or isinstance(weight, torch.Tensor) else blocked
 
 
 @pytest.mark.parametrize(

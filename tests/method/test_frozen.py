@@ -60,7 +60,7 @@ X = torch.randn(9, 20, generator=torch.Generator().manual_seed(3))
 
 
 def signs(layer) -> torch.Tensor:
-    C, D = layer.dual_lora_keys["default"]
+    C, D, *_ = layer.dual_lora_keys["default"]
     return torch.where(D * C > 0, 1.0, -1.0)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import Lfm2Config, Lfm2ForCausalLM, MambaConfig, MambaForCausalLM
 
 from dual_lora import DualLoraConfig
-from dual_lora.method.parallel.fast_paths import ReadConv1d, ReadLinear
+from dual_lora.method.layers.read import ReadConv1d, ReadLinear
 
 
 class Reads(nn.Module):

@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
 
-from . import blocked, dispatch
-from .reference import Adapter, Factors, parts_of
+from . import dispatch
+from .reference import Adapter, parts_of
+from .traced import is_traced, is_transformed, version
 
 _ADAPTERS = "Tensor[] factors, Tensor[] scales, Tensor[] mean_squares, int[] forms, Tensor? loss_scale, Tensor? routed"
 torch.library.define("dual_lora::weight", f"(Tensor? weight, {_ADAPTERS}, ScalarType dtype) -> Tensor")
@@ -89,8 +89,7 @@ def recompose_in_backward(*composed: Composed) -> Iterator[None]:
     It does nothing under gradient checkpointing, or other hooks on saved tensors: there a weight is kept only during
     the backward of its own checkpoint.
     """
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if not torch.is_grad_enabled() or traced or _functorch.peek_interpreter_stack() is not None:
+    if not torch.is_grad_enabled() or is_traced() or is_transformed():
         yield
     elif getattr(_active, "recipes", None) is not None:
         _track(composed)
@@ -116,7 +115,7 @@ def track_composed(composed: Composed) -> Tensor:
 
 def _versions(c: Composed | _Recipe) -> list[int]:
     tensors = (c.weight, c.routed, *(t for a in c.adapters for t in (*a.factors, a.scale)))
-    return [t._version for t in tensors if t is not None and not t.is_inference()]
+    return [version(t) for t in tensors if t is not None]
 
 
 def _track(composed: Sequence[Composed]) -> None:
@@ -134,17 +133,13 @@ def _hooks_are_set() -> bool:
 def _pack(tensor: Tensor) -> _Kept | _Recipe:
     alive, recipe = _active.recipes.get(tensor.untyped_storage().data_ptr(), (None, None))
     if alive is None or alive() is None or recipe.dtype != tensor.dtype:
-        return _Kept(tensor, _version(tensor))
+        return _Kept(tensor, version(tensor))
     return recipe._replace(size=tensor.size(), stride=tensor.stride(), offset=tensor.storage_offset())
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _unpack(packed: _Kept | _Recipe) -> Tensor:
     if isinstance(packed, _Kept):
-        if _version(packed.tensor) != packed.version:
+        if version(packed.tensor) != packed.version:
             raise RuntimeError(
                 "One of the variables needed for gradient computation has been modified by an in-place operation: a "
                 f"{packed.tensor.type()} of shape {list(packed.tensor.shape)}, which a layer with Dual LoRA was called "
@@ -159,11 +154,6 @@ def _unpack(packed: _Kept | _Recipe) -> Tensor:
     with torch.no_grad():
         composed = dual_lora_weight(packed.weight, packed.adapters, routed=packed.routed, dtype=packed.dtype)
     return composed.as_strided(packed.size, packed.stride, packed.offset)
-
-
-def adapters_of_expert(adapters: Sequence[Adapter], e: int) -> list[Adapter]:
-    """Select the factors of expert `e` from stacked adapters."""
-    return [a._replace(factors=Factors(*(f[e] for f in a.factors))) for a in adapters]
 
 
 def _empty_result(weight: Tensor | None, factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -182,12 +172,7 @@ def _weight(weight, factors, scales, mean_squares, forms, loss_scale, routed, dt
         out.zero_() if weight is None else out.copy_(weight)
     computes = dispatch.implementation(out.device, dtype, weight, adapters)
     with dispatch.without_autocast(out.device):
-        if computes is not blocked:
-            return computes.compose(weight, adapters, dtype, out, routed)
-        for e in range(out.shape[0]) if routed is None else routed.tolist():
-            W, own = None if weight is None else weight[e], adapters_of_expert(adapters, e)
-            dispatch.without_kernels(out.device, W, own).compose(W, own, dtype, out[e])
-    return out
+        return computes.compose(weight, adapters, dtype, out, routed)
 
 
 @torch.library.impl("dual_lora::weight_backward", "default")
@@ -195,18 +180,8 @@ def _weight_backward(G, factors, scales, mean_squares, forms, loss_scale, routed
     adapters = dispatch.adapters_of(factors, scales, mean_squares, forms)
     computes = dispatch.implementation(G.device, G.dtype, None, adapters, (None, G, loss_scale))
     with dispatch.without_autocast(G.device):
-        if G.ndim == 2:
-            grads = computes.factor_gradients(G, adapters, loss_scale)
-        elif computes is not blocked:
-            grads = computes.factor_gradients(G, adapters, loss_scale, routed)
-        else:
-            grads = [Factors(*map(torch.zeros_like, a.factors)) for a in adapters]
-            for e in range(G.shape[0]) if routed is None else routed.tolist():
-                own = adapters_of_expert(adapters, e)
-                found = dispatch.without_kernels(G.device, None, own).factor_gradients(G[e], own, loss_scale)
-                for whole, four in zip(grads, found, strict=True):
-                    for grad, g in zip(whole, four, strict=True):
-                        grad[e] = g
+        stack = (routed,) if G.ndim == 3 else ()
+        grads = computes.factor_gradients(G, adapters, loss_scale, *stack)
     return dispatch.flat_gradients(grads, adapters)
 
 
@@ -232,7 +207,7 @@ def _backward(ctx, G):
     need_weight, need_factors, *_ = ctx.needs_input_grad
     routed, *rest = ctx.saved_tensors
     n = len(ctx.forms)
-    given = G, rest[: 4 * n], rest[4 * n : 5 * n], rest[5 * n :], ctx.forms, ctx.loss_scale, routed
+    given = G, *dispatch.Flat.of_saved(rest, ctx.forms), ctx.loss_scale, routed
     dF = dispatch.needed_gradients(need_factors, lambda: torch.ops.dual_lora.weight_backward(*given))
     return G.to(ctx.weight_dtype) if need_weight else None, dF, [None] * n, [None] * n, None, None, None, None
 

@@ -19,10 +19,11 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from .._warning import warn
-from . import blocked, whole
+from . import blocked, stacked, whole
 from .blocked import RowSource
 from .handle import Handle, source_of
 from .reference import Adapter, Factors, Form, parts_of, refuse_trained
+from .traced import is_transformed
 
 SWITCH = "DUAL_LORA_KERNELS"  # "plain" keeps to PyTorch's own operations
 OLDEST_TRITON = (3, 4)  # earlier ones take no tuple as a constant
@@ -39,12 +40,12 @@ def implementation(
     adapters: Sequence[Adapter],
     gradient_of: tuple[Tensor | None, Tensor, Tensor | None] | None = None,
 ) -> ModuleType:
-    """Choose the module that computes: `kernels.linear`, `blocked`, or for a small weight `whole`.
+    """Choose the module that computes: `kernels.linear`, `blocked`, for a small weight `whole`, for experts `stacked`.
 
     device, dtype: of x, of G, or of the composed weight.
     gradient_of: dy and x (or None and G) and the gradient scaler's factor, where the factors' gradients are needed.
     """
-    plain = without_kernels(device, weight, adapters)
+    plain = stacked if adapters[0].factors.B.ndim == 3 else whole if whole.fits(weight, adapters) else blocked
     if device.type != "cuda":
         return plain
     known = (
@@ -56,14 +57,6 @@ def implementation(
     )
     kernels = triton_kernels(device) if known else None
     return kernels if kernels is not None and kernels.are_correct(dtype, weight, adapters, gradient_of) else plain
-
-
-def without_kernels(device: torch.device, weight: Tensor | RowSource | None, adapters: Sequence[Adapter]) -> ModuleType:
-    """Choose `blocked`, or `whole` for a weight in memory that is no larger than one tile."""
-    A, B, *_ = adapters[0].factors
-    tile = (blocked.CPU if device.type == "cpu" else blocked.CUDA).tile
-    small = A.shape[-1] * B.shape[-2] <= tile and B.ndim == 2 and (weight is None or isinstance(weight, Tensor))
-    return whole if small else blocked
 
 
 def compose(
@@ -149,9 +142,9 @@ def runs_eagerly() -> bool:
     """Whether the operator may be bypassed: no compiler, tracer, dispatch mode (fake tensors, selective checkpointing,
     flop counters), functional transform or forward-mode AD is active."""
     return not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
+        torch.compiler.is_compiling()  # these five are asked in every pass, hence no functions of ours
         or torch._C._get_tracing_state()
+        or torch._C._len_torch_dispatch_stack()
         or _functorch.peek_interpreter_stack()
         or forward_ad._current_level >= 0
     )
@@ -167,7 +160,7 @@ def are_plain_tensors(*tensors: Tensor | None) -> bool:
 
 def refuse_transforms(x: Tensor | None, adapters: Sequence[Adapter], *others: Any) -> None:
     """Raise NotImplementedError for torch.func's transforms and forward-mode tangents, which would be ignored."""
-    inside = not torch.compiler.is_compiling() and _functorch.peek_interpreter_stack() is not None
+    inside = is_transformed()
     forward = forward_ad._current_level >= 0
     if not (inside or forward):
         return
@@ -217,6 +210,12 @@ class Flat(NamedTuple):
     scales: list[Tensor]
     mean_squares: list[Tensor]  # for the parts of a matrix; for whole ones empty tensors
     forms: list[int]
+
+    @classmethod
+    def of_saved(cls, tensors: Sequence[Tensor], forms: list[int]) -> "Flat":
+        """Cut the tensors that an operator's forward saved, list after list, into their lists again."""
+        n = len(forms)
+        return cls([*tensors[: 4 * n]], [*tensors[4 * n : 5 * n]], [*tensors[5 * n :]], forms)
 
 
 def flat(adapters: Sequence[Adapter]) -> Flat:

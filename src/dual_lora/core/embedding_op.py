@@ -122,8 +122,7 @@ def _backward(ctx, dy):
     indices, *rest = ctx.saved_tensors
     forms, loss_scale, padding_idx, scale_grad_by_freq = ctx.rest
     n = len(forms)
-    lists = rest[: 4 * n], rest[4 * n : 5 * n], rest[5 * n :], forms
-    given = dy, indices, *lists, loss_scale, padding_idx, scale_grad_by_freq
+    given = dy, indices, *dispatch.Flat.of_saved(rest, forms), loss_scale, padding_idx, scale_grad_by_freq
     dF = dispatch.needed_gradients(ctx.needs_input_grad[2], lambda: torch.ops.dual_lora.embedding_backward(*given))
     return None, None, dF, [None] * n, [None] * n, None, None, None, None, None, None, None
 

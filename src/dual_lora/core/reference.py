@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -209,6 +210,12 @@ class Adapter(NamedTuple):
         if self.form.trains_direction:
             C, D = C.to(dtype), D.to(dtype)
         return self._replace(factors=Factors(A.to(dtype), B.to(dtype), C, D), scale=self.scale.to(dtype))
+
+
+def with_factors(adapters: Sequence[Adapter], tensors: Iterable[Tensor]) -> list[Adapter]:
+    """Return the adapters with other factors: four tensors for each, in their order."""
+    given = iter(tensors)
+    return [a._replace(factors=Factors(*islice(given, 4))) for a in adapters]
 
 
 def parts_of(adapters: Sequence[Adapter]) -> Sequence[Adapter]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import scratch, tile
-from .blocked import Gradients, Needs
+from .blocked import CPU, CUDA, Gradients, Needs, RowSource
 from .product import mm
 from .reference import Adapter, Factors
 from .tile import ALL
@@ -18,6 +18,13 @@ from .tile import ALL
 Products = tuple[Adapter, Tensor, Tensor]  # with P and Q
 Space = tuple[Any, Any, Any]  # scratch matrices in working precision: for T, for a composed weight, for G
 NAMES = "P0", "Q0", "T", "composed", "gradient"  # the first adapter's products, and the three
+
+
+def fits(weight: Tensor | RowSource | None, adapters: Sequence[Adapter]) -> bool:
+    """Whether the weight [O, I] is in memory and no larger than one tile."""
+    A, B, *_ = adapters[0].factors
+    tile = (CPU if A.device.type == "cpu" else CUDA).tile
+    return A.shape[-1] * B.shape[-2] <= tile and (weight is None or isinstance(weight, Tensor))
 
 
 def forward(x: Tensor, weight: Tensor | None, adapters: Sequence[Adapter]) -> Tensor:

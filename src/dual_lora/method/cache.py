@@ -37,18 +37,10 @@ def _state(tensor: Tensor) -> tuple[Any, ...]:
     return id(tensor), tensor._version, storage, tensor.data_ptr(), tensor.requires_grad
 
 
-def version_of(tensor: Tensor) -> int | None:
-    """Return a tensor's version counter; None if it was made in inference mode, where there is none."""
-    try:
-        return tensor._version
-    except RuntimeError:
-        return None
-
-
 def _is_unwatched(tensor: Tensor) -> bool:
     """Whether writes to a tensor may go unnoticed: made in inference mode, offloaded, or shared between processes."""
     try:
-        return version_of(tensor) is None or tensor.is_meta or (tensor.device.type == "cpu" and tensor.is_shared())
+        return tensor.is_inference() or tensor.is_meta or (tensor.device.type == "cpu" and tensor.is_shared())
     except RuntimeError:  # of several values at once, as under torch.func
         return True
 

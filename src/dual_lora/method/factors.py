@@ -23,7 +23,7 @@ from .config import DualLoraConfig
 from .lora_names import LoraNames
 from .parallel import offloaded, sharded
 from .precision import FACTOR_DTYPES, Warned, in_fp32, mark_as_stored
-from .seeds import Seeds
+from .seeds import Keys, Seeds
 from .start import GAIN, STD, gain_of, give_signs_of_rank_one, std_of
 from .state import AdapterState
 from .strength import Scaling, Strength
@@ -44,7 +44,7 @@ class FactorsLayer(Warmup, Strength, LoraNames, Seeds, nn.Module, BaseTunerLayer
     adapter_layer_names: tuple[str, ...] = ("dual_lora_A", "dual_lora_B", "dual_lora_C", "dual_lora_D")
     other_param_names: tuple[str, ...] = (
         *("states", "scaling", "tied", "dual_lora_dropout", "dual_lora_left", "dual_lora_scale"),
-        *("dual_lora_seed", "dual_lora_keys", "_key_sources"),
+        *("dual_lora_seed", "dual_lora_keys"),
     )
 
     # nn.Module is a base class here, not of the subclasses: else its `train` and `_apply` would precede those below.
@@ -59,8 +59,7 @@ class FactorsLayer(Warmup, Strength, LoraNames, Seeds, nn.Module, BaseTunerLayer
         self.dual_lora_D = nn.ParameterDict()
         self.dual_lora_left = BufferDict(persistent=True)
         self.dual_lora_seed = BufferDict(persistent=True)
-        self.dual_lora_keys: dict[str, tuple[Tensor, Tensor]] = {}
-        self._key_sources: dict[str, tuple[Tensor, int]] = {}
+        self.dual_lora_keys: dict[str, Keys] = {}
         self.dual_lora_scale: dict[str, Tensor] = {}
         self._scaling = Scaling({}, self.dual_lora_scale, self.states)
         self._disable_adapters = False
@@ -217,7 +216,7 @@ class FactorsLayer(Warmup, Strength, LoraNames, Seeds, nn.Module, BaseTunerLayer
         if adapter in A._parameters:
             A, B, C, D = A._parameters, B._parameters, C._parameters, D._parameters
         # Otherwise FSDP1 has put views in their place, which are no parameters but attributes.
-        if self.states[adapter].form.direction == "frozen":  # r2 may change by a hot-swap
+        if self.states[adapter].frozen:
             return Factors(A[adapter], B[adapter], *self._keys(adapter, A[adapter].device))
         return Factors(A[adapter], B[adapter], C[adapter], D[adapter])
 
@@ -230,7 +229,7 @@ class FactorsLayer(Warmup, Strength, LoraNames, Seeds, nn.Module, BaseTunerLayer
         """Return the four factors of an adapter, restored to fp32 if foreign code has cast them."""
         four = self._stored_factors(adapter)
         A, B, C, D = four
-        frozen = self.states[adapter].form.direction == "frozen"
+        frozen = self.states[adapter].frozen
         right = A.dtype == B.dtype == torch.float32 and (frozen or C.dtype == D.dtype == torch.float32)
         if right and not (A.is_meta or B.is_meta or C.is_meta or D.is_meta):
             return four

@@ -21,6 +21,7 @@ from ..core.handle import Handle
 from ..core.op import dual_lora_linear
 from ..core.sampled import SampledProducts
 from ..core.tokens import AUTO, EXACT
+from ..core.traced import is_traced
 from .cache import composed_weights
 from .config import DualLoraConfig
 from .factors import Adapters
@@ -63,7 +64,7 @@ class DualLoraLayer(MergeLayer):
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
 
-    def _adapters_to_add(self) -> list[str]:
+    def _names_to_add(self) -> list[str]:
         """Return the active adapters that are not merged. If adapters are disabled, unmerges them and returns none."""
         if self._disable_adapters or self.merged_adapters:
             if self._disable_adapters and self.merged_adapters:
@@ -194,7 +195,7 @@ class MapLayer(DualLoraLayer):
         """f(x; W + ΣΔW) over the active adapters; for a linear layer, x [..., I] -> y [..., O]."""
         self._check_forward_args(x, *args, **kwargs)
         adapter_names = kwargs.pop("adapter_names", None) if kwargs else None
-        active = self._adapters_to_add()
+        active = self._names_to_add()
         if self._disable_adapters or (adapter_names is None and not active):
             return self.base_layer(x, *args, **kwargs)
         if not self.supports_sharded_weight:
@@ -301,16 +302,6 @@ def nested_like(x: Any, values: Tensor) -> Tensor:
     """A jagged nested tensor of the lengths of `x` with other values."""
     lengths = x.lengths() if hasattr(x, "lengths") else None
     return torch.nested.nested_tensor_from_jagged(values, x.offsets(), lengths)
-
-
-def is_traced() -> bool:
-    """Whether what runs becomes a graph, of torch.compile, torch.export or torch.jit.trace."""
-    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-
-
-def is_exporting() -> bool:
-    """Whether torch.export traces, for itself or for ONNX: without Dynamo, other than torch.compile."""
-    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
 
 
 def dispatch_default(base: nn.Module, *args: Any, config: DualLoraConfig, **kwargs: Any) -> nn.Module | None:

@@ -28,7 +28,7 @@ from .layers.embedding import Embedding
 from .layers.experts import ParamWrapper
 from .layers.quantized import dispatch_quantized
 from .layers.quantized_rows import keep_unpacked
-from .parallel.fast_paths import READ_LAYERS, ReadLayer, is_read, set_fast_paths
+from .layers.read import READ_LAYERS, ReadLayer, is_read, set_fast_paths
 from .patterns import layer_options, token_share
 from .precision import Warned
 from .watch_training import Watch

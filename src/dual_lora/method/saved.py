@@ -63,8 +63,7 @@ def named_as_saved(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def with_counts(state: dict[str, Tensor], layers: Mapping[str, Any], config: Any, adapter: str) -> dict[str, Tensor]:
     """Return the state with a warm-up count, in the right shape, for every layer that has one.
 
-    A missing count means an ended warm-up; in the middle of a warm-up the layer's own count stays, because weight
-    averages are loaded and taken out again. An adapter that is loaded for inference after its warm-up drops the count.
+    An adapter that is loaded for inference after its warm-up drops the count.
     """
     names = {name.removeprefix(PEFT_PREFIX): layer for name, layer in layers.items()}
     counts = {layer_of(key): value for key, value in state.items() if key.endswith(".dual_lora_left")}
@@ -77,9 +76,9 @@ def with_counts(state: dict[str, Tensor], layers: Mapping[str, Any], config: Any
         if ended:
             layer.begin_warmup(adapter, 0)
             continue
-        own = layer.dual_lora_left[adapter]
-        left = counts.get(layer_of(stem), own if 0 < layer.steps_left(adapter) < layer.states[adapter].warmup else 0)
-        state[f"{stem}.dual_lora_left"] = layer.fitted_count(adapter, left)
+        left = counts.get(layer_of(stem))
+        left = layer.missing_count(adapter) if left is None else layer.fitted_count(adapter, left)
+        state[f"{stem}.dual_lora_left"] = left
     return state
 
 

@@ -5,22 +5,36 @@ differ. It is saved with the adapter, so that S₀ stays the same under another 
 hot-swap. For a file without seeds (foreign code saves parameters alone) they are derived from the layers' names.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor
 
 from ..core.frozen import keys, seed_of
+from ..core.traced import version
 from .parallel import offloaded
 
 
+class Keys(NamedTuple):
+    """What takes the place of C and D: int32, [1, I] and [O, 1]; and the seed, in its version, that it is derived
+    from."""
+
+    C: Tensor
+    D: Tensor
+    seed: Tensor
+    version: int
+
+    def are_of(self, seed: Tensor) -> bool:
+        """Whether the seed is still that one."""
+        return self.seed is seed and self.version == version(seed)
+
+
 class Seeds:
-    """The part of a layer that holds seeds and keys. Keys take the place of C and D: int32, [1, I] and [O, 1]."""
+    """The part of a layer that holds seeds and keys."""
 
     dual_lora_seed: BufferDict  # int64, 0-dim or, of experts, [E]
-    dual_lora_keys: dict[str, tuple[Tensor, Tensor]]
-    _key_sources: dict[str, tuple[Tensor, int]]  # the seed, and its version, that the keys were derived from
+    dual_lora_keys: dict[str, Keys]
     tied: dict[str, Any]
     out_features: int
     in_features: int
@@ -37,12 +51,13 @@ class Seeds:
         held.copy_(seed)
         made = self.dual_lora_keys.get(adapter)
         if made is not None and not held.is_meta:
-            for old, new in zip(made, keys(held.to(made[0].device), self.out_features, self.in_features), strict=True):
-                old.copy_(new)
-            self._key_sources[adapter] = held, version(held)
+            C, D = keys(held.to(made.C.device), self.out_features, self.in_features)
+            made.C.copy_(C)
+            made.D.copy_(D)
+            self.dual_lora_keys[adapter] = made._replace(seed=held, version=version(held))
 
     def _delete_seed(self, adapter: str) -> None:
-        for held in (self.dual_lora_seed, self.dual_lora_keys, self._key_sources):
+        for held in (self.dual_lora_seed, self.dual_lora_keys):
             if adapter in held:
                 del held[adapter]  # type: ignore[attr-defined]
 
@@ -51,18 +66,12 @@ class Seeds:
         owner = self.tied.get(adapter, self)
         made = owner.dual_lora_keys.get(adapter)
         if torch.compiler.is_dynamo_compiling() and made is not None:
-            return made[0].to(device), made[1].to(device)
+            return made.C.to(device), made.D.to(device)
         seed = offloaded.load(owner.dual_lora_seed, adapter)
         device = torch.device("cpu") if device.type == "meta" else device
-        known = owner._key_sources.get(adapter, (None, 0))
-        if made is None or known[0] is not seed or known[1] != version(seed) or made[0].device != device:
+        if made is None or not made.are_of(seed) or made.C.device != device:
             with torch.inference_mode(False), torch.no_grad():
                 seed_there = seed.clone() if seed.is_inference() else seed
-                made = keys(seed_there.to(device), owner.out_features, owner.in_features)
-            owner.dual_lora_keys[adapter], owner._key_sources[adapter] = made, (seed, version(seed))
-        return made
-
-
-def version(seed: Tensor) -> int:
-    """Return a seed's version counter; 0 for one that was made in inference mode, which has none."""
-    return 0 if seed.is_inference() else seed._version
+                C, D = keys(seed_there.to(device), owner.out_features, owner.in_features)
+            made = owner.dual_lora_keys[adapter] = Keys(C, D, seed, version(seed))
+        return made.C, made.D

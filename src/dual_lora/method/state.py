@@ -14,6 +14,7 @@ class AdapterState:
     r2: 0 for a frozen direction, which has no factors C and D.
     warmup: optimizer steps of the paper's warm-up; below 1, a share of a run whose length is not known yet; 0 for none.
     share: the share of the tokens that gradients are estimated from.
+    frozen: whether a seed stands for C and D. (r2 may change by a hot-swap.)
     """
 
     r1: int
@@ -22,6 +23,9 @@ class AdapterState:
     form: Form
     warmup: float = 0
     share: float = EXACT
+
+    def __post_init__(self) -> None:
+        self.frozen = self.form.direction == "frozen"  # no property, which is a call in each pass
 
     @property
     def strength(self) -> float:

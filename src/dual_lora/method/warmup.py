@@ -80,6 +80,16 @@ class Warmup:
         given = given.clamp(0, int(steps)) if steps >= 1 else torch.where(given < 0, NOT_BEGUN, given)
         return given.expand(stored.shape).clone()
 
+    def missing_count(self, adapter: str, sharded: bool = False) -> Tensor:
+        """Return the count for factors that come without one: an ended warm-up.
+
+        In the middle of a warm-up it is the layer's own, because weight averages are loaded and taken out again; and
+        for sharded factors, whose state has no counts.
+        """
+        left = self.dual_lora_left[adapter]
+        keeps = sharded or 0 < self.steps_left(adapter) < self.states[adapter].warmup
+        return left.clone() if keeps else torch.zeros_like(left)
+
     def set_length(self, adapter: str, steps: int) -> None:
         """Set the number of steps of a warm-up that is a share of a run."""
         if adapter in self.dual_lora_left:

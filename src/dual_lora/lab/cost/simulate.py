@@ -159,7 +159,7 @@ def _run(options: StepOptions, model: Any) -> Step:
     trained = [p for p in parameters if p.requires_grad]
     batch = batch_of(options, model)
     scales = [s for module in model.modules() for s in getattr(module, "dual_lora_scale", {}).values()]
-    keys = [k for m in model.modules() for pair in getattr(m, "dual_lora_keys", {}).values() for k in pair]
+    keys = [k for m in model.modules() for made in getattr(m, "dual_lora_keys", {}).values() for k in made[:2]]
     tracker = MemoryTracker([*parameters, *buffers, *scales, *keys, *batch.values()], options.on)
     for parameter in trained:
         parameter.register_post_accumulate_grad_hook(lambda p: tracker.is_gradient(p.grad))

@@ -223,6 +223,6 @@ def become_fake(model: nn.Module, mode: FakeTensorMode) -> None:
                     kept.append(tensor)
                     tensors[key] = fake(tensor)
         frozen = getattr(module, "dual_lora_keys", {})
-        for key, pair in list(frozen.items()):
-            kept.extend(pair)
-            frozen[key] = tuple(map(fake, pair))
+        for key, made_of in list(frozen.items()):
+            kept.extend(made_of[:2])
+            frozen[key] = made_of._replace(C=fake(made_of.C), D=fake(made_of.D))

@@ -79,7 +79,7 @@ def _with_known_bases(before: Plain, now: Plain) -> Plain:
     return {name: before[name] | now[name] for name in lost if base(before, name) == base(now, name)}
 
 
-class Plan(BaseModel):
+class PlanMark(BaseModel):
     """The study as it is to be run. before: final runs that had ended before this plan had any of them done."""
 
     hash: str = ""
@@ -106,7 +106,7 @@ class Known(BaseModel):
     recipes: dict[str, Plain] = {}
     precision: Plain = {}
     runs: str | None = None  # where they lie, if not in the folder
-    plan: Plan = Plan()
+    plan: PlanMark = PlanMark()
     amendments: list[Amendment] = []
     jobs: dict[str, Planned] = {}
 
@@ -185,7 +185,7 @@ class StudyFolder:
             self.amend(f"Changed: {', '.join(changed)}.", runs, changed)
         if changed or not known.plan.hash:
             print_of = hashlib.sha256(json.dumps([study, recipes], sort_keys=True).encode()).hexdigest()[:16]
-            known.plan = Plan(hash=print_of, written=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+            known.plan = PlanMark(hash=print_of, written=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
             known.jobs = {}  # of the plan before; those that belong to this one too come again
         if precision and not known.precision:
             known.precision = precision

@@ -20,8 +20,8 @@ from ...core.reference import Adapter, Factors
 from ..config import DualLoraConfig
 from ..layer import DualLoraLayer
 from ..parallel import sharded
-from ..parallel.fast_paths import ReadLinear
 from ..replaced import original, replaced
+from .read import ReadLinear
 
 PACKED = ("in_proj_weight",)
 SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -127,7 +127,7 @@ class MultiheadAttention(DualLoraLayer):
                 "Run the samples of each adapter as a batch of their own."
             )
         self._check_forward_args(query)
-        names = self._adapters_to_add()
+        names = self._names_to_add()
         if (out_merged := self._known_names(self._out.merged_adapters)) != self.merged_adapters:
             raise ValueError(
                 f"The output projection has {out_merged} merged, the attention itself "

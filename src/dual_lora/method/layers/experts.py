@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...core.compose_op import Composed, adapters_of_expert, dual_lora_weight, recompose_in_backward, track_composed
+from ...core.compose_op import Composed, dual_lora_weight, recompose_in_backward, track_composed
 from ...core.reference import Adapter
 from ...core.sampled import SampledProducts
+from ...core.stacked import adapters_of_expert
+from ...core.traced import is_exporting, is_traced
 from ..config import DualLoraConfig
-from ..layer import DualLoraLayer, is_exporting, is_traced
+from ..layer import DualLoraLayer
 from ..parallel import sharded
 from ..replaced import original, replaced
 from ..scaler import loss_scale
@@ -117,7 +119,7 @@ class ParamWrapper(DualLoraLayer):
                 "`model.set_experts_implementation('batched_mm')` first. torch.export takes 'grouped_mm' as well, ONNX "
                 "does not."
             )
-        names = self._adapters_to_add()
+        names = self._names_to_add()
         if not names:
             return self.base_layer(*args, **kwargs)
 

@@ -30,9 +30,10 @@ from ...core import dispatch
 from ...core.dispatch import autocast_dtype
 from ...core.handle import Handle, handle
 from ...core.op import through_rows
+from ...core.traced import is_exporting
 from ..cache import composed_weights
 from ..config import DualLoraConfig
-from ..layer import Linear, is_exporting
+from ..layer import Linear
 from .quantized_rows import row_source, undo_packing_for_cpu
 
 # Stands for a missing `get_apply_tensor_subclass` (the model was quantised without transformers): then no merge.

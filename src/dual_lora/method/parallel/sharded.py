@@ -13,7 +13,6 @@ The library that sharded the base (torch's `parallelize_module`, sequence parall
 import sys
 import weakref
 from collections.abc import Iterable
-from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +22,7 @@ from torch.nn.functional import linear
 
 from ...core import dispatch
 from ...core.dispatch import in_dtype_of
-from ...core.reference import Adapter, Factors
+from ...core.reference import Adapter, Factors, with_factors
 from ..replaced import replaced
 
 _SHARDED: tuple[type, ...] = ()
@@ -204,8 +203,7 @@ class _StandIn:
         adapters = [self.layer.adapter(name) for name in self.names]
         if torch.is_grad_enabled():
             group = self.weight.device_mesh.get_group(self.part.mesh_dim)
-            summed = iter(_SumGradients.apply(group, *(f for a in adapters for f in a.factors)))
-            adapters = [a._replace(factors=Factors(*islice(summed, 4))) for a in adapters]
+            adapters = with_factors(adapters, _SumGradients.apply(group, *(f for a in adapters for f in a.factors)))
         mine = {name: self.part.of(a) for name, a in zip(self.names, adapters, strict=True)}
         weight, whole = (weight, self.weight) if self.with_base else (None, None)
         return self.layer._product(x, weight, bias, mine, whole)
@@ -242,8 +240,7 @@ def merged_part(weight: DTensor, original: Tensor, adapters: list[Adapter]) -> T
     if not any(map(is_sharded, factors)):
         broadcast_factors(weight, factors)
     whole = (f.full_tensor() if isinstance(f, DTensor) else f for f in factors)
-    adapters = [a._replace(factors=Factors(*islice(whole, 4))) for a in adapters]
-    return dispatch.compose(original, [part.of(a) for a in adapters], original.dtype)
+    return dispatch.compose(original, [part.of(a) for a in with_factors(adapters, whole)], original.dtype)
 
 
 # A model that FSDP2's preparation empties: its parameters go to the meta device, are sharded there and filled.
@@ -260,16 +257,14 @@ def remove_counts(layer: Any, state: dict[str, Any], prefix: str, metadata: Any)
 
 
 def restore_counts(layer: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Before load_state_dict() of factors without a count: add one.
+    """Before load_state_dict() of factors without a count: add one. A missing seed is the layer's own.
 
-    It is the layer's own count for sharded factors (`remove_counts` took it out) and in the middle of a warm-up (weight
-    averages are loaded and taken out again); otherwise zero, an ended warm-up. A missing seed is the layer's own.
+    Of sharded factors `remove_counts` took it out.
     """
     for adapter, seed in layer.dual_lora_seed.items():
         if f"{prefix}dual_lora_B.{adapter}" in state:  # a file without the seed has it by the layer's name
             state.setdefault(f"{prefix}dual_lora_seed.{adapter}", seed.clone())
-    for adapter, left in layer.dual_lora_left.items():
+    for adapter in layer.dual_lora_left:
         B = state.get(f"{prefix}dual_lora_B.{adapter}")
         if B is not None:
-            keeps = is_sharded(B) or 0 < layer.steps_left(adapter) < layer.states[adapter].warmup
-            state.setdefault(f"{prefix}dual_lora_left.{adapter}", left.clone() if keeps else torch.zeros_like(left))
+            state.setdefault(f"{prefix}dual_lora_left.{adapter}", layer.missing_count(adapter, is_sharded(B)))

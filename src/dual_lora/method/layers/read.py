@@ -14,7 +14,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ...core.compose_op import track_composed
 from ..layer import DualLoraLayer, Linear
-from ..layers.conv import Conv1d, Conv2d, Conv3d
+from .conv import Conv1d, Conv2d, Conv3d
 from .read_weights import matches, weights_read_by
 
 # The attribute that each module checks before it takes its fast path, and uses nowhere else.
@@ -67,7 +67,7 @@ class ReadLayer(DualLoraLayer):
                 "A layer whose weight is read and not called (an attention's out_proj, a fused loss's linear layer) "
                 "does not support mixed adapter batches: run the samples of each adapter as a batch of their own."
             )
-        names = self._adapters_to_add()  # first, because it may unmerge
+        names = self._names_to_add()  # first, because it may unmerge
         weight: Any = self.get_base_layer().weight
         if not names:
             return weight
