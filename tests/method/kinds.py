@@ -45,6 +45,7 @@ class Kind:
     plain: Callable[[nn.Module], nn.Module] = copy.deepcopy  # the layer with floating-point weights
     custom: dict[type, type] | None = None  # for `_register_custom_module`
     rough: float = 0.0  # the relative error that the base's own arithmetic makes
+    own_product: bool = False  # y is not x times the weight (8-bit inputs): what it is, the library's layer says
     merge_rough: float = 0.0  # the share of ΔW that a merge may lose
     merge_refused: str = ""  # the error of merging, where the library has not said how it quantises
     merges: bool = True
@@ -294,12 +295,11 @@ def dequantised(layer):
 
 
 def quantised(name):
-    eight_bit_inputs = name in ("int8", "torchao int8 dynamic")
     return Kind(
         QUANTISED[name],
         rows(4, I),
         plain=dequantised,
-        rough=0.02 if eight_bit_inputs else 0.0,
+        own_product=name in ("int8", "torchao int8 dynamic"),
         merge_rough=0.5,
         merges=name != "torchao int8 dynamic",
         copies=not name.startswith("hqq"),

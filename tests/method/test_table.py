@@ -142,13 +142,18 @@ def reference(kind, model, x, *adapters, given=None, strength=1.0):
     plain = kind.plain(kind.built())
     plain = plain.double() if next(model.parameters()).dtype == torch.float64 else plain
     holder = Holder(plain, kind.call)
+    own = 0.0
+    if kind.own_product:  # off from the plain product by up to 17 %, on processors whose 8-bit sums overflow
+        with torch.no_grad():
+            its = parts(model)["it"].base_layer.training  # bitsandbytes rounds x in eval mode alone
+            own = Holder(kind.built(), kind.call).train(its)(x) - holder(x)
     if not adapters:
-        return holder(x)
+        return holder(x) + own
     updates = {
         part: strength * sum(update(model, part, given[part] if given else leaves(model, a)[part], a) for a in adapters)
         for part in parts(model)
     }
-    return functional_call(holder, {f"it.{n}": w for n, w in kind.weights(plain, updates).items()}, (x,))
+    return functional_call(holder, {f"it.{n}": w for n, w in kind.weights(plain, updates).items()}, (x,)) + own
 
 
 def assert_near(ours, theirs, rough=0.0, what="output"):
@@ -215,8 +220,9 @@ def test_value_and_gradients(kind, form):
                 assert b.grad.any(), f"the reference has no gradient of {part} {letter}"
                 assert_near(a.grad, b.grad, kind.rough, f"gradient of {part} {letter}")
     model.eval()
+    expected = reference(kind, model, x, "default").detach()
     for _ in range(2):  # by the weight that is kept, too
-        assert_near(outputs(model, x), expected.detach(), kind.rough, "in inference")
+        assert_near(outputs(model, x), expected, kind.rough, "in inference")
 
 
 def test_other_precisions(kind, dtype):
