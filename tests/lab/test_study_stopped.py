@@ -312,8 +312,9 @@ def test_processes_give_the_same_results_and_end_with_the_main_process(tiny, who
     main.wait()
     before = outcomes(out)
     assert before
-    again = subprocess.run([sys.executable, str(script)], env=environment, check=True, timeout=700)
-    assert again.returncode == 0
+    command = [sys.executable, str(script)]
+    again = subprocess.run(command, env=environment, check=True, timeout=700, capture_output=True, text=True)
+    assert "Failed to load" not in again.stderr  # what libraries say of kernels that this machine does not have
     assert before.items() <= outcomes(out).items()
     assert figures(json.loads((out / "results.json").read_text())) == figures(whole)
 

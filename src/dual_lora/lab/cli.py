@@ -1,7 +1,6 @@
 """The command line ``dual-lora``. A command is a file of its own, imported when it is called."""
 
 import json
-import logging
 import os
 import sys
 import traceback
@@ -19,6 +18,7 @@ from dual_lora._warning import DualLoraWarning
 from dual_lora.lab.commands.plain import HELP_ALL, PLAIN_FLAGS, show_all
 from dual_lora.lab.errors import UserError, described, is_disk_full, memory_full, suggest
 from dual_lora.lab.interrupt import exit_status, on_signals, stop_at_once
+from dual_lora.lab.noise import silence_libraries
 from dual_lora.lab.permission import FLAG, allow
 from dual_lora.lab.terminal import Console, guarded
 
@@ -61,12 +61,6 @@ PANELS = {
     "info": "This machine",
 }
 
-# Libraries whose warnings are for programmers: of kernels that this machine does not have, of every retry.
-# "torch" alone is set back when torch is imported, and torchao's import makes its pytree module warn.
-NOISY = (
-    *("torch", "torch.utils._pytree", "torchao", "bitsandbytes", "hqq", "peft", "accelerate", "datasets"),
-    *("huggingface_hub", "huggingface_hub.utils._http", "httpx"),
-)
 # What people of other trainers type, and where a recipe has it.
 ELSEWHERE = {
     "--lr": "--train.learning-rate",
@@ -135,9 +129,7 @@ def main(arguments: list[str] | None = None) -> None:
     given, modules = _split_allowed_modules(a for a in given if a != "--debug")
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries would tear ours
     if not debug:
-        for library in NOISY:
-            logging.getLogger(library).setLevel(logging.ERROR)
-        warnings.filterwarnings("ignore", module=r"(transformers|peft|torch|accelerate|datasets)\b")
+        silence_libraries()
         # Our own may point at a caller in one of those: factors that do not move must not do so in silence.
         warnings.filterwarnings("default", category=DualLoraWarning)
         warnings.showwarning = _warn

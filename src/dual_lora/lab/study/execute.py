@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import sys
 import threading
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -22,6 +21,7 @@ import torch
 from dual_lora.lab import permission
 from dual_lora.lab.errors import UserError, described, suggest
 from dual_lora.lab.interrupt import exit_status, on_signals, stop_at_once
+from dual_lora.lab.noise import silence_libraries
 from dual_lora.lab.study.job import Job, Outcome, check_data, read_outcome
 from dual_lora.lab.study.perform import DiskFull, perform, set_aside
 from dual_lora.lab.terminal import guarded
@@ -183,7 +183,7 @@ def _worker_environment(slot: int, workers: int) -> dict[str, str]:
 def _work(line: Connection, runs: Path, keep: str, at_a_time: int) -> None:
     """Do the jobs that come down the line, until it is closed. Answers with the error, and whether the disk is full."""
     _end_with_parent()
-    warnings.filterwarnings("ignore", module=r"(transformers|peft|torch|accelerate|datasets)\b")
+    silence_libraries()
     try:
         with on_signals(stop_at_once):
             while True:
