@@ -296,9 +296,11 @@ def test_processes_give_the_same_results_and_end_with_the_main_process(tiny, who
     out = tmp_path / "out"
     program = (
         "from dual_lora.lab.model import precision\n"
+        "from dual_lora.lab.noise import silence_libraries\n"
         "from dual_lora.lab.study.compare import compare\n"
         "if __name__ == '__main__':\n"
         "    precision.measure_products = lambda: {'fp32': 1.0, 'bf16': 1.0}\n"  # as the tests' own process has it
+        "    silence_libraries()\n"  # as the command does, for its own process
         f"    compare({str(study)!r}, {str(out)!r}, executor='process', workers=2, progress=False)\n"
     )
     script = tmp_path / "main.py"
