@@ -579,6 +579,23 @@ def test_a_lone_quote_does_not_join_records(file):
     assert [len(r.values["text"]) for r in records] == [14, 7, 200_000]
 
 
+def test_an_empty_text_in_a_table_of_one_column_is_a_record(file):
+    """pandas writes an empty text so. A blank line is none, and a spreadsheet's empty row neither."""
+    records = read_records(str(file("a.csv", 'text\nred\n""\n"  "\n\nblue\n')))
+    assert [record.values["text"] for record in records] == ["red", "", "  ", "blue"]
+    assert [record.where[-6:] for record in records] == ["line 2", "line 3", "line 4", "line 6"]
+    assert len(read_records(str(file("b.csv", "text,label\nred,1\n,\n")))) == 1
+    assert len(read_records(str(file("c.tsv", "text\nred\n\n")))) == 1
+
+
+@pytest.mark.parametrize("column", ["text", "label"])
+def test_a_cell_of_blanks_is_an_empty_one(file, column):
+    row = {"text": "red", "label": "warm"} | {column: "  "}
+    source = str(file("a.csv", f"text,label\nblue,cold\n{row['text']},{row['label']}\n"))
+    with pytest.raises(UserError, match=rf"a\.csv, line 3: the cell '{column}' is empty"):
+        read_examples(source, DataSection())
+
+
 def test_a_header_is_no_record(file):
     source = str(file("a.csv", "text,label\nred,1\n"))
     with pytest.raises(UserError, match=r"a\.csv, line 1 holds the names of data\.columns"):

@@ -100,6 +100,19 @@ def test_records_with_labels_say_how_often_they_agree(classifier, reviews, call,
     assert all(row["predicted"] == row["label"] for row in rows_of(out))
 
 
+def test_commands_that_load_a_model_say_so_at_once(writer, call, tmp_path):
+    """A large one takes minutes, in which a silent command looks stuck. Standard output has the results alone."""
+    for command, said in (
+        (["generate", writer, "sky ?", "--max-new-tokens", 1], f"loading {writer}"),
+        (["evaluate", writer, "--data.test", "x.json", "--evaluate.split", "test"], f"loading {writer}"),
+        (["merge", writer, tmp_path / "merged"], f"merging {writer} into {tmp_path / 'merged'}"),
+        (["verify", writer], f"comparing log-probabilities with those of {writer}"),
+    ):
+        _, out, heard = call(*command)
+        assert heard.startswith(said), command
+        assert said not in out
+
+
 def test_texts_and_choices(writer, questions, call, tmp_path):
     out = tmp_path / "texts.jsonl"
     asked = [record | {"output": None} for record in json.loads((questions / "test.json").read_text())]

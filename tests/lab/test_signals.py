@@ -45,6 +45,23 @@ def test_a_signal_saves_a_checkpoint_and_the_record_says_so(number, lm_values, t
     assert (tmp_path / "run" / weights).read_bytes() == (tmp_path / "straight" / weights).read_bytes()
 
 
+def test_the_loss_of_an_interrupted_run_is_that_of_its_newest_steps(lm_values, tmp_path, monkeypatch):
+    straight = run(build_recipe(lm_values), tmp_path / "straight", progress=False)
+    losses = [json.loads(line)["loss"] for line in RunFolder(tmp_path / "straight").metrics.open()]
+    lm_values["train"]["log_every"] = 4
+    with monkeypatch.context() as patch:
+        send_after(3, signal.SIGINT, patch)
+        stopped = run(build_recipe(lm_values), tmp_path / "run", progress=False)
+    assert stopped.loss == pytest.approx(sum(losses[:3]) / 3), "no line was written yet"
+    with monkeypatch.context() as patch:
+        send_after(5, signal.SIGINT, patch)
+        stopped = run(build_recipe(lm_values), tmp_path / "run", resume=True, progress=False)
+    assert stopped.loss == pytest.approx(losses[4]), "not the mean of the line at step 4"
+    done = run(build_recipe(lm_values), tmp_path / "run", resume=True, progress=False)
+    assert done.loss == pytest.approx(sum(losses[4:]) / 2)
+    assert straight.loss == losses[-1]
+
+
 def test_a_second_sigterm_is_patient_and_a_second_ctrl_c_is_not(lm_values, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         send_after(3, signal.SIGTERM, patch, times=3)

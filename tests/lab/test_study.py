@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from pathlib import Path
 
 import pytest
@@ -306,6 +307,17 @@ def test_search_may_make_its_own_validation(tiny):
         search={"space": {"learning_rate": [1e-3, 1e-2]}, "holdout": 8},
     )
     assert cells["lora"].recipe.data.holdout == 8
+
+
+def test_a_recipe_s_own_holdout_is_said_where_a_search_names_another(tiny):
+    """`recipes init` writes one into every recipe."""
+    search = {"space": {"learning_rate": [1e-3, 1e-2]}, "holdout": 8}
+    with pytest.warns(UserWarning, match=r"own data\.holdout: 5, not search\.holdout: 8"):
+        _, cells = laid_out(tiny, overrides={"data": {"holdout": 5}}, search=search)
+    assert cells["lora"].recipe.data.holdout == 5
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*search.holdout")
+        laid_out(tiny, overrides={"data": {"holdout": 8}}, search=search)
 
 
 def test_a_search_tries_words_and_rank_rules(tiny):

@@ -13,6 +13,7 @@ from dual_lora.lab.commands.card import duration, figures_table, finish
 from dual_lora.lab.commands.parameters import AutoDtype, Base, Device, Json, Source, flag_values, flags
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.location import check_source
+from dual_lora.lab.progress import stage
 from dual_lora.lab.recipe.read import build_recipe, read_recipe
 from dual_lora.lab.recipe.schema import DataSection, EvaluateSection, Recipe
 
@@ -45,13 +46,14 @@ def evaluate(
     build_recipe({"model": {"path": source}, **overrides}, "flags")
     ground = read_recipe(recipe) if recipe else None
     check_source(source)
-    from dual_lora.lab.model.device import use_device
-    from dual_lora.lab.model.opened import open_tuned
-    from dual_lora.lab.run.evaluate import changed_settings, write_result
-    from dual_lora.lab.run.evaluate import evaluate as run_evaluation
+    with stage(f"loading {source}"):
+        from dual_lora.lab.model.device import use_device
+        from dual_lora.lab.model.opened import open_tuned
+        from dual_lora.lab.run.evaluate import changed_settings, write_result
+        from dual_lora.lab.run.evaluate import evaluate as run_evaluation
 
-    use_device(device)
-    tuned = open_tuned(source, base, dtype, unsaid="auto")
+        use_device(device)
+        tuned = open_tuned(source, base, dtype, unsaid="auto")
     ground = ground or tuned.recipe
     data, spec = (ground.data, ground.evaluate) if ground else (DataSection(), EvaluateSection())
     values = Recipe.merged({"data": data.model_dump(), "evaluate": spec.model_dump()}, overrides)

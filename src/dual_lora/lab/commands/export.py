@@ -14,6 +14,7 @@ from dual_lora.lab.commands.card import facts_card, figures_table, finish, size
 from dual_lora.lab.commands.parameters import Base, Device, Dtype, Json
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.location import check_source
+from dual_lora.lab.progress import stage
 from dual_lora.lab.recipe.schema import Precision
 
 if TYPE_CHECKING:
@@ -37,11 +38,12 @@ def merge(
     Example: `dual-lora merge runs/boolq-smollm2 merged --dtype bfloat16`
     """
     check_source(source)
-    from dual_lora.lab.export.export import merge as run_merge
-    from dual_lora.lab.model.device import use_device
+    with stage(f"merging {source} into {out}"):
+        from dual_lora.lab.export.export import merge as run_merge
+        from dual_lora.lab.model.device import use_device
 
-    use_device(device)
-    result = run_merge(source, out, base=base, dtype=dtype)
+        use_device(device)
+        result = run_merge(source, out, base=base, dtype=dtype)
     facts = {
         "folder": result.folder,
         "weights": f"{size(result.bytes)}, {result.dtype}",

@@ -9,6 +9,7 @@ from dual_lora.lab.commands.card import finish
 from dual_lora.lab.commands.parameters import AutoDtype, Base, Device, Source
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.location import check_source
+from dual_lora.lab.progress import stage
 
 
 def generate(
@@ -41,12 +42,13 @@ def generate(
     if not prompt.strip():
         raise UserError("The prompt is empty.")
     check_source(source)
-    from dual_lora.lab.model.device import use_device
-    from dual_lora.lab.model.generate import generate as answer
-    from dual_lora.lab.model.opened import open_tuned
+    with stage(f"loading {source}"):
+        from dual_lora.lab.model.device import use_device
+        from dual_lora.lab.model.generate import generate as answer
+        from dual_lora.lab.model.opened import open_tuned
 
-    use_device(device)
-    tuned = open_tuned(source, base, dtype, unsaid="auto")
+        use_device(device)
+        tuned = open_tuned(source, base, dtype, unsaid="auto")
     pieces = answer(
         tuned, prompt, system=system, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
         variant="base" if without_adapter else None,

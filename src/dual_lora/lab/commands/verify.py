@@ -10,6 +10,7 @@ from rich.panel import Panel
 from dual_lora.lab.commands.card import duration, facts_card, finish
 from dual_lora.lab.commands.parameters import Base, Device, Dtype, Json
 from dual_lora.lab.model.location import check_source
+from dual_lora.lab.progress import stage
 
 if TYPE_CHECKING:
     from dual_lora.lab.verify.verify import Report
@@ -50,14 +51,15 @@ def verify(
     read from DUAL_LORA_API_KEY or OPENAI_API_KEY.
     """
     check_source(source)
-    from dual_lora.lab.model.device import use_device
-    from dual_lora.lab.verify.verify import verify as run_verification
+    with stage(f"comparing log-probabilities with those of {source}"):
+        from dual_lora.lab.model.device import use_device
+        from dual_lora.lab.verify.verify import verify as run_verification
 
-    use_device(device)
-    report = run_verification(
-        source, against=against, adapter=adapter, endpoint=endpoint, model=model, prompts=prompts, base=base,
-        dtype=dtype, timeout=timeout,
-    )  # fmt: skip
+        use_device(device)
+        report = run_verification(
+            source, against=against, adapter=adapter, endpoint=endpoint, model=model, prompts=prompts, base=base,
+            dtype=dtype, timeout=timeout,
+        )  # fmt: skip
     finish(report.summary(), _card(report), json)
     if not report.good:
         raise SystemExit(1)

@@ -148,7 +148,8 @@ def _table(path: Path, columns: list[str] | None) -> Iterator[Record]:
     """A .tsv file has no quoting (as in GLUE); a .csv file has the usual one, and commas, semicolons or tabs."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows: Iterator[tuple[int, list[str]]]
-        if path.suffix == ".tsv":
+        quoted = path.suffix == ".csv"
+        if not quoted:
             rows = ((number, line.rstrip("\r\n").split("\t")) for number, line in enumerate(file, 1))
         else:
             rows = _quoted(file, path, columns)
@@ -165,8 +166,8 @@ def _table(path: Path, columns: list[str] | None) -> Iterator[Record]:
                     f"{path}, line {number} holds the names of the columns once more: were several files joined? Take "
                     "that line out."
                 )
-            if not any(cell.strip() for cell in row):
-                continue
+            if not any(cell.strip() for cell in row) and (not quoted or len(row) != 1):
+                continue  # a blank line, or a spreadsheet's empty one; a quoted table's one cell may be an empty text
             if len(row) != len(names):
                 raise UserError(
                     f"{path}, line {number}: {len(row)} columns, expected {len(names)} ({', '.join(names)})."

@@ -27,7 +27,7 @@ def value_of(record: Record, name: str) -> Any:
 
 def text_in(record: Record, name: str, learned: bool = False) -> str:
     """Return a field as text. learned: an answer or a label, which may not be empty in JSON either."""
-    if record.cells and record.values.get(name, "x") == "":
+    if record.cells and not str(record.values.get(name, "x")).strip():
         way_out = (
             "Fill it, or take the line out."
             if learned

@@ -96,7 +96,7 @@ def _result(session: Session, begun: Begun, fitted: Fitted) -> RunResult:
         folder=str(session.folder.path),
         state="finished" if finished else "interrupted",
         steps=done,
-        loss=next((line["loss"] for line in reversed(lines) if "loss" in line), None),
+        loss=watch.newest_loss(lines),
         validation_loss=validation_loss,
         seconds=round(seconds, 3),
         tokens=tokens,

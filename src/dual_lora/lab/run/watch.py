@@ -40,6 +40,7 @@ class Watch(TrainerCallback):
         self.begun = False  # whether a step of this session has: what fails before is the checkpoint
         self.stopped_by = 0  # the signal that asked for the end
         self._since = self._before = (0.0, 0)  # the last line: sum of losses, steps; of those, in earlier sessions
+        self._saved_since: tuple[float, int] = 0.0, 0  # the same at the last checkpoint, over all processes
         self._start: float | None = None
         self._first = 0
         self._end: float | None = None
@@ -130,8 +131,13 @@ class Watch(TrainerCallback):
     def _mean_loss_of_run(self, loss: float) -> float:
         """Return Trainer's mean over this session's steps since the last line, with those of earlier sessions in it."""
         (total, before), (_, steps) = self._before, self._since
-        self._since = self._before = 0.0, 0
+        self._since = self._before = self._saved_since = 0.0, 0
         return (total + loss * (steps - before)) / steps if before else loss
+
+    def newest_loss(self, lines: list[dict[str, Any]]) -> float | None:
+        """The mean over the steps since the last line, as the end of an interrupted run has them; else that line's."""
+        total, steps = self._saved_since
+        return total / steps if steps else next((line["loss"] for line in reversed(lines) if "loss" in line), None)
 
     def _losses_since_line(self, args: Any) -> tuple[float, int]:
         """The sum of losses, over the rows of all processes, of the steps since the last line."""
@@ -148,7 +154,7 @@ class Watch(TrainerCallback):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.barrier()  # every process has written its part
         self._pause()
-        since_line = self._losses_since_line(args)
+        since_line = self._saved_since = self._losses_since_line(args)
         if self.main:
             checkpoint = self.folder.checkpoints / f"checkpoint-{state.global_step}"
             known: dict[str, Any] = {"seconds": round(self.earlier + self.seconds(), 3), "since_line": since_line}

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from dual_lora._warning import warn
 from dual_lora.lab.errors import UserError, suggest
 from dual_lora.lab.model.precision import (
     AUTO,
@@ -96,8 +97,12 @@ def _recipes_of(study: Study) -> dict[Scenario, Recipe]:
             values, where = recipe_values(entry.recipe)
             if study.search and study.search.holdout:
                 data = Recipe.merged(values, over).get("data") or {}
-                if not (isinstance(data, dict) and (data.get("validation") or data.get("holdout"))):
+                own = (data.get("validation") or data.get("holdout")) if isinstance(data, dict) else None
+                if not own:
                     over = Recipe.merged(over, {"data": {"holdout": study.search.holdout}})
+                elif isinstance(own, int) and own != study.search.holdout:
+                    where_from = f"the recipe's own data.holdout: {own}, not search.holdout: {study.search.holdout}"
+                    warn(f"tasks.{task}: the search takes {where_from}.", stacklevel=2)
             recipes[model, task] = recipe_with(values, over, where)
     return recipes
 
