@@ -91,13 +91,14 @@ def run(
                 and (before_us := finished_result(folder))
             ):
                 return before_us
+        config = method_config(recipe.method, recipe.model.head, steps=10**6, fresh=[])  # with any number of steps
         recipe = precision.with_device_precision(recipe)
         if precision.is_auto(asked) and progress and main:
             console.print(str(precision.fast_precision()))
         with clear_failures(folder, recipe):
             task, name = names or (recipe.name, f"{recipe.method['name']}/seed-{recipe.train.seed}")
             with reported(to, task, name, folder.path) as reports:
-                return _train(Session(recipe, asked, folder, main, progress), callbacks, reports, passing)
+                return _train(Session(recipe, asked, folder, main, progress), config, callbacks, reports, passing)
     except BaseException as error:
         if main:
             note_failure(folder, error)
@@ -107,17 +108,18 @@ def run(
             folder.close()
 
 
-def _train(session: Session, callbacks: Sequence[TrainerCallback], reports: dict[str, Any], passing: bool) -> RunResult:
-    _check(session)
+def _train(
+    session: Session, config: Any, callbacks: Sequence[TrainerCallback], reports: dict[str, Any], passing: bool
+) -> RunResult:
+    _check(session, config)
     begun = _begin(session)
     fitted = _fit(session, begun, callbacks, reports)
     return keep(session, begun, fitted, passing)
 
 
-def _check(session: Session) -> None:
+def _check(session: Session, config: Any) -> None:
     """Raise UserError for errors in the recipe, before data and model are read; the folder stays empty."""
     recipe = session.recipe
-    config = method_config(recipe.method, recipe.model.head, steps=10**6, fresh=[])  # with any number of steps
     check_names(recipe.train)
     check_precision(recipe)
     check_best(recipe.train)
