@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -18,6 +17,7 @@ from typing import Any
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.hub_cache import WEIGHTS, check_cached, is_a_second_name
 from dual_lora.lab.model.named_files import check_plain_name
+from dual_lora.lab.model.own_code import own_code
 from dual_lora.lab.read import expanded, folded, has_second_name, read_object
 
 MOST_CLASSES, LONGEST_CLASS = 1000, 200  # of a classifier that is used by its own names: each is a column
@@ -60,25 +60,6 @@ class Location:
 
     def arguments(self) -> dict[str, Any]:
         return {k: v for k in ("gguf_file", "revision") if (v := getattr(self, k))} | own_code()
-
-
-def own_code() -> dict[str, bool]:
-    """Return transformers' option for a model's own code: none where a person can answer its question; elsewhere no,
-    for it would take a line that was piped in for the answer."""
-    return {} if sys.stdin is not None and sys.stdin.isatty() else {"trust_remote_code": False}
-
-
-def own_code_hint(error: Exception) -> str:
-    """Return a hint for an error where a model has code of its own, and nobody could be asked whether to run it; else
-    ""."""
-    asked = "trust_remote_code" in str(error) and own_code()
-    return " Its own code was not run: give the command at a terminal, which asks about it." if asked else ""
-
-
-def is_plain(loaded: object) -> bool:
-    """Whether a model or a tokenizer is of transformers' own classes. What its files say of other code (`auto_map`) was
-    not used then. It would be saved with whatever is made of it, and llama.cpp's converter runs it unasked."""
-    return type(loaded).__module__.startswith("transformers.")
 
 
 def is_here(path: str) -> bool:
