@@ -22,13 +22,12 @@ from dual_lora.lab.read import expanded, folded, has_second_name, read_object
 
 MOST_CLASSES, LONGEST_CLASS = 1000, 200  # of a classifier that is used by its own names: each is a column
 HUB_SECONDS = 10  # for an answer whether it has a model
-NEXT_TO_GGUF = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer_config.json",
-    "tokenizer.json",
-    "chat_template.jinja",
-)
+TEMPLATES = "additional_chat_templates"  # a folder of a model, whose every file becomes a template of its tokenizer
+NEXT_TO_GGUF = {  # what transformers takes from there, whatever the file itself holds
+    *("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json", "tokenizer.model"),
+    *("chat_template.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
+    TEMPLATES,
+}
 # Of a config.json what is built one after the other, and the sizes of weights, which transformers draws before it
 # compares them with the file. The largest published models have 130 layers, 512 experts, 16,384 features in 53,248,
 # 262,144 tokens and 10,485,760 positions.
@@ -79,7 +78,7 @@ def locate(path: str, revision: str | None = None) -> Location:
     if here.suffix == ".gguf":
         if not here.is_file():
             raise UserError(f"There is no model file {path}.")
-        check_entries(here.parent, lambda file: folded(file.name) in NEXT_TO_GGUF)
+        check_entries(here.parent, lambda file: bool({folded(file.name), folded(file.parent.name)} & NEXT_TO_GGUF))
         return Location(str(here.parent), here.name)
     if here.is_dir():
         check_entries(here)
