@@ -26,6 +26,15 @@ def talk(trained):
     return Conversation(open_tuned(trained), None, {"max_new_tokens": 4})
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_answer_out_of_nan_is_named(temperature, talk):
+    """A finite alpha of 1e300 is enough: the answer was the token of the number 0, and nothing was said of it."""
+    next(p for n, p in talk.tuned.model.named_parameters() if "norm" in n).data.fill_(float("nan"))
+    talk.options["temperature"] = temperature
+    with pytest.raises(UserError, match="computes NaN or infinity where it writes: its answer means nothing"):
+        "".join(talk.ask("is the fire warm ?"))
+
+
 def test_what_was_said_is_kept(talk):
     first = "".join(talk.ask("is the fire warm ?"))
     assert talk.messages == [

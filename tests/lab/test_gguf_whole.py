@@ -175,3 +175,18 @@ def test_two_threads_that_read_leave_gguf_as_it_was(tmp_path):
     with read_gguf.read_once(file), read_gguf.read_once(file):
         assert gguf.GGUFReader is not theirs
     assert gguf.GGUFReader is theirs
+
+
+@pytest.mark.parametrize("hard", [False, True], ids=["link", "hard link"])
+def test_no_file_of_the_user_becomes_a_template_of_a_gguf_file(hard, tmp_path):
+    """A GGUF file without a template has those that lie in a folder next to it, and each run is saved with them."""
+    (tmp_path / "mine").write_text("my-password")
+    (tmp_path / "sent/additional_chat_templates").mkdir(parents=True)
+    part = written(tmp_path / "sent/m.gguf")
+    template = tmp_path / "sent/additional_chat_templates/tool.jinja"
+    template.hardlink_to(tmp_path / "mine") if hard else template.symlink_to(tmp_path / "mine")
+    with pytest.raises(UserError, match="second name elsewhere" if hard else "lies outside of its folder"):
+        load_model(part)
+    template.unlink()
+    template.write_text("theirs")
+    assert load_model(part).tokenizer.chat_template == {"tool": "theirs"}

@@ -183,6 +183,33 @@ def test_a_line_that_is_piped_in_is_no_answer_about_a_models_own_code(
     assert not trap.exists()
 
 
+@pytest.mark.parametrize("part", ["tower", "tokenizer"])
+def test_nor_an_answer_about_the_code_of_a_part(part, trap, tiny_lm, tmp_path, call, monkeypatch):
+    """Parts of a model ask by themselves: transformers does not hand them the no that it was given."""
+    base = shutil.copytree(tiny_lm, tmp_path / "base")
+    (base / "theirs.py").write_text((tmp_path / "code/a_trap.py").read_text())
+    config, tokenizer = (json.loads((base / f).read_text()) for f in ("config.json", "tokenizer_config.json"))
+    if part == "tower":
+        text = {"model_type": "gemma3_text", "hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 22}
+        tower = {"model_type": "blip_vision_model", "auto_map": {"AutoModel": "theirs.M"}, "name_or_path": str(base)}
+        config = {"model_type": "gemma3", "text_config": text, "vision_config": tower}
+    else:
+        config |= {"question_encoder": {"model_type": "vit"}, "generator": {"model_type": "vit"}}
+        tokenizer["tokenizer_class"] = "RagTokenizer"
+        for name in ("question_encoder_tokenizer", "generator_tokenizer"):
+            (base / name).mkdir()
+            (base / name / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["theirs.M", null]}}')
+    (base / "config.json").write_text(json.dumps(config))
+    (base / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 5))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "hub"))
+    code, _, told = call("chat", base, "--once", "x")
+    assert code == 1
+    assert "Its own code was not run: give the command at a terminal" in " ".join(told.split())
+    assert not trap.exists()
+    assert sys.stdin.read() == "y\n" * 5, "nothing was asked"
+
+
 def test_code_that_was_not_run_is_not_named_in_what_is_written(finished_plain, tmp_path):
     """transformers saves what a base's files say of it, and llama.cpp's converter would run it unasked."""
     merge(finished_plain, tmp_path / "merged")

@@ -90,6 +90,13 @@ def test_packed_scores_are_judged_as_the_study_was(tmp_path):
     sign = 1 if c["candidate"] == "b" else -1
     assert new["difference"] == pytest.approx(sign * c["difference"])
     assert new["spread"]["error"] == pytest.approx(c["spread"]["error"])
+    for better in ("less", "banana", []):  # of this metric more is better, whatever a file says
+        write_json(out / "results.json", results | {"methods": [m | {"better": better} for m in results["methods"]]})
+        assert judge(out, reference="c", margin=0.02)["comparisons"] == again["comparisons"]
+    write_json(out / "results.json", results | {"methods": [m | {"model": 7} for m in results["methods"]]})
+    with pytest.raises(UserError, match="that is no text"):
+        judge(out)
+    write_json(out / "results.json", results)
     for wrong in ("[[1], [NaN]]", "[[1], 2]", "[]", "{}", '"x"', f"[[1{400 * '0'}]]"):
         text = json.dumps({s["key"]: "WRONG" for m in results["methods"] for s in m["seeds"]})
         (out / packed.PACKED).write_bytes(gzip.compress(text.replace('"WRONG"', wrong).encode()))

@@ -183,6 +183,26 @@ def test_what_cannot_reach_the_model_waits_for_nobody(server):
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("behind", [False, True], ids=["alone", "another layer behind"])
+def test_a_path_that_leads_nowhere_swaps_nothing(behind, server):
+    """vLLM asks for its key below /v1 alone: anybody else could have the server swap, while all others wait."""
+
+    def route(path):
+        found = {True: SimpleNamespace(name="FULL"), False: SimpleNamespace(name="NONE")}
+        return SimpleNamespace(matches=lambda scope: (found[scope["path"] == path], {}))
+
+    layers = [SimpleNamespace(cls=ByName), *[SimpleNamespace(cls=object)] * behind]
+    app = SimpleNamespace(user_middleware=layers, router=SimpleNamespace(routes=[route("/v1/completions")]))
+    middleware = server.app
+    server.app = lambda scope, receive, send: middleware({**scope, "app": app}, receive, send)
+
+    async def go():
+        at_first = (await server.ask({"model": "b"}, path="/nowhere"))[1][1]
+        return at_first, (await server.ask({"model": "b"}))[1][1]
+
+    assert asyncio.run(go()) == (server.other if behind else server.one, server.other)
+
+
 @pytest.mark.parametrize("model", ["b", "m"])
 def test_a_request_in_the_background_would_outlive_its_turn(model, server):
     """One of the server's own names would go on with the weights of whoever comes next."""

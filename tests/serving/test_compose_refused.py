@@ -73,6 +73,17 @@ def test_no_other_model_is_loaded(tmp_path, monkeypatch):
         ComposedWeights(tmp_path / "base", tmp_path / "adapter")
 
 
+def test_no_part_of_the_base_asks_about_its_own_code(tmp_path, monkeypatch):
+    """A tower with a configuration of its own: transformers does not hand it the no that it was given."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it was asked for"))
+    tower = {"model_type": "blip_vision_model", "auto_map": {"AutoModel": "code.M"}, "name_or_path": str(tmp_path)}
+    config = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"], "vision_config": tower}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"text_config": {"num_hidden_layers": 1}}))
+    saved(peft.LoraConfig(r=4, target_modules=TARGETS), tmp_path)
+    with pytest.raises(AdapterError, match="requires you to execute"):
+        ComposedWeights(tmp_path, tmp_path / "adapter")
+
+
 @pytest.mark.parametrize("key", ["q_proj|alpha", "(q_proj|seed)"])
 def test_a_rank_is_bounded_whatever_its_pattern(key, tmp_path):
     saved(peft.LoHaConfig(r=4, target_modules=TARGETS), tmp_path)

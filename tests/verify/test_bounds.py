@@ -45,6 +45,7 @@ def test_a_methods_own_defaults_are_welcome(kind, model):
         ({"alpha_pattern": {"q_proj": float("-inf")}}, "alpha_pattern holds -inf"),
         ({"lora_alpha": True}, "lora_alpha holds True, expected a number"),
         ({"alpha_pattern": {"q_proj": True}}, "alpha_pattern holds True, expected a number"),
+        ({"lora_alpha": "8"}, "lora_alpha holds '8', expected a number"),
         ({"use_rslora": "false"}, "use_rslora is 'false', expected true or false"),
         ({"fan_in_fan_out": 0.5}, "fan_in_fan_out is 0.5, expected true or false"),
     ],

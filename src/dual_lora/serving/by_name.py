@@ -23,7 +23,7 @@ PATIENCE = 60.0  # seconds: who does not read an answer for so long, in all, wou
 class ByName:
     """names: of adapters, as requests give them in `model`. own: the path below which our own routes lie.
 
-    Every POST with a body takes a turn, whatever its path: a route of which nothing is known here may reach the model.
+    Every POST with a body takes a turn, whatever its route: one of which nothing is known here may reach the model.
     One that names no adapter (a served name of the base) has the turn of None. While adapters have names, only JSON is
     taken, and the route gets it as this reader has understood it. A websocket, which says only later what it asks for
     and has no end of its own, is closed.
@@ -93,7 +93,17 @@ class ByName:
         headers = dict(scope["headers"])
         has_body = headers.get(b"content-length", b"0") != b"0" or b"transfer-encoding" in headers
         path = scope["path"].removeprefix(scope.get("root_path", ""))
-        return scope["method"] == "POST" and has_body and not path.startswith(self.own)
+        return scope["method"] == "POST" and has_body and not path.startswith(self.own) and _has_route(scope)
+
+
+def _has_route(scope: Message) -> bool:
+    """Whether the server may do more with a request than refuse it. vLLM asks for its key below /v1 alone: without a
+    look at the routes, anybody could have adapters swapped by a path that leads nowhere."""
+    app = scope.get("app")
+    layers = getattr(app, "user_middleware", None)
+    if app is None or not layers or layers[-1].cls is not ByName:  # the one behind this one may answer by itself
+        return True
+    return any(route.matches(scope)[0].name == "FULL" for route in app.router.routes)
 
 
 def _with_read_timeout(send: Send) -> Send:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dual_lora.verify.numbers import all_finite
+from dual_lora.verify.own_code import not_asked
 
 from .files import AdapterError, Shapes, check_before_loading, check_shapes, first_line, method_of, shapes_of
 
@@ -208,7 +209,7 @@ def _meta_model(config: Any) -> nn.Module:
         if isinstance(config, str | Path):
             config = transformers.AutoConfig.from_pretrained(str(config), trust_remote_code=False)
         name = (config.architectures or ["none"])[0]
-        with torch.device("meta"):
+        with not_asked(), torch.device("meta"):
             model = getattr(transformers, name)._from_config(config)
     except Exception as error:  # no such file or class, code of the model's own, values that the class can't have
         raise AdapterError(

@@ -89,10 +89,11 @@ def check_kinds(config: Any) -> None:
         value, kinds = values.get(field.name), set(re.findall(r"\w+", str(field.type))) - _NO_KINDS
         if kinds == {"bool"} and not isinstance(value, bool | None):
             raise ValueError(f"{field.name} is {value!r:.100}, expected true or false.")
-        if (kinds and kinds <= {"int", "float"}) or field.name.endswith("_pattern"):
+        plain = kinds and kinds <= {"int", "float"}
+        if plain or field.name.endswith("_pattern"):
             for each in value.values() if isinstance(value, dict) else [value]:
-                if isinstance(each, bool):
-                    raise ValueError(f"{field.name} holds {each}, expected a number.")
+                if isinstance(each, bool) or (plain and isinstance(each, str)):
+                    raise ValueError(f"{field.name} holds {each!r:.100}, expected a number.")
     for name, value in values.items():
         for _, number in _numbers_inside(value, name, False):
             if not -math.inf < number < math.inf:

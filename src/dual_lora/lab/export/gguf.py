@@ -15,8 +15,8 @@ from dual_lora.lab.data.encode import fixed_date
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.export.export import Exported, export_lora, merge
 from dual_lora.lab.files.write import free_file, write_atomically
-from dual_lora.lab.model.location import own_code
 from dual_lora.lab.model.opened import open_tuned
+from dual_lora.lab.model.own_code import own_code
 from dual_lora.lab.permission import SAFE_PATH
 from dual_lora.lab.read import expanded
 

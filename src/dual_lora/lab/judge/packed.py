@@ -87,6 +87,8 @@ def _scores(results: Results, known: dict[str, Any], file: str) -> Scores:
     notes = []
     lost = {(m["model"], m["task"], s["seed"]) for m in results["methods"] for s in m["seeds"] if s["status"] != "done"}
     for m in results["methods"]:
+        if not all(isinstance(m[name], str) for name in ("model", "task", "method", "metric")):
+            raise TypeError("a model, task, method or metric that is no text")
         for s in m["seeds"]:
             if (m["model"], m["task"], s["seed"]) in lost:
                 continue
@@ -103,7 +105,7 @@ def _scores(results: Results, known: dict[str, Any], file: str) -> Scores:
     if lost:
         named = ", ".join(f"{seed} on {task}" for _, task, seed in sorted(lost))
         notes.append(f"Left out for all methods, as a run of them did not end well: seed {named}.")
-    better = {("", m["metric"]): m["better"] for m in results["methods"]}
+    better = {("", m["metric"]): metrics.better(m["metric"]) for m in results["methods"]}  # whatever the file says
     return Scores(rows, better=better, notes=notes)
 
 

@@ -39,12 +39,13 @@ def load_config(path: str, revision: str | None = None, **more: Any) -> PreTrain
     from transformers import AutoConfig
 
     from dual_lora.lab.model.load import quiet
-    from dual_lora.lab.model.location import Location, check_settings, locate, own_code_hint
+    from dual_lora.lab.model.location import Location, check_settings, locate
+    from dual_lora.lab.model.own_code import own_code_hint, unasked
     from dual_lora.lab.recipe.published import known_name, published_config
 
     here = expanded(path, "model")
     try:
-        with quiet():
+        with quiet(), unasked():
             if known_name(path) and not here.exists():
                 return published_config(path, **more)
             location = Location(str(here)) if here.name == "config.json" else locate(path, revision)
@@ -92,16 +93,17 @@ def empty_base(config: Any, head: str, name: str, dtype: str = "float32", attent
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     from dual_lora.lab.model.load import gather_for_head, quiet
-    from dual_lora.lab.model.location import own_code
+    from dual_lora.lab.model.own_code import own_code, own_code_hint, unasked
 
     factory: Any = AutoModelForCausalLM if head == "causal" else AutoModelForSequenceClassification
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    with quiet(), torch.device("meta"):
+    with quiet(), unasked(), torch.device("meta"):
         try:
             base = factory.from_config(config, dtype=getattr(torch, dtype), attn_implementation=attention, **own_code())
         except (ValueError, KeyError) as error:
-            raise UserError(f"{name} has no {head} head: {described(error, Exception, lines=1)}") from error
+            why = f"{described(error, Exception, lines=1)}{own_code_hint(error)}"
+            raise UserError(f"{name} has no {head} head: {why}") from error
     gather_for_head(base)
     return base
 

@@ -193,7 +193,7 @@ def answer_to(
 ) -> Generator[str, None, None]:
     """The answer to a conversation, in pieces as they come. Closed before its end, it stops the model.
 
-    Raises UserError for options out of range, a model that writes no text, and more than it can read.
+    Raises UserError for options out of range, a model that writes no text or computes NaN, and more than it can read.
     """
     if temperature < 0:
         raise UserError(f"temperature is {temperature}, expected 0 or more.")
@@ -206,7 +206,7 @@ def answer_to(
     shown = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     streamer = TextIteratorStreamer(tuned.tokenizer, skip_prompt=True, **shown)
     failed: list[BaseException] = []
-    stop = threading.Event()
+    stop, numbers = threading.Event(), _NotFiniteWatch()
 
     def work(model: Any) -> None:
         try:
@@ -218,6 +218,7 @@ def answer_to(
                     attention_mask=torch.ones_like(ids).to(model.device),
                     max_new_tokens=max_new_tokens,
                     streamer=streamer,
+                    logits_processor=[numbers],
                     stopping_criteria=StoppingCriteriaList([_StopOnRequest(stop)]),
                     eos_token_id=ends,
                     pad_token_id=tuned.tokenizer.pad_token_id,
@@ -235,5 +236,7 @@ def answer_to(
         finally:
             stop.set()  # where nobody waits for the rest
             thread.join()
+    if numbers.bad:
+        raise UserError(f"{tuned.source} computes NaN or infinity where it writes: its answer means nothing.")
     if failed:
         raise failed[0]

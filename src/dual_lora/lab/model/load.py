@@ -18,9 +18,7 @@ from dual_lora.lab.model.location import (
     check_answers,
     check_settings,
     is_here,
-    is_plain,
     locate,
-    own_code_hint,
     suggest_model,
 )
 from dual_lora.lab.model.named_files import (
@@ -30,6 +28,7 @@ from dual_lora.lab.model.named_files import (
     check_whole_model,
     weights_of,
 )
+from dual_lora.lab.model.own_code import is_plain, own_code_hint, unasked
 from dual_lora.lab.model.quantize import check_packed, quantization_config
 from dual_lora.lab.read import folded
 
@@ -63,13 +62,15 @@ def load_tokenizer(path: str, location: Location | None = None) -> PreTrainedTok
     """The tokenizer of the model at ``path``, with a padding token. location: of a revision, a folder without model."""
     import transformers
     from packaging.version import Version
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
     location = location or locate(path)
     with _clear_errors(path), quick_reading(location):
         check_tokenizer_arguments(location.name, location.revision)
         check_tokenizer_rules(location.name, location.revision)
         tokenizer = AutoTokenizer.from_pretrained(location.name, **location.arguments())
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise UserError(f"The model {path!r} has a {type(tokenizer).__name__}, which is no tokenizer of one model.")
         check_tokenizer_rules(location.name, location.revision, tokenizer)
         if location.gguf_file and Version(transformers.__version__) < Version("5.20"):
             set_special_tokens(Path(location.name) / location.gguf_file, tokenizer)
@@ -273,7 +274,7 @@ def quiet() -> Any:
 @contextlib.contextmanager
 def _clear_errors(path: str) -> Any:
     try:
-        with being_read(f"The model {path!r}"):
+        with being_read(f"The model {path!r}"), unasked():
             yield
     except UserError:
         raise

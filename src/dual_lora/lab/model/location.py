@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -18,17 +17,17 @@ from typing import Any
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.hub_cache import WEIGHTS, check_cached, is_a_second_name
 from dual_lora.lab.model.named_files import check_plain_name
+from dual_lora.lab.model.own_code import own_code
 from dual_lora.lab.read import expanded, folded, has_second_name, read_object
 
 MOST_CLASSES, LONGEST_CLASS = 1000, 200  # of a classifier that is used by its own names: each is a column
 HUB_SECONDS = 10  # for an answer whether it has a model
-NEXT_TO_GGUF = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer_config.json",
-    "tokenizer.json",
-    "chat_template.jinja",
-)
+TEMPLATES = "additional_chat_templates"  # a folder of a model, whose every file becomes a template of its tokenizer
+NEXT_TO_GGUF = {  # what transformers takes from there, whatever the file itself holds
+    *("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json", "tokenizer.model"),
+    *("chat_template.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
+    TEMPLATES,
+}
 # Of a config.json what is built one after the other, and the sizes of weights, which transformers draws before it
 # compares them with the file. The largest published models have 130 layers, 512 experts, 16,384 features in 53,248,
 # 262,144 tokens and 10,485,760 positions.
@@ -62,25 +61,6 @@ class Location:
         return {k: v for k in ("gguf_file", "revision") if (v := getattr(self, k))} | own_code()
 
 
-def own_code() -> dict[str, bool]:
-    """Return transformers' option for a model's own code: none where a person can answer its question; elsewhere no,
-    for it would take a line that was piped in for the answer."""
-    return {} if sys.stdin is not None and sys.stdin.isatty() else {"trust_remote_code": False}
-
-
-def own_code_hint(error: Exception) -> str:
-    """Return a hint for an error where a model has code of its own, and nobody could be asked whether to run it; else
-    ""."""
-    asked = "trust_remote_code" in str(error) and own_code()
-    return " Its own code was not run: give the command at a terminal, which asks about it." if asked else ""
-
-
-def is_plain(loaded: object) -> bool:
-    """Whether a model or a tokenizer is of transformers' own classes. What its files say of other code (`auto_map`) was
-    not used then. It would be saved with whatever is made of it, and llama.cpp's converter runs it unasked."""
-    return type(loaded).__module__.startswith("transformers.")
-
-
 def is_here(path: str) -> bool:
     """Whether a model's path is on this machine, and not a name on the hub."""
     with contextlib.suppress(UserError):
@@ -98,7 +78,7 @@ def locate(path: str, revision: str | None = None) -> Location:
     if here.suffix == ".gguf":
         if not here.is_file():
             raise UserError(f"There is no model file {path}.")
-        check_entries(here.parent, lambda file: folded(file.name) in NEXT_TO_GGUF)
+        check_entries(here.parent, lambda file: bool({folded(file.name), folded(file.parent.name)} & NEXT_TO_GGUF))
         return Location(str(here.parent), here.name)
     if here.is_dir():
         check_entries(here)

@@ -7,6 +7,7 @@ from dual_lora.lab.errors import UserError, described
 from dual_lora.lab.model.load import load_tokenizer, quiet
 from dual_lora.lab.model.location import Location, classes_of, locate
 from dual_lora.lab.model.opened import Tuned, load_plain
+from dual_lora.lab.model.own_code import unasked
 from dual_lora.lab.recipe.schema import Precision
 from dual_lora.lab.verify.logprobs import Probe
 
@@ -23,7 +24,8 @@ def load_candidate(path: str, classes: list[str]) -> tuple[Tuned, Any]:
     dtype = "float32"
     if location.gguf_file is None:
         try:
-            config = AutoConfig.from_pretrained(location.name, **location.arguments())
+            with unasked():
+                config = AutoConfig.from_pretrained(location.name, **location.arguments())
             dtype = str(getattr(config, "dtype", None) or dtype).removeprefix("torch.")
         except Exception as error:  # whatever a foreign config.json makes transformers raise
             raise UserError(
