@@ -340,6 +340,17 @@ def test_factors_that_a_script_for_lora_does_not_save_are_missed():
         model.load_state_dict({}, strict=False)
 
 
+def test_the_names_of_a_saved_file_are_told_where_they_would_load_nothing():
+    """Scripts put in the adapter's name by `replace(".weight", ".default.weight")`, which leaves our names alone."""
+    model = adapted(llama(), target_modules=["q_proj"], init_weights=False)
+    saved = get_peft_model_state_dict(model)
+    renamed = {name.replace(".weight", ".default.weight"): tensor + 1 for name, tensor in saved.items()}
+    with pytest.warns(DualLoraWarning, match=r"dual_lora_A, as a saved file names it.*dual_lora_A.default") as told:
+        model.load_state_dict(renamed, strict=False)
+    assert len(told) == 1
+    assert torch.equal(get_peft_model_state_dict(model)[key := next(iter(saved))], saved[key])
+
+
 @loaders
 def test_other_ranks_are_refused_by_peft(variant, loader):
     with pytest.raises(RuntimeError, match=r"size mismatch for .*dual_lora_A.*\[2, 32\].*\[3, 32\]"):

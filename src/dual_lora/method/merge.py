@@ -235,17 +235,27 @@ def _warn_of_missing_factors(
     layer: MergeLayer, state: dict[str, Tensor], prefix: str, _: Any, __: bool, missing: list[str], *___: Any
 ) -> None:
     """Before load_state_dict(): warn of a state with some factors of an adapter, as scripts for LoRA save `lora_A` and
-    `lora_B`. With strict=False the others stay random. It warns once a load, to which the list `missing` belongs."""
+    `lora_B`, or with the names of a saved file. With strict=False the layer's others stay as they are. It warns once a
+    load, to which the list `missing` belongs."""
     if layer.warned.last_load is missing:
         return
     for name in layer.states:
-        own = [f"{prefix}{part}.{name}" for part in layer.adapter_layer_names if name in getattr(layer, part)]
-        absent = [key for key in own if key not in state]
-        if 0 < len(absent) < len(own):
+        parts = [part for part in layer.adapter_layer_names if name in getattr(layer, part)]
+        absent = [key for key in (f"{prefix}{part}.{name}" for part in parts) if key not in state]
+        if 0 < len(absent) < len(parts):
             layer.warned.last_load = missing
             warn(
                 f"The loaded adapter lacks {' and '.join(absent)}: these keep their present values. All four factors "
                 "of a layer belong together: save what has 'dual_lora_' in its name, not 'lora_A' and 'lora_B' alone.",
+                stacklevel=3,
+            )
+            return
+        if absent and (found := next((key for key in (prefix + part for part in parts) if key in state), None)):
+            layer.warned.last_load = missing
+            warn(
+                f"The state has {found}, as a saved file names it, and the model's factor is called {found}.{name}: "
+                "load_state_dict puts in neither this factor nor the others. Use peft.set_peft_model_state_dict(model, "
+                "state), or append the adapter's name. (LoRA's names end in '.weight', these do not.)",
                 stacklevel=3,
             )
             return
