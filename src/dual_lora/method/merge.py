@@ -14,7 +14,7 @@ from ..core.reference import Adapter
 from .cache import composed_weights
 from .factors import FactorsLayer
 from .parallel import sharded
-from .precision import Warned
+from .precision import Warned, warn_of_rounded
 from .scaler import loss_scale
 
 _TORCH_TYPES = nn.Parameter, Tensor
@@ -33,6 +33,7 @@ class MergeLayer(FactorsLayer):
         self._written: dict[str, int] = {}  # of the merged weights, by which a later change shows
         self.register_load_state_dict_pre_hook(_refuse_while_merged)
         self.register_load_state_dict_pre_hook(_warn_of_missing_factors)
+        self.register_load_state_dict_pre_hook(_warn_of_rounded_factors)
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         unchanged = self._original is not None and self._written == self._fingerprints()
@@ -259,3 +260,9 @@ def _warn_of_missing_factors(
                 stacklevel=3,
             )
             return
+
+
+def _warn_of_rounded_factors(layer: MergeLayer, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Before load_state_dict(): warn of factors that were saved in 16 or fewer bits."""
+    for name in layer.states:
+        warn_of_rounded((state.get(f"{prefix}{part}.{name}") for part in layer.adapter_layer_names), layer.warned)
