@@ -340,6 +340,43 @@ def test_factors_that_a_script_for_lora_does_not_save_are_missed():
         model.load_state_dict({}, strict=False)
 
 
+def test_the_names_of_a_saved_file_are_told_where_they_would_load_nothing():
+    """Scripts put in the adapter's name by `replace(".weight", ".default.weight")`, which leaves our names alone."""
+    model = adapted(llama(), target_modules=["q_proj"], init_weights=False)
+    saved = get_peft_model_state_dict(model)
+    renamed = {name.replace(".weight", ".default.weight"): tensor + 1 for name, tensor in saved.items()}
+    with pytest.warns(DualLoraWarning, match=r"dual_lora_A, as a saved file names it.*dual_lora_A.default") as told:
+        model.load_state_dict(renamed, strict=False)
+    assert len(told) == 1
+    assert torch.equal(get_peft_model_state_dict(model)[key := next(iter(saved))], saved[key])
+
+
+def in_dtype(dtype):
+    return lambda tensors: {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
+
+
+@loaders
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_file_that_was_made_smaller_is_told(variant, loader, dtype):
+    with pytest.warns(DualLoraWarning, match=rf"The factors that are loaded are in {dtype}|were cast to {dtype}"):
+        LOADERS[loader](variant(tensors=in_dtype(dtype)))
+
+
+def test_a_smaller_state_is_told_when_it_is_swapped_in_and_not_before_training(folders):
+    model = PeftModel.from_pretrained(llama_of(folders), folders / "adapter")
+    state = load_file(folders / "adapter" / "adapter_model.safetensors")
+    from peft.utils.hotswap import hotswap_adapter_from_state_dict
+
+    with pytest.warns(DualLoraWarning, match=r"The factors that are loaded are in torch.bfloat16"):
+        hotswap_adapter_from_state_dict(
+            model, in_dtype(torch.bfloat16)(state), "default", config=model.peft_config["default"]
+        )
+    fresh = adapted(llama(), target_modules=["q_proj"], init_weights=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DualLoraWarning)
+        set_peft_model_state_dict(fresh, in_dtype(torch.bfloat16)(get_peft_model_state_dict(fresh)))
+
+
 @loaders
 def test_other_ranks_are_refused_by_peft(variant, loader):
     with pytest.raises(RuntimeError, match=r"size mismatch for .*dual_lora_A.*\[2, 32\].*\[3, 32\]"):

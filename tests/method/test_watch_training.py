@@ -122,6 +122,46 @@ def test_factors_that_a_script_for_lora_leaves_out_are_noticed():
     assert len(told(caught)) == 1
 
 
+def begin_anew(model, *names):
+    """As scripts do that train an adapter for each problem or fold: LoRA's factors by name."""
+    with torch.no_grad():
+        for part in names:
+            for factor in of(model, part):
+                nn.init.zeros_(factor) if part == "lora_B" else nn.init.uniform_(factor, -0.1, 0.1)
+
+
+@pytest.mark.parametrize("steps", [3, 20])
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
+def test_an_adapter_that_keeps_its_signs_when_a_script_begins_anew_is_noticed(optimizer, steps):
+    model = adapted(init_weights=True)
+    train(model, steps, optimizer=optimizer(trainable(model), lr=0.1))
+    begin_anew(model, "lora_A", "lora_B")
+    with pytest.warns(
+        UserWarning, match="was set to zero since the last optimizer step, and C and D were not"
+    ) as caught:
+        train(model, steps, optimizer=optimizer(trainable(model), lr=0.1))
+    assert len(told(caught)) == 1
+
+
+def test_what_is_reset_whole_or_before_it_is_trained_is_no_fault():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model, other = adapted(init_weights=True), adapted(init_weights=True)
+        train(other, 3)
+        begin_anew(model, "lora_A", "lora_B")
+        train(model, 3)
+        begin_anew(model, "lora_A", "lora_B", "lora_C", "lora_D")
+        train(model, 3)
+        for layer in layers(model).values():
+            layer.reset_dual_lora_parameters("default", model.peft_config["default"])
+        train(model, 3)
+        start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        train(model, 3)
+        model.load_state_dict(start)
+        train(model, 3)
+    assert not told(caught)
+
+
 def of_peft(model, ratio):
     from peft.optimizers import create_loraplus_optimizer
 

@@ -21,7 +21,7 @@ from .config import DualLoraConfig
 from .layer import DualLoraLayer, layers_of, named_layers
 from .layers.experts import ParamWrapper
 from .patterns import layer_options
-from .precision import mark_as_stored
+from .precision import mark_as_stored, warn_of_rounded
 from .state import AdapterState
 
 # The options in which both adapters have to agree; ranks, α and the estimator (used in training only) may differ.
@@ -75,6 +75,7 @@ def hotswap_from_state_dict(
             scales[layer] = layer._scale(adapter_name)
             if adapter_name in layer.tied:
                 continue  # its factors are the embedding's
+            warn_of_rounded((new.get(f"{name}.dual_lora_{letter}") for letter in RANK_DIMENSION), layer.warned)
             for letter, factors in zip(RANK_DIMENSION, layer._factor_dicts(adapter_name), strict=False):
                 _write(factors[adapter_name], new.get(f"{name}.dual_lora_{letter}"))
             if adapter_name in layer.dual_lora_seed and (seed := new.get(f"{name}.dual_lora_seed")) is not None:

@@ -14,7 +14,7 @@ from ..core.reference import Adapter
 from .cache import composed_weights
 from .factors import FactorsLayer
 from .parallel import sharded
-from .precision import Warned
+from .precision import Warned, warn_of_rounded
 from .scaler import loss_scale
 
 _TORCH_TYPES = nn.Parameter, Tensor
@@ -33,6 +33,7 @@ class MergeLayer(FactorsLayer):
         self._written: dict[str, int] = {}  # of the merged weights, by which a later change shows
         self.register_load_state_dict_pre_hook(_refuse_while_merged)
         self.register_load_state_dict_pre_hook(_warn_of_missing_factors)
+        self.register_load_state_dict_pre_hook(_warn_of_rounded_factors)
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         unchanged = self._original is not None and self._written == self._fingerprints()
@@ -235,13 +236,14 @@ def _warn_of_missing_factors(
     layer: MergeLayer, state: dict[str, Tensor], prefix: str, _: Any, __: bool, missing: list[str], *___: Any
 ) -> None:
     """Before load_state_dict(): warn of a state with some factors of an adapter, as scripts for LoRA save `lora_A` and
-    `lora_B`. With strict=False the others stay random. It warns once a load, to which the list `missing` belongs."""
+    `lora_B`, or with the names of a saved file. With strict=False the layer's others stay as they are. It warns once a
+    load, to which the list `missing` belongs."""
     if layer.warned.last_load is missing:
         return
     for name in layer.states:
-        own = [f"{prefix}{part}.{name}" for part in layer.adapter_layer_names if name in getattr(layer, part)]
-        absent = [key for key in own if key not in state]
-        if 0 < len(absent) < len(own):
+        parts = [part for part in layer.adapter_layer_names if name in getattr(layer, part)]
+        absent = [key for key in (f"{prefix}{part}.{name}" for part in parts) if key not in state]
+        if 0 < len(absent) < len(parts):
             layer.warned.last_load = missing
             warn(
                 f"The loaded adapter lacks {' and '.join(absent)}: these keep their present values. All four factors "
@@ -249,3 +251,18 @@ def _warn_of_missing_factors(
                 stacklevel=3,
             )
             return
+        if absent and (found := next((key for key in (prefix + part for part in parts) if key in state), None)):
+            layer.warned.last_load = missing
+            warn(
+                f"The state has {found}, as a saved file names it, and the model's factor is called {found}.{name}: "
+                "load_state_dict puts in neither this factor nor the others. Use peft.set_peft_model_state_dict(model, "
+                "state), or append the adapter's name. (LoRA's names end in '.weight', these do not.)",
+                stacklevel=3,
+            )
+            return
+
+
+def _warn_of_rounded_factors(layer: MergeLayer, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Before load_state_dict(): warn of factors that were saved in 16 or fewer bits."""
+    for name in layer.states:
+        warn_of_rounded((state.get(f"{prefix}{part}.{name}") for part in layer.adapter_layer_names), layer.warned)

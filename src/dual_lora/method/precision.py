@@ -2,8 +2,8 @@
 
 Factors rounded to bf16 flip the sign of 0.07 % of the entries and change ΔW by 4.6 % (a plain B A product: 0.23 %). A
 cast by `.to()` is undone by the layer without loss. This file handles the casts that cannot be undone:
-`param.data = param.data.to(bfloat16)` (TRL's QLoRA path), and FSDP2's mixed precision, which gives the forward pass a
-rounded copy.
+`param.data = param.data.to(bfloat16)` (TRL's QLoRA path), FSDP2's mixed precision, which gives the forward pass a
+rounded copy, and saved files that somebody has made smaller.
 """
 
 from __future__ import annotations
@@ -62,3 +62,15 @@ def in_fp32(factors: Factors, warned: Warned) -> Factors:
         "(accelerate: mixed_precision) off: the base then computes in bf16 and the factors stay fp32."
     )
     return Factors(*(f.float() if f.is_floating_point() and f.dtype not in FACTOR_DTYPES else f for f in factors))
+
+
+def warn_of_rounded(factors: Iterable[torch.Tensor | None], warned: Warned) -> None:
+    """Warn of an adapter's A, B, C and D that are to be loaded in another dtype than fp32; None is a missing one."""
+    _, B, *directions = factors
+    low = [f for f in directions if f is not None and f.is_floating_point() and f.dtype not in FACTOR_DTYPES]
+    if low and not (B is not None and not B.is_meta and not B.any()):  # before training, rounding does no harm
+        warned.once(
+            f"The factors that are loaded are in {low[0].dtype}, so somebody has cast what was saved. The model has "
+            "them in fp32 again, without the bits that were lost: they decide signs, so that bf16 changes ΔW by 4.6 % "
+            "and fp16 by 1.5 % (LoRA's by 0.2 % and 0.03 %). Keep the fp32 file."
+        )

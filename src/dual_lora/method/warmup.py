@@ -152,10 +152,14 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         _count_before_step[optimizer] = counted_steps
     for one in watch_training.watches:
         one.before_step(optimizer)
+    for reset in list(watch_training.resets):
+        reset.before_step()
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     composed_weights.clear()  # fused optimizers, and bitsandbytes', raise no version counter
+    for reset in list(watch_training.resets):
+        reset.after_step(optimizer)
     if not (warming_layers or watch_training.watches):
         return
     # A gradient scaler sets this attribute to make a fused optimizer skip the step.

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .._warning import warn
+from .cache import version_of
 from .parallel.sharded import local
 
 # Steps before a warning. Under the paper's warm-up the first step has gradients of zero by definition.
@@ -14,6 +15,7 @@ OWN_STEPS = 4
 FOREIGN_STEPS = 10
 
 watches: set["Watch"] = set()
+resets: set["ResetWatch"] = set()
 
 
 class Watch:
@@ -27,6 +29,8 @@ class Watch:
         self.rates_told = False
         self.held: set[int] = set()  # the ids of the factors that some optimizer holds
         watches.add(self)
+        if self.layers:
+            resets.add(ResetWatch(adapter, self.layers[0]))
 
     def before_step(self, optimizer: Optimizer) -> None:
         """Raise TypeError for an optimizer that is made for LoRA's two factors, and warn of rates that are."""
@@ -147,3 +151,47 @@ class Watch:
     def _warn(self, what: str) -> None:
         warn(f"The factors of the Dual LoRA adapter {self.adapter!r} {what}", stacklevel=4)
         watches.discard(self)
+
+
+class ResetWatch:
+    """Warns of an adapter that a script begins anew by LoRA's names: B is zero again, and C and D are as they were.
+
+    Version counters show a write to B between two steps; only then its values are read, of one layer.
+    """
+
+    def __init__(self, adapter: str, layer: "weakref.ref[Any]"):
+        self.adapter, self.layer = adapter, layer
+        self.seen: tuple[int | None, ...] = ()  # the versions of B, C and D after the last step
+
+    def _versions(self) -> tuple[int | None, ...]:
+        """Return the versions of B, C and D; () for a layer that is gone or has no C and D."""
+        layer = self.layer()
+        if layer is None:
+            resets.discard(self)
+        if layer is None or self.adapter not in layer.states or not layer.states[self.adapter].r2:
+            return ()
+        return tuple(map(version_of, layer._stored_factors(self.adapter)[1:]))
+
+    def before_step(self) -> None:
+        """Warn if B was set to zero since the last step of an optimizer, and C and D were not written to."""
+        now, seen = self._versions(), self.seen
+        if not (now and seen) or now[0] == seen[0] or now[1:] != seen[1:]:
+            return
+        layer: Any = self.layer()
+        if not local(layer._stored_factors(self.adapter).B).any():
+            resets.discard(self)
+            warn(
+                f"B of the Dual LoRA adapter {self.adapter!r} was set to zero since the last optimizer step, and C and "
+                "D were not: they have what was learned before, which this start does not forget. Scripts that reset "
+                "an adapter by the names `lora_A` and `lora_B` do so. To begin anew call "
+                "`layer.reset_dual_lora_parameters(adapter, model.peft_config[adapter])` for each DualLoraLayer.",
+                stacklevel=4,
+            )
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Remember the versions after a step of an optimizer that trains B, which raises them itself."""
+        if versions := self._versions():
+            layer: Any = self.layer()
+            B = layer._stored_factors(self.adapter).B
+            if B in optimizer.state or any(B is p for group in optimizer.param_groups for p in group["params"]):
+                self.seen = versions
