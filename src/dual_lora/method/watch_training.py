@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .._warning import warn
-from .cache import version_of
+from ..core.traced import version
 from .parallel.sharded import local
 
 # Steps before a warning. Under the paper's warm-up the first step has gradients of zero by definition.
@@ -161,16 +161,16 @@ class ResetWatch:
 
     def __init__(self, adapter: str, layer: "weakref.ref[Any]"):
         self.adapter, self.layer = adapter, layer
-        self.seen: tuple[int | None, ...] = ()  # the versions of B, C and D after the last step
+        self.seen: tuple[int, ...] = ()  # the versions of B, C and D after the last step
 
-    def _versions(self) -> tuple[int | None, ...]:
+    def _versions(self) -> tuple[int, ...]:
         """Return the versions of B, C and D; () for a layer that is gone or has no C and D."""
         layer = self.layer()
         if layer is None:
             resets.discard(self)
         if layer is None or self.adapter not in layer.states or not layer.states[self.adapter].r2:
             return ()
-        return tuple(map(version_of, layer._stored_factors(self.adapter)[1:]))
+        return tuple(map(version, layer._stored_factors(self.adapter)[1:]))
 
     def before_step(self) -> None:
         """Warn if B was set to zero since the last step of an optimizer, and C and D were not written to."""
