@@ -1,5 +1,6 @@
 """How many calls one adapted layer costs: they don't depend on the machine, and on small layers they are the time."""
 
+import gc
 import sys
 from collections import Counter
 
@@ -30,6 +31,7 @@ def calls(function):
 def trained(config, layers=1):
     """A model of so many layers, its optimizer, and a pass, after the steps in which much is new or watched."""
     torch.manual_seed(0)
+    gc.collect()  # models of before, whose layers are watched as long as they live
     model = get_peft_model(nn.Sequential(*(nn.Linear(64, 64) for _ in range(layers))), config)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     chain, x = model.base_model.model, torch.randn(32, 64)

@@ -29,8 +29,8 @@ class Watch:
         self.rates_told = False
         self.held: set[int] = set()  # the ids of the factors that some optimizer holds
         watches.add(self)
-        if self.layers:
-            resets.add(ResetWatch(adapter, self.layers[0]))
+        if layers:
+            resets.add(ResetWatch(adapter, layers[0]))
 
     def before_step(self, optimizer: Optimizer) -> None:
         """Raise TypeError for an optimizer that is made for LoRA's two factors, and warn of rates that are."""
@@ -159,15 +159,16 @@ class ResetWatch:
     Version counters show a write to B between two steps; only then its values are read, of one layer.
     """
 
-    def __init__(self, adapter: str, layer: "weakref.ref[Any]"):
-        self.adapter, self.layer = adapter, layer
-        self.seen: tuple[int, ...] = ()  # the versions of B, C and D after the last step
+    def __init__(self, adapter: str, layer: Any):
+        self.adapter = adapter
+        # The layer does not outlive its model for this; a watch of a layer that is gone goes with it.
+        self.layer = weakref.ref(layer, lambda _: resets.discard(self))
+        self.begun: tuple[int, ...] = ()  # the versions of B, C and D before a step
+        self.seen: tuple[int, ...] = ()  # after the last step that moved B
 
     def _versions(self) -> tuple[int, ...]:
         """Return the versions of B, C and D; () for a layer that is gone or has no C and D."""
         layer = self.layer()
-        if layer is None:
-            resets.discard(self)
         if layer is None or self.adapter not in layer.states or not layer.states[self.adapter].r2:
             return ()
         return tuple(map(version, layer._stored_factors(self.adapter)[1:]))
@@ -175,6 +176,7 @@ class ResetWatch:
     def before_step(self) -> None:
         """Warn if B was set to zero since the last step of an optimizer, and C and D were not written to."""
         now, seen = self._versions(), self.seen
+        self.begun = now
         if not (now and seen) or now[0] == seen[0] or now[1:] != seen[1:]:
             return
         layer: Any = self.layer()
@@ -189,9 +191,8 @@ class ResetWatch:
             )
 
     def after_step(self, optimizer: Optimizer) -> None:
-        """Remember the versions after a step of an optimizer that trains B, which raises them itself."""
-        if versions := self._versions():
-            layer: Any = self.layer()
-            B = layer._stored_factors(self.adapter).B
-            if B in optimizer.state or any(B is p for group in optimizer.param_groups for p in group["params"]):
-                self.seen = versions
+        """Remember the versions after a step that moved B. (Fused optimizers raise no version, but keep a state.)"""
+        now = self._versions()
+        layer: Any = self.layer()
+        if now and (now[:1] != self.begun[:1] or layer._stored_factors(self.adapter).B in optimizer.state):
+            self.seen = now
