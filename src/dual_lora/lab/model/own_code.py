@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import sys
 
-from dual_lora.verify.own_code import not_asked
-
 
 def own_code() -> dict[str, bool]:
     """Return transformers' option for a model's own code: none where a person can answer its question; elsewhere no,
@@ -17,6 +15,8 @@ def own_code() -> dict[str, bool]:
 def unasked() -> contextlib.AbstractContextManager[None]:
     """Inside, nothing that loads a model asks where nobody can answer. Parts of one ask by themselves, whatever
     `own_code` says: a tower with a configuration of its own, or the two tokenizers of a RAG model."""
+    from dual_lora.verify.own_code import not_asked  # late: it brings PEFT, and a line of help needs none of it
+
     return not_asked() if own_code() else contextlib.nullcontext()
 
 
