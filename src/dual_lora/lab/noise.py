@@ -7,7 +7,7 @@ import warnings
 # "torch" alone is set back when torch is imported, and torchao's import makes its pytree module warn.
 _NOISY = (
     *("torch", "torch.utils._pytree", "torchao", "bitsandbytes", "hqq", "peft", "accelerate", "datasets"),
-    *("huggingface_hub", "huggingface_hub.utils._http", "httpx"),
+    *("huggingface_hub", "huggingface_hub.utils._http", "httpx", "kernels"),
 )
 
 

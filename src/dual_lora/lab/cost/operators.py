@@ -28,7 +28,7 @@ from torch.utils.flop_counter import flop_registry
 
 from dual_lora.core.blocked import CPU
 from dual_lora.core.flops import sizes
-from dual_lora.core.product import onednn_is_faster
+from dual_lora.core.product import SMALL, onednn_is_faster
 
 ACTIVATIONS, WORKSPACE, GRADIENTS = "activations", "workspace", "gradients"
 
@@ -156,9 +156,9 @@ def inner_bytes(func: Any, args: Any, out: Any, on: str) -> int:
     return 0
 
 
-def _dimensions(x: Any, factors: Any) -> tuple[int, int, int]:
-    """Return T, O and I of a linear layer."""
-    return sizes(x.shape, [f.shape for f in factors])[:3]
+def _dimensions(x: Any, factors: Any) -> tuple[int, int, int, int]:
+    """Return T, O, I and the sum of all ranks of a linear layer."""
+    return sizes(x.shape, [f.shape for f in factors])
 
 
 def _copies(weight: Any, on: str) -> int:
@@ -167,35 +167,36 @@ def _copies(weight: Any, on: str) -> int:
     return 2 if on == "gpu" and weight is not None and weight.ndim == 0 else 1
 
 
-def forward_bytes(T: int, O: int, I: int, itemsize: int, on: str) -> int:
+def forward_bytes(T: int, O: int, I: int, ranks: int, itemsize: int, on: str) -> int:
     """The composed block, the tiles, and y of the block where it comes in memory of its own."""
     if on == "gpu":
         return O * I * itemsize
     rows = _part(O, CPU.block // itemsize // I)
-    y = T * rows * itemsize if _own_memory(itemsize) else 0
-    return rows * I * itemsize + _tiles(rows, I, itemsize) + y
+    y = T * rows * itemsize if _own_memory(itemsize, T * rows * I) else 0
+    return rows * I * itemsize + _tiles(rows, I, ranks, itemsize) + y
 
 
 def backward_bytes(
-    T: int, O: int, I: int, itemsize: int, on: str, need_x: bool = True, need_factors: bool = True
+    T: int, O: int, I: int, ranks: int, itemsize: int, on: str, need_x: bool = True, need_factors: bool = True
 ) -> int:
     """The composed block and that of the gradient, the tiles, and the copies that oneDNN takes and gives."""
     if on == "gpu":
         return O * I * itemsize * need_x
     cols = _part(I, CPU.block // itemsize // O)
-    own = _own_memory(itemsize)
+    own = _own_memory(itemsize, T * O * cols)
     blocks = need_x + need_factors
     if own and need_factors:
         blocks += 1 + (cols < I)  # the product, and that of the block before, which is still there
-    copies = (T * O + T * cols * need_x) * itemsize if own else 0
-    return blocks * O * cols * itemsize + _tiles(O, cols, itemsize, need_x and need_factors) + copies
+    copies = (T * O * _own_memory(itemsize) + T * cols * need_x * own) * itemsize  # that of dy is made for all products
+    return blocks * O * cols * itemsize + _tiles(O, cols, ranks, itemsize, need_x and need_factors) + copies
 
 
-def _tiles(rows: int, cols: int, itemsize: int, both: bool = False) -> int:
+def _tiles(rows: int, cols: int, ranks: int, itemsize: int, both: bool = False) -> int:
     """P and Q of one tile, where both dx and the factors' gradients want P the update, and where the block is not
     fp32 itself its sum; all fp32."""
-    kept = 2 + both + (itemsize != 4) + 2 * onednn_is_faster()
-    return kept * 4 * _part(rows, CPU.tile // cols) * cols
+    size = _part(rows, CPU.tile // cols) * cols
+    kept = 2 + both + (itemsize != 4) + 2 * _own_memory(4, size * ranks // 2)
+    return kept * 4 * size
 
 
 def _part(length: int, step: int) -> int:
@@ -203,5 +204,6 @@ def _part(length: int, step: int) -> int:
     return -(-length // -(-length // max(step, 16)))
 
 
-def _own_memory(itemsize: int) -> bool:
-    return itemsize == 4 and onednn_is_faster()
+def _own_memory(itemsize: int, multiplications: int = SMALL) -> bool:
+    """Whether a product of so many multiplications comes in memory of its own, as oneDNN's do."""
+    return itemsize == 4 and multiplications >= SMALL and onednn_is_faster()
