@@ -75,3 +75,11 @@ def test_hook_on_the_base_layer_is_still_called():
     plain, _ = adapted(base)
     plain.load_state_dict(model.state_dict())
     torch.testing.assert_close(model(x), plain(x) + 100, atol=1e-4, rtol=1e-4)
+
+
+def test_its_geometry_is_read_from_the_layer():
+    """Models whose blocks compute the convolution by themselves read it (LFM2 does)."""
+    base, _ = case("1d")
+    _, layer = adapted(base)
+    assert [getattr(layer, name) for name in base.__constants__] == [getattr(base, name) for name in base.__constants__]
+    assert not hasattr(layer, "kernel")

@@ -22,6 +22,12 @@ class _Conv(MapLayer):
     samples_tokens = True
     forwards = own(nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 
+    def __getattr__(self, name: str) -> Any:
+        """Return the convolution's kernel size, stride and so on, which some models read."""
+        if name in nn.Conv1d.__constants__:
+            return getattr(self.get_base_layer(), name)
+        return super().__getattr__(name)
+
     def _matrix_shape(self) -> tuple[int, int]:
         O, *rest = self._stored_shape()
         return O, math.prod(rest)
