@@ -27,6 +27,18 @@ def test_help_has_an_example_and_loads_nothing_heavy(command, fresh):
     assert command or [said.index(panel) for panel in PANELS.values()] == sorted(map(said.index, PANELS.values()))
 
 
+@pytest.mark.parametrize(("given", "then"), [(None, "0"), ("1", "1")])
+def test_no_code_for_layers_is_fetched_unless_asked_for(given, then, fresh):
+    """transformers asks this variable before it takes a layer's forward from the hub."""
+    _, said = fresh(
+        "import os\nfrom dual_lora.lab.cli import main\n"
+        f"os.environ.pop('USE_HUB_KERNELS', None)\nos.environ |= {dict(USE_HUB_KERNELS=given) if given else {}}\n"
+        "try:\n main(['--version'])\nexcept SystemExit: pass\n"
+        "print('kernels', os.environ['USE_HUB_KERNELS'])"
+    )
+    assert f"kernels {then}" in said
+
+
 def test_train_evaluate_merge_generate(call, lm_values, write_recipe, tmp_path):
     run = tmp_path / "run"
     short = ("--method.r", 2, "--train.steps", 3, "--analyze-every", 2)

@@ -128,6 +128,8 @@ def main(arguments: list[str] | None = None) -> None:
     debug = "--debug" in given
     given, modules = _split_allowed_modules(a for a in given if a != "--debug")
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries would tear ours
+    # transformers 5.25 fetches code for a model's layers and runs it, on a GPU, unless it is told not to.
+    os.environ.setdefault("USE_HUB_KERNELS", "0")
     if not debug:
         silence_libraries()
         # Our own may point at a caller in one of those: factors that do not move must not do so in silence.

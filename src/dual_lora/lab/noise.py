@@ -8,6 +8,7 @@ import warnings
 _NOISY = (
     *("torch", "torch.utils._pytree", "torchao", "bitsandbytes", "hqq", "peft", "accelerate", "datasets"),
     *("huggingface_hub", "huggingface_hub.utils._http", "httpx", "kernels"),
+    "transformers.integrations.hub_kernels",
 )
 
 
