@@ -7,6 +7,7 @@ import torch
 from packaging.version import Version
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, RobertaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from dual_lora.core import blocked, scratch
 from dual_lora.core.flops import linear, linear_backward
@@ -334,15 +335,12 @@ def test_another_method_has_the_same_layers():
     }
 
 
-@pytest.mark.skipif(Version(torch.__version__) < Version("2.7"), reason="its operators mix precisions before torch 2.7")
-def test_model_that_does_not_run_in_a_precision_says_so():
-    """DeBERTa v1 mixes fp32 into its bf16 attention: the real step fails at the same place."""
-    from dual_lora.lab.model.empty import shortened
-    from dual_lora.lab.recipe.published import published_config
-
-    config = shortened(published_config("deberta-base"), 1)
-    options = StepOptions("deberta-base", config, head="classification", dtype="bfloat16", batch=1, length=16)
-    with pytest.raises(UserError, match=r"deberta-base does not run in bfloat16.*Try --dtype float32"):
+def test_model_that_does_not_run_in_a_precision_says_so(monkeypatch):
+    """Some models mix fp32 into a step in bf16, as DeBERTa did before transformers 5.25."""
+    forward = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: forward(self, x @ x.float().mT @ x))
+    options = tiny(dtype="bfloat16")
+    with pytest.raises(UserError, match=r"does not run in bfloat16.*Try --dtype float32"):
         simulate(options)
     assert simulate(replace(options, dtype="float32")).flops > 0
 
