@@ -2,6 +2,7 @@
 
 import copy
 import re
+import sys
 import warnings
 
 import pytest
@@ -10,6 +11,7 @@ from tiny import Mlp, adapted, layers, points, train, trainable
 from torch import nn
 
 from dual_lora import DualLoraConfig
+from dual_lora.method import watch_training
 
 
 def told(caught):
@@ -224,3 +226,15 @@ def test_factors_that_are_frozen_or_have_an_optimizer_of_their_own_are_no_fault(
             two[step % 2].step()
             two[step % 2].zero_grad()
     assert not told(caught)
+
+
+def test_a_layer_that_ends_with_the_interpreter_says_nothing(monkeypatch):
+    """A module's names are None by then."""
+    ignored = []
+    layer = nn.Linear(2, 2)
+    watch = watch_training.ResetWatch("default", layer)
+    monkeypatch.setattr(sys, "unraisablehook", ignored.append)
+    monkeypatch.setattr(watch_training, "resets", None)
+    del layer
+    assert watch.layer() is None
+    assert not ignored

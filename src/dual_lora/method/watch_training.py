@@ -162,7 +162,7 @@ class ResetWatch:
     def __init__(self, adapter: str, layer: Any):
         self.adapter = adapter
         # The layer does not outlive its model for this; a watch of a layer that is gone goes with it.
-        self.layer = weakref.ref(layer, lambda _: resets.discard(self))
+        self.layer = weakref.ref(layer, lambda _, others=resets: others.discard(self))
         self.begun: tuple[int, ...] = ()  # the versions of B, C and D before a step
         self.seen: tuple[int, ...] = ()  # after the last step that moved B
 
