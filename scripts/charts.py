@@ -137,6 +137,8 @@ COLA = [
     ("confirm-cola", "lora", "LoRA", "0.001"),
     ("longer-cola", "lora", "LoRA", "0.001"),
     ("surrogate-cola", "lora", "LoRA", "0.001"),
+    ("frozen-sum-cola", "lora", "LoRA", "0.001"),
+    ("strength-cola", "lora", "LoRA", "0.001"),
     ("confirm-cola", "dual_lora", "Dual LoRA", "0.001"),
     ("longer-cola", "dual_lora", "Dual LoRA", "0.001"),
     ("surrogate-cola", "clip", "Dual LoRA", "0.001"),
@@ -146,7 +148,8 @@ LEARNED = 0.01  # a run within this of it learned nothing
 
 
 def rates() -> str:
-    """Every published final run of LoRA and Dual LoRA where a study tried several rates, or another study the next."""
+    """Every published final run of LoRA and of Dual LoRA from the paper's start, where a study tried several rates, or
+    another study the next."""
     panels = []
     for (title, constant), runs, high in zip(CONSTANT.items(), (SST2, COLA), (0.9, 0.3), strict=True):
         places = sorted({rate for *_, rate in runs}, key=float)

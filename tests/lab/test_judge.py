@@ -533,6 +533,48 @@ def test_copied_seeds_are_refused(tmp_path, items):
     assert not any("same scores" in note for note in judge(source(once))["notes"])
 
 
+def test_one_method_under_two_names_is_named(tmp_path):
+    """A copied file, or an adapter that was on in neither evaluation: equivalent, and about one model."""
+    rows = rows_of({"lora": 0.6, "other": 0.6})
+    twin = [["mine", *row[1:]] for row in rows if row[0] == "lora"]
+    notes = judge(write_table(tmp_path / "s.csv", [*rows, *twin]))["notes"]
+    (said,) = [note for note in notes if "compares a model with itself" in note]
+    assert said.startswith("On task lora and mine have the same scores in every run")
+    twin[0][3] = 1 - twin[0][3]
+    assert not any("itself" in note for note in judge(write_table(tmp_path / "t.csv", [*rows, *twin]))["notes"])
+    whole = [[m, seed, 0.8] for m in ("lora", "mine") for seed in range(3)]
+    columns = ("method", "seed", "score")
+    assert any("itself" in n for n in judge(write_table(tmp_path / "w.csv", whole, columns))["notes"])
+    right = [[m, seed, 1.0] for m in ("lora", "mine") for seed in range(3)]
+    assert not any("itself" in n for n in judge(write_table(tmp_path / "r.csv", right, columns))["notes"])
+
+
+def test_items_that_are_there_several_times_are_named(tmp_path):
+    """Each item five times under other names made a third of studies err in place of 5 %."""
+    loss = np.random.default_rng(0).normal(1, 0.1, (2, 3, 40))
+    again = np.concatenate([loss, loss[..., :4]], -1)
+
+    def notes(tables):
+        rows = [[m, s, i, float(x)] for m, own in zip("ab", tables, strict=True) for s, row in enumerate(own)
+                for i, x in enumerate(row)]  # fmt: skip
+        return judge(write_table(tmp_path / "s.csv", rows), better="less")["notes"]
+
+    assert any("On task 4 of 44 items are copies of others. Leave them out" in note for note in notes(again))
+    assert not any("copies of others" in note for note in notes(loss))
+    assert not any("copies of others" in note for note in notes(np.round(again)))  # few values agree by chance
+
+
+def test_documents_that_are_there_several_times_are_named(tmp_path):
+    """Right and wrong answers agree by chance; the harness's hash of a document does not."""
+    for method in ("lora", "mine"):
+        file = tmp_path / method / "1" / "samples_quiz_2026-01-01T00-00-00.0.jsonl"
+        file.parent.mkdir(parents=True)
+        samples = [{"doc_id": i, "doc_hash": f"{i % 30:08d}", "metrics": ["acc"], "acc": i % 2} for i in range(40)]
+        file.write_text("\n".join(map(json.dumps, samples)))
+    notes = judge(tmp_path)["notes"]
+    assert sum("On quiz 10 of 40 items are copies of others" in note for note in notes) == 1
+
+
 def test_a_method_that_is_absent_from_a_task_is_named(tmp_path):
     rows = [*rows_of({"lora": 0.5, "mine": 0.6}, task="easy"), *rows_of({"lora": 0.5, "other": 0.5}, task="hard")]
     columns = ("method", "task", "seed", "item", "score")

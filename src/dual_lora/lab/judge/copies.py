@@ -1,15 +1,18 @@
-"""Scores that are others' to the last digit: models evaluated again and copied runs are no further seeds."""
+"""Scores that are others' to the last digit: models evaluated again and copied runs are no further seeds, records that
+are there several times no further items, and one method under two names is not two."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.judge.scores import Runs, Scenario
+from dual_lora.lab.judge.scores import WHOLE, Runs, Scenario
 from dual_lora.lab.study.job import task_name
 
 ENOUGH = 20  # items: answers to as many do not agree by chance in every method
+ENOUGH_WHOLE = 3  # the same of scores of whole test sets
+MANY = 0.05  # the share of copies among the items from which on they are named
 
 
 def repeated(paired: dict[Scenario, dict[str, Runs]], against: str) -> Iterator[str]:
@@ -53,6 +56,46 @@ def copied(paired: dict[Scenario, dict[str, Runs]]) -> Iterator[str]:
                     f"On {task_name(*scenario)} seeds of {method} have the same scores, to the last digit: {pairs}. If "
                     "runs were copied, leave the copies out: they make every verdict too sure."
                 )
+
+
+def one_under_several_names(paired: dict[Scenario, dict[str, Runs]]) -> Iterator[str]:
+    """Methods that have each other's scores in every run: one that was copied, or a base without its adapter twice."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for scenario, own in paired.items():
+        alike: dict[bytes, list[str]] = {}
+        for method, runs in own.items():
+            nothing = not np.ptp(runs.table) and runs.table.flat[0] in (0, 1, 100)  # all wrong or all right
+            if not nothing and runs.table.size >= (ENOUGH_WHOLE if runs.items == [WHOLE] else ENOUGH):
+                alike.setdefault(runs.table.tobytes(), []).append(method)
+        for methods in alike.values():
+            if len(methods) > 1:
+                found.setdefault(tuple(methods), []).append(task_name(*scenario))
+    for names, tasks in found.items():
+        yield (
+            f"On {', '.join(tasks)} {' and '.join(names)} have the same scores in every run, to the last digit. If one "
+            "is a copy of another, or their adapters were not on, the verdict compares a model with itself."
+        )
+
+
+def repeated_items(paired: dict[Scenario, dict[str, Runs]]) -> Iterator[str]:
+    """Tasks of which many items have another one's scores in every run. Of measured scores only: answers that are right
+    or wrong agree by chance."""
+    for scenario, own in paired.items():
+        columns = np.concatenate([runs.table for runs in own.values()]).T
+        ordered = np.sort(columns, axis=1)
+        measured = columns[(np.diff(ordered, axis=1) != 0).all(1)] if columns.shape[1] >= ENOUGH_WHOLE else columns[:0]
+        yield from copies_of_items(task_name(*scenario), (row.tobytes() for row in measured), len(columns))
+
+
+def copies_of_items(task: str, prints: Iterable[bytes | str], items: int) -> Iterator[str]:
+    """A note where many of the items are there several times. prints: of those that may be, what tells them apart."""
+    every = list(prints)
+    copies = len(every) - len(set(every))
+    if copies >= MANY * items and copies:
+        yield (
+            f"On {task} {copies} of {items} items are copies of others. Leave them out: items that count several times "
+            "make every verdict too sure."
+        )
 
 
 def _first_alike(table: NDArray[np.float64]) -> list[int]:

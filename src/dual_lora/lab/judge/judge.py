@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.files.write import write_json
 from dual_lora.lab.judge import packed
-from dual_lora.lab.judge.copies import copied, repeated
+from dual_lora.lab.judge.copies import copied, one_under_several_names, repeated, repeated_items
 from dual_lora.lab.judge.lm_eval import read_lm_eval, sample_files
 from dual_lora.lab.judge.peft import read_peft, result_files
 from dual_lora.lab.judge.scores import WHOLE, Runs, Scenario, Scores, one_metric, read_table, reference_of, tables
@@ -107,6 +107,8 @@ def judge(
             *_other_units(paired),
             *repeated(paired, against),
             *copies,
+            *one_under_several_names(paired),
+            *repeated_items(paired),
             *_missing_methods_notes(paired, methods),
             *scores.notes,
         ],

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.judge.copies import copies_of_items
 from dual_lora.lab.judge.scores import Score, Scores, number
 from dual_lora.lab.read import opened, parse_json, read_object, unlinked
 
@@ -37,6 +38,7 @@ def read_lm_eval(folder: Path) -> Scores:
     scores = Scores([])
     seen: dict[tuple[str, int, str], Path] = {}
     prompts: dict[tuple[str, str], dict[str, str]] = {}
+    repeated: dict[str, None] = {}
     aside: dict[str, None] = {}
     as_told: dict[str, dict[bool, Path]] = {}  # whether its mean is the harness's figure -> a log where it is so
     for file in sample_files(folder):
@@ -51,6 +53,7 @@ def read_lm_eval(folder: Path) -> Scores:
         items, wanted = {row.item for row, _ in rows}, _part(results, "n-samples", task).get("effective")
         if isinstance(wanted, int) and items and len(items) != wanted:
             raise UserError(f"{file} holds {len(items)} documents, and the harness scored {wanted}.")
+        repeated |= dict.fromkeys(copies_of_items(task, (item.partition(" ")[2] for item in items), len(items)))
         for metric, is_mean in _means(task, [row for row, _ in rows], results).items():
             as_told.setdefault(f"{metric} on {task}", {}).setdefault(is_mean, file)
         for row, prompt in rows:
@@ -73,6 +76,7 @@ def read_lm_eval(folder: Path) -> Scores:
     scores.rows = [row for row in scores.rows if f"{row.metric} on {row.scenario[1]}" not in aside]
     if aside:
         scores.notes.append(f"Left out, as they are no means over items: {', '.join(aside)}.")
+    scores.notes += repeated
     differing = Counter(task for (task, _), own in prompts.items() if len(set(own.values())) > 1)
     for task in dict.fromkeys(task for task, _ in prompts):
         if differ := differing[task]:

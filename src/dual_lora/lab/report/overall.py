@@ -13,8 +13,9 @@ MOST_SEEDS = 1000  # of a method, of which every pair is compared
 MOST_POINTS = 60  # of a profile's curve
 CHANCE = (
     "Chance that a run of the method beats one of the reference on a task drawn at random; half is no difference. "
-    "Intervals are by a bootstrap of the seeds (rliable): they say nothing about other tasks. Methods are told by "
-    "their names; of each task the study with the most scores counts."
+    "Intervals (95 %) are by a bootstrap of the seeds (rliable): they say nothing about other tasks, and are too short "
+    "where seeds and tasks are few, above all near 0 and 1. Methods are told by their names; of each task the study "
+    "with the most scores counts."
 )
 PROFILE = "Share of runs, over tasks, whose score is above the reference's mean by so many margins; bands as above."
 

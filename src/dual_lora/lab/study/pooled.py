@@ -9,6 +9,8 @@ and their spread are known exactly. Items' scores are not in results.json, so th
 the test records of one task are taken as the same ones, so their parts add up as the weights of the studies do; where
 two methods were compared with a third one only, their difference varies no more than the sum of the two differences.
 
+The studies are taken as they are: the interval is for other seeds of them, and not for studies with other searches.
+
     δ = mean over all seeds ± √(t²[S - 1] seeds' part² + t²[N - 1] items' part²)       as in `statistics`
 
 Across questions (tasks), in units of each margin: a mean with random effects, its interval by Hartung and Knapp 2001.

@@ -94,7 +94,11 @@ def error_parts(d: Table) -> tuple[Table, Table, Table]:
     seeds, items = N * rows.var(-1, ddof=1), S * columns.var(-1, ddof=1)
     left = d - rows[..., :, None] - columns[..., None, :] + mean[..., None, None]
     rest = (left**2).sum((-2, -1)) / ((S - 1) * (N - 1))
-    return mean, *standard_errors(seeds, items, rest, S, N)
+    error, seed_error = standard_errors(seeds, items, rest, S, N)
+    # Two seeds that agree on every item do not show that others would: as in `spread`, one of them might have had 0.
+    # Of three and more so few do by luck that the level holds without that.
+    unseen = np.where((S == 2) & (seeds + rest <= 1e-20 * items), np.abs(mean) / S, 0.0)
+    return mean, np.hypot(error, unseen), np.hypot(seed_error, unseen)
 
 
 def standard_errors(seeds: Table, items: Table, rest: Table, S: int, N: int) -> tuple[Table, Table]:
