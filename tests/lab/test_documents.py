@@ -184,3 +184,13 @@ def test_a_conversation_of_answers_without_an_end(tokenizer, tmp_path):
     (example,) = read_examples(parquet(tmp_path / "a.parquet", messages=[turns]), DataSection())
     with pytest.raises(UserError, match="which makes 1,000,000 messages, at most 250,000 are written"):
         Prompter(tokenizer).encode(example)
+
+
+def test_a_date_in_parquet_that_python_does_not_have_is_said_with_its_file(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table({"text": ["a"], "day": pyarrow.array([2**31 - 1], pyarrow.date32())})
+    pyarrow.parquet.write_table(table, tmp_path / "days.parquet")
+    with pytest.raises(UserError, match=r"days\.parquet could not be read as Parquet: .*magnitude"):
+        read_records(str(tmp_path / "days.parquet"))

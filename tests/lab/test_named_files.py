@@ -50,6 +50,20 @@ def only_settings(folder, **values):
     settings(folder / "tokenizer_config.json", tokenizer_class="BertTokenizer", **values)
 
 
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "config.json", "config.4.0.0.json"])
+@pytest.mark.parametrize("name", ["AutoModelForCausalLM", "AutoTokenizer", "RagTokenizer"])
+def test_a_tokenizer_s_class_is_a_tokenizer(name, file, base, monkeypatch):
+    """transformers takes any class of its own, and a model in a tokenizer's place has its parts loaded by others."""
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    if file != "tokenizer_config.json":
+        settings(base / "config.json", configuration_files=["config.4.0.0.json"] * (file != "config.json"))
+        settings(base / "tokenizer_config.json", tokenizer_class=None)
+        shutil.copy(base / "config.json", base / "config.4.0.0.json")
+    settings(base / file, tokenizer_class=name)
+    with pytest.raises(UserError, match=f"has tokenizer_class '{name}', which is no tokenizer of one model"):
+        load_tokenizer(str(base))
+
+
 @pytest.mark.parametrize("name", ["vocab", "vocab_file", "init_inputs", "new_dictionary"])
 @pytest.mark.parametrize("relative", [False, True])
 def test_a_tokenizer_s_settings_name_no_file_of_the_user(name, relative, base, secret, monkeypatch):

@@ -194,8 +194,8 @@ def test_nor_an_answer_about_the_code_of_a_part(part, trap, tiny_lm, tmp_path, c
         tower = {"model_type": "blip_vision_model", "auto_map": {"AutoModel": "theirs.M"}, "name_or_path": str(base)}
         config = {"model_type": "gemma3", "text_config": text, "vision_config": tower}
     else:
-        config |= {"question_encoder": {"model_type": "vit"}, "generator": {"model_type": "vit"}}
-        tokenizer["tokenizer_class"] = "RagTokenizer"
+        config |= {"question_encoder": {"model_type": "vit"}, "generator": {"model_type": "vit"}, "model_type": "rag"}
+        del tokenizer["tokenizer_class"]
         for name in ("question_encoder_tokenizer", "generator_tokenizer"):
             (base / name).mkdir()
             (base / name / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["theirs.M", null]}}')

@@ -163,8 +163,9 @@ def test_what_half_precision_does_not_hold(tmp_path):
         {"architectures": ["AutoModelForCausalLM"]},
         {"architectures": ["GPT2LMHeadModel"]},
         {"architectures": None},
+        {"vision_config": {"model_args": {"checkpoint_path": "a.pth"}}},
     ],
-    ids=["code of its own", "no class of models", "another class", "none"],
+    ids=["code of its own", "no class of models", "another class", "none", "a part of timm's"],
 )
 def test_a_base_that_transformers_does_not_know(changed, tmp_path, monkeypatch):
     saved(peft.LoraConfig(r=4, target_modules=["q_proj"]), tmp_path)

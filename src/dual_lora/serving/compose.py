@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dual_lora.verify.numbers import all_finite
 from dual_lora.verify.own_code import not_asked
+from dual_lora.verify.parts import check_parts
 
 from .files import AdapterError, Shapes, check_before_loading, check_shapes, first_line, method_of, shapes_of
 
@@ -208,6 +209,7 @@ def _meta_model(config: Any) -> nn.Module:
     try:
         if isinstance(config, str | Path):
             config = transformers.AutoConfig.from_pretrained(str(config), trust_remote_code=False)
+        check_parts(config.to_dict())
         name = (config.architectures or ["none"])[0]
         with not_asked(), torch.device("meta"):
             model = getattr(transformers, name)._from_config(config)

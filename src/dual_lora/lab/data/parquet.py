@@ -46,10 +46,10 @@ def rows_of(path: Path) -> Iterator[dict[str, Any]]:
                 unpacked += RECORD * batch.num_rows + sum(map(_unpacked_bytes, batch.columns))
                 _check(path, count, unpacked)
                 yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # the last: no such date in Python
         if isinstance(error, (UserError, FileNotFoundError, PermissionError)):
             raise
-        said_first = described(error, pyarrow.ArrowException, OSError, ValueError, lines=1).rstrip(".")
+        said_first = described(error, pyarrow.ArrowException, OSError, ValueError, OverflowError, lines=1).rstrip(".")
         raise UserError(f"{path} could not be read as Parquet: {said_first}.") from None
 
 

@@ -165,17 +165,24 @@ def _classifier_in(path: str) -> tuple[str, dict[str, Any]]:
 
 
 def check_settings(location: Location) -> None:
-    """Raise UserError for a model whose config.json has code fetched from the hub, layers or classes built without
-    an end, or layers sought by a pattern without an end. One that is missing or damaged is left to whoever reads it."""
+    """Raise UserError for a model whose config.json has code fetched from the hub, parts loaded from elsewhere, layers
+    or classes built without an end, or layers sought by a pattern without an end. One that is missing or damaged is
+    left to whoever reads it."""
     if location.gguf_file:
         return
     from transformers import PretrainedConfig
+
+    from dual_lora.verify.parts import check_parts, settings_in  # late: it brings PEFT
 
     try:
         values, _ = PretrainedConfig.get_config_dict(location.name, **location.arguments())
     except Exception:
         return
-    for name, value in _settings_in(values):
+    try:
+        check_parts(values)
+    except ValueError as error:
+        raise UserError(f"The model {location.name}: {error}") from None
+    for name, value in settings_in(values):
         if "attn_implementation" in name and "/" in str(value):
             raise UserError(
                 f"The model {location.name} asks for the attention {value!r:.200}, whose code would be fetched from "
@@ -215,14 +222,6 @@ def _texts_in(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for each in value:
             yield from _texts_in(each)
-
-
-def _settings_in(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Names and values, those of a model's parts (text_config) too."""
-    for name, value in values.items():
-        yield name, value
-        if isinstance(value, dict):
-            yield from _settings_in(value)
 
 
 def check_here(path: str, revision: str | None = None, others: str = "") -> None:

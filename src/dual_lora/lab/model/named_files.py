@@ -32,7 +32,8 @@ MOST_SPECIAL = 10_000  # the time that they take grows with their square; publis
 
 
 def check_tokenizer_arguments(model: str, revision: str | None = None) -> None:
-    """Raise UserError for a tokenizer whose settings name a file outside of its folder, or tokens without an end.
+    """Raise UserError for a tokenizer whose settings name a file outside of its folder, tokens without an end, or a
+    class that is no tokenizer.
 
     model: folder or hub name.
     """
@@ -40,7 +41,7 @@ def check_tokenizer_arguments(model: str, revision: str | None = None) -> None:
 
     for name in ARGUMENTS:
         settings = _settings(model, name, revision)
-        _check_token_count(settings, f"{name} of {model}", lambda: _settings(model, "config.json", revision))
+        _check_token_count(settings, f"{name} of {model}", lambda: _configuration(model, revision))
         for key, text in _texts_in(settings):
             if _is_outside(text, [model] + [HF_HUB_CACHE] * key.endswith("_file")):
                 raise UserError(
@@ -48,6 +49,24 @@ def check_tokenizer_arguments(model: str, revision: str | None = None) -> None:
                     "the file's content would become a part of the tokenizer and be saved with it. Nothing "
                     f"was read: remove {key}."
                 )
+    of_tokenizer, of_model = _settings(model, ARGUMENTS[0], revision), _configuration(model, revision)
+    for where, settings in ((ARGUMENTS[0], of_tokenizer), ("config.json", of_model)):
+        _check_class(settings.get("tokenizer_class"), f"{where} of {model}")
+
+
+def _check_class(name: Any, where: str) -> None:
+    """Raise UserError for a class of transformers that is no tokenizer. It would load what it is for, such as a whole
+    model with all its parts, of files that nothing has looked at."""
+    from transformers import PreTrainedTokenizerBase
+    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+    from transformers.utils.import_utils import DummyObject  # of one whose library is missing
+
+    for each in (name, f"{name}Fast", name.removesuffix("Fast")) if isinstance(name, str) else ():
+        kind: Any = tokenizer_class_from_name(each)
+        if kind is None or isinstance(kind, DummyObject):
+            continue
+        if not isinstance(kind, type) or not issubclass(kind, PreTrainedTokenizerBase):
+            raise UserError(f"{where} has tokenizer_class {name[:100]!r}, which is no tokenizer of one model.")
 
 
 def check_tokenizer_rules(model: str, revision: str | None, tokenizer: Any = None) -> None:
@@ -174,6 +193,17 @@ def _texts_in(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
     elif isinstance(value, list):
         for each in value:
             yield from _texts_in(each, key)
+
+
+def _configuration(model: str, revision: str | None) -> dict[str, Any]:
+    """Return what transformers takes for a model's config.json, which may name another file; {} if it cannot be
+    read."""
+    from transformers import PretrainedConfig
+
+    try:
+        return dict(PretrainedConfig.get_config_dict(model, revision=revision)[0])
+    except Exception:  # of a folder that has none, or of a damaged file, which its own reader will report
+        return {}
 
 
 def _settings(model: str, name: str, revision: str | None) -> dict[str, Any]:
