@@ -364,7 +364,7 @@ def test_charts_are_current():
     for name, text in made.items():
         drawn = (pictures.PICTURES / name).read_text(encoding="utf-8")
         assert drawn == text, f"run `python -m scripts.pictures rates calibration`: {name}"
-    assert ">7 of 24<" in made["rates.svg"], "LoRA at 1e-3 on CoLA"
+    assert ">8 of 40<" in made["rates.svg"], "LoRA at 1e-3 on CoLA"
     with pytest.raises(ValueError, match="the search gave lora the rate"):
         charts._scores("confirm-cola", "lora", 3e-4)
 

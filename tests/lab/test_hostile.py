@@ -679,3 +679,14 @@ def test_a_models_settings_fetch_no_code_and_have_an_end(values, said, tiny_lm, 
     for attempt in (lambda: load_model(ModelSection(path=str(base))), lambda: load_config(str(base))):
         with pytest.raises(UserError, match=said):
             attempt()
+
+
+def test_a_part_that_timm_builds_may_have_sizes():
+    """As published models have them, such as PerceptionLM."""
+    from dual_lora.verify.parts import check_parts
+
+    own = {"depth": 23, "img_size": [448, 448], "global_pool": "", "act_layer": "gelu", "init_values": 0.1}
+    check_parts({"vision_config": {"architecture": "vit_pe_core_large_patch14_336", "model_args": own}})
+    for key, value in (("pretrained_cfg", {"file": "a.pth"}), ("cache_dir", "."), ("block", ["a/b"])):
+        with pytest.raises(ValueError, match="by which timm would load files"):
+            check_parts({"vision_config": {"model_args": own | {key: value}}})

@@ -168,3 +168,31 @@ expected = base(x)
 print(torch.equal(get_peft_model(base, DualLoraConfig(r=2, target_modules=["0"]))(x), expected))
 """
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "True"
+
+
+class Codes(torch.Tensor):
+    """A library's own kind of tensor. What is computed with it is of torch's kind."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    def __deepcopy__(self, memo):
+        return self.as_subclass(torch.Tensor).clone().as_subclass(Codes)
+
+
+class Rounded(nn.Linear):
+    """As optimum-quanto's layer: it rounds each weight that is not its own kind of tensor, and W + ΔW is not."""
+
+    def forward(self, x):
+        weight = self.weight if isinstance(self.weight, Codes) else self.weight.round(decimals=1)
+        return functional.linear(x, weight.as_subclass(torch.Tensor), self.bias)
+
+
+def test_a_quantised_weight_is_not_quantised_again_with_its_update():
+    torch.manual_seed(0)
+    base, x = Rounded(12, 5), torch.randn(4, 12)
+    values = base.weight.detach().round(decimals=1)
+    base._parameters["weight"] = values.as_subclass(Codes)
+    model, layer = adapted(base)
+    with torch.no_grad():
+        expected = functional.linear(x, values + delta(layer, leaves(layer)), base.bias)
+        torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)

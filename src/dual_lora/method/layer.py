@@ -25,7 +25,7 @@ from ..core.traced import is_traced
 from .cache import composed_weights
 from .config import DualLoraConfig
 from .factors import Adapters
-from .merge import MergeLayer
+from .merge import MergeLayer, is_foreign_tensor
 from .parallel import sharded
 from .plain import is_plain, is_replaced, own
 from .replaced import original, replaced, turn
@@ -157,6 +157,8 @@ class MapLayer(DualLoraLayer):
             return False
         weight: Any = self.base_layer._parameters.get("weight")
         if weight is None or weight.is_meta or not weight.numel() or sharded.is_sharded(weight):  # offloaded, ZeRO-3
+            return False
+        if is_foreign_tensor(weight):  # a library's forward would quantise the sum again (optimum-quanto)
             return False
         return weight.is_floating_point() and weight.dtype.itemsize > 1
 
