@@ -16,6 +16,7 @@ from dual_lora.lab.analysis.matrices import Dense, Factored
 from dual_lora.lab.analysis.measures import changes, measure, threshold_of_largest
 from dual_lora.lab.analysis.ranks import rank_bound, rank_examples, ranks, singular_values
 from dual_lora.lab.analysis.updates import adapted_layers, base_matrix, full_updates, linear_layers, snapshot
+from dual_lora.lab.cost.operators import MemoryTracker
 from dual_lora.lab.errors import UserError
 
 
@@ -291,37 +292,21 @@ def test_magnitude_and_direction_of_scaling_and_of_rotation():
 
 
 @pytest.mark.slow
-def test_a_layer_of_7b_size_is_measured_in_little_memory(tmp_path, monkeypatch):
+def test_a_layer_of_7b_size_is_measured_in_little_memory(monkeypatch):
     """As of LLaMA-7B's largest linear layer, 172 MiB in fp32, of which no whole copy may be made; here by a quarter."""
-    import ctypes
-    import resource
-
-    from tiny_study import in_child
 
     def matrix(seed, O, I, r=16):
         torch.manual_seed(seed)
         factors = Factors(*(torch.randn(s) for s in ((r, I), (O, r), (r, I), (O, r))))
         return Factored(Adapter(factors, torch.tensor(1.0), Form()))
 
-    def look(O, I):
+    monkeypatch.setattr(matrices, "BLOCK", AS_IT_IS // 4)
+    O, I = 2048, 5504
+    with MemoryTracker([]) as tracker:
         a, b = matrix(0, O, I), matrix(1, O, I)
         measure(a), changes(a, b), leading_subspaces(a, 8)
-
-    def peak():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-    def work():
-        """The peak of a fork begins with what it has then."""
-        ctypes.CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: what is freed goes back, and no gap of others is taken
-        torch.set_num_threads(1)
-        look(64, 64)
-        before = peak()
-        look(2048, 5504)
-        (tmp_path / "peak").write_text(str(peak() - before))
-
-    monkeypatch.setattr(matrices, "BLOCK", AS_IT_IS // 4)
-    assert in_child(work) == 0
-    assert float((tmp_path / "peak").read_text()) < 172 / 4, "MiB"
+    peak = max(held.total for held in tracker.peaks.values())
+    assert 4 * matrices.BLOCK < peak < 4 * O * I
 
 
 def test_a_row_of_zeros_has_no_direction_to_lose():
