@@ -340,7 +340,7 @@ def test_model_that_does_not_run_in_a_precision_says_so(monkeypatch):
     forward = LlamaMLP.forward
     monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: forward(self, x @ x.float().mT @ x))
     options = tiny(dtype="bfloat16")
-    with pytest.raises(UserError, match=r"does not run in bfloat16.*Try --dtype float32"):
+    with pytest.raises(UserError, match=r"tiny does not run in bfloat16.*Try --dtype float32"):
         simulate(options)
     assert simulate(replace(options, dtype="float32")).flops > 0
 

@@ -161,8 +161,9 @@ class ResetWatch:
 
     def __init__(self, adapter: str, layer: Any):
         self.adapter = adapter
+        forget = resets.discard  # held, as this module's names are gone when the interpreter ends
         # The layer does not outlive its model for this; a watch of a layer that is gone goes with it.
-        self.layer = weakref.ref(layer, lambda _, others=resets: others.discard(self))
+        self.layer = weakref.ref(layer, lambda _: forget(self))
         self.begun: tuple[int, ...] = ()  # the versions of B, C and D before a step
         self.seen: tuple[int, ...] = ()  # after the last step that moved B
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.hub_cache import WEIGHTS, check_cached, is_a_second_name
-from dual_lora.lab.model.named_files import check_plain_name
+from dual_lora.lab.model.named_files import check_plain_name, configuration
 from dual_lora.lab.model.own_code import own_code
 from dual_lora.lab.read import expanded, folded, has_second_name, read_object
 
@@ -170,14 +170,9 @@ def check_settings(location: Location) -> None:
     left to whoever reads it."""
     if location.gguf_file:
         return
-    from transformers import PretrainedConfig
-
     from dual_lora.verify.parts import check_parts, settings_in  # late: it brings PEFT
 
-    try:
-        values, _ = PretrainedConfig.get_config_dict(location.name, **location.arguments())
-    except Exception:
-        return
+    values = configuration(location.name, location.revision)
     try:
         check_parts(values)
     except ValueError as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -39,9 +39,10 @@ def check_tokenizer_arguments(model: str, revision: str | None = None) -> None:
     """
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    for name in ARGUMENTS:
-        settings = _settings(model, name, revision)
-        _check_token_count(settings, f"{name} of {model}", lambda: _configuration(model, revision))
+    every = {name: _settings(model, name, revision) for name in ARGUMENTS}
+    of_model = configuration(model, revision)
+    for name, settings in every.items():
+        _check_token_count(settings, f"{name} of {model}", of_model)
         for key, text in _texts_in(settings):
             if _is_outside(text, [model] + [HF_HUB_CACHE] * key.endswith("_file")):
                 raise UserError(
@@ -49,8 +50,7 @@ def check_tokenizer_arguments(model: str, revision: str | None = None) -> None:
                     "the file's content would become a part of the tokenizer and be saved with it. Nothing "
                     f"was read: remove {key}."
                 )
-    of_tokenizer, of_model = _settings(model, ARGUMENTS[0], revision), _configuration(model, revision)
-    for where, settings in ((ARGUMENTS[0], of_tokenizer), ("config.json", of_model)):
+    for where, settings in ((ARGUMENTS[0], every[ARGUMENTS[0]]), ("config.json", of_model)):
         _check_class(settings.get("tokenizer_class"), f"{where} of {model}")
 
 
@@ -85,15 +85,15 @@ def check_tokenizer_rules(model: str, revision: str | None, tokenizer: Any = Non
         check_rules({name: json.loads(part.__getstate__()) for name, part in parts.items() if part}, model)
 
 
-def _check_token_count(settings: dict[str, Any], where: str, config: Callable[[], dict[str, Any]]) -> None:
-    """Raise UserError for more tokens than a tokenizer can be built with in a minute. config: reads the model's."""
+def _check_token_count(settings: dict[str, Any], where: str, config: dict[str, Any]) -> None:
+    """Raise UserError for more tokens than a tokenizer can be built with in a minute. config: the model's."""
     for key, value in settings.items():
         if MADE.fullmatch(key) and isinstance(value, int) and value > MOST_MADE:
             raise UserError(f"{where} has {key} {value:,}, expected at most {MOST_MADE:,}.")
     lists = [value for key, value in settings.items() if "special_tokens" in key and isinstance(value, list | dict)]
     count = max(map(len, lists), default=0)
     added = settings.get("added_tokens_decoder")
-    if isinstance(added, dict) and len(added) > MOST_SPECIAL and _is_in_python(settings, config()):
+    if isinstance(added, dict) and len(added) > MOST_SPECIAL and _is_in_python(settings, config):
         count = max(count, len(added))
     if count > MOST_SPECIAL:
         raise UserError(f"{where} has {count:,} special tokens, expected at most {MOST_SPECIAL:,}.")
@@ -195,7 +195,7 @@ def _texts_in(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
             yield from _texts_in(each, key)
 
 
-def _configuration(model: str, revision: str | None) -> dict[str, Any]:
+def configuration(model: str, revision: str | None) -> dict[str, Any]:
     """Return what transformers takes for a model's config.json, which may name another file; {} if it cannot be
     read."""
     from transformers import PretrainedConfig
