@@ -238,7 +238,10 @@ def run_to_run(results: list[dict[str, Any]]) -> dict[str, tuple[Array, Array]]:
 def real(
     studies: int, results: list[dict[str, Any]], random: np.random.Generator
 ) -> Iterator[tuple[str, int, int, dict[str, float]]]:
-    """Runs drawn from the published ones: failed seeds among them, so their noise has long tails."""
+    """Runs drawn from the published ones: failed seeds among them, so their noise has long tails.
+
+    Two seeds with the same score are taken to agree on every item, as those that answer all records alike do.
+    """
     for name, (off, items) in run_to_run(results).items():
         for seeds in SEEDS:
             rows = random.choice(off, (studies, seeds)) - random.choice(off, (studies, seeds))
@@ -246,6 +249,7 @@ def real(
             mean = rows.mean(1) + item_error * random.standard_normal(studies)
             seed_error = rows.std(1, ddof=1) / np.sqrt(seeds)
             tally = Tally()
+            seed_error = np.hypot(seed_error, stats.unseen_error(mean, seed_error == 0, seeds))
             error = np.hypot(seed_error, item_error)
             tally.add(mean, error, seed_error, seeds, 1000, float(mean.std()))
             yield name, len(off), seeds, tally.shares()

@@ -77,7 +77,7 @@ def quoted(path: str) -> str:
 
 def verdicts(name: str, candidate: str) -> list[str]:
     """The verdict on a candidate of a study, or on every one for *. A pooled answer is "inside the margin" or "beyond",
-    and "better", "worse" or "open": where its interval lies."""
+    and "better", "worse" or "open": where its interval lies; "disagreeing" where its studies do, at 5 %."""
     if name == "pooled":
         return [_lies(candidate)]
     results = study(name)
@@ -168,7 +168,8 @@ def _lies(question: str) -> str:
     q = _answer(question)
     inside = -q["margin"] < q["low"] and q["high"] < q["margin"]
     side = "better" if q["low"] > 0 else "worse" if q["high"] < 0 else "open"
-    return f"{'inside the margin' if inside else 'beyond'}, {side}"
+    apart = ", disagreeing" if (q.get("disagree_p") or 1) < 0.05 else ""
+    return f"{'inside the margin' if inside else 'beyond'}, {side}{apart}"
 
 
 def _pooled(question: str, field: str) -> str:

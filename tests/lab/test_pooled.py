@@ -62,6 +62,42 @@ def test_a_run_that_two_studies_share_counts_once(tmp_path):
     assert both.high - both.low < (a := pooled("q", [(one, "b", "a")])).high - a.low
 
 
+def test_studies_that_disagree_are_told(tmp_path, capsys):
+    """By the seeds of each, as Alexander and Govern's paper has it; studies that share seeds are one."""
+    one = study(tmp_path, "one", {"a": 0.5, "b": 0.7})
+    far = study(tmp_path, "far", {"a": 0.5, "b": 0.9}, seeds_from=100)
+    near = study(tmp_path, "near", {"a": 0.5, "b": 0.7}, seeds_from=200)
+    asked = {results["study"]["name"]: (results, "b", "a") for results in (one, far, near)}
+    assert pooled("q", [asked["one"]]).disagree_p is None
+    assert pooled("q", [asked["one"], asked["near"]]).disagree_p > 0.05
+    found = pooled("q", [asked["one"], asked["far"]]).disagree_p
+    groups = [_differences(results) for results in (one, far)]
+    assert found == pytest.approx(_alexander_govern(groups), rel=1e-6)
+    assert found < 0.05
+    # The same seeds in a second study: each counts once there, with the mean of both.
+    again = json.loads(json.dumps(far))
+    again["study"]["name"] = "again"
+    assert pooled("q", [asked["one"], asked["far"], (again, "b", "a")]).disagree_p == pytest.approx(found)
+
+
+def _differences(results):
+    by = {m["method"]: [s["score"] for s in m["seeds"]] for m in results["methods"]}
+    return np.array(by["b"]) - np.array(by["a"])
+
+
+def _alexander_govern(groups):
+    """From the paper's formulas: t of each mean to the weighted one, made normal, squared and added."""
+    n = np.array([len(g) for g in groups])
+    mean = np.array([g.mean() for g in groups])
+    error = np.array([g.std(ddof=1) for g in groups]) / np.sqrt(n)
+    weight = error**-2 / (error**-2).sum()
+    t, v = (mean - (weight * mean).sum()) / error, n - 1
+    a = v - 0.5
+    b, c = 48 * a**2, np.sqrt(a * np.log(1 + t**2 / v))
+    z = c + (c**3 + 3 * c) / b - (4 * c**7 + 33 * c**5 + 240 * c**3 + 855 * c) / (10 * b**2 + 8 * b * c**4 + 1000 * b)
+    return scipy_stats.chi2.sf((z**2).sum(), len(groups) - 1)
+
+
 def test_two_candidates_are_compared_by_a_bound(tmp_path):
     """Without the items' scores their difference varies no more than both differences from the reference together."""
     three = study(tmp_path, "three", {"a": 0.5, "b": 0.7, "c": 0.6})

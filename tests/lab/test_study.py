@@ -6,6 +6,7 @@ import importlib.util
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -17,7 +18,7 @@ from dual_lora.lab.data.examples import load_split
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.recipe.read import build_recipe, identity
 from dual_lora.lab.recipe.schema import Recipe
-from dual_lora.lab.study import plan
+from dual_lora.lab.study import notes, plan
 from dual_lora.lab.study.budget import Scale, solve_rank
 from dual_lora.lab.study.cell import final_jobs, trial_jobs
 from dual_lora.lab.study.job import data_digest, settings_in_words
@@ -430,6 +431,32 @@ def test_the_mean_over_the_seeds_of_a_search_decides():
     assert choose(of_trials([(0, 0.6), (0, 0.6), (1, 0.9), (1, 0.1)], "choice"), "worst") == {"a": 0}
     assert choose(of_trials(lucky + steady[:2] + [(1, "diverged")])) == {"a": 0}
     assert choose(of_trials(lucky + steady[:2] + [(1, None)])) is None
+
+
+def test_notes_on_a_search_go_by_what_decided():
+    """Where the worst of a rate's seeds decides, a rate with one failed seed is no near choice, whatever its mean."""
+    trials = [(1e-4, 0.60), (1e-4, 0.61), (1e-3, 0.99), (1e-3, 0.23), (1e-2, 0.20), (1e-2, 0.21)]
+    row = {
+        "model": "",
+        "task": "t",
+        "method": "lora",
+        "metric": "accuracy",
+        "rank": 8,
+        "settings": {"learning_rate": 1e-4},
+        "trials": [{"settings": {"learning_rate": rate}, "score": score} for rate, score in trials],
+        "seeds": [{"score": 0.60 + 0.01 * k, "figures": None} for k in range(3)],
+    }
+    rates = {"learning_rate": [1e-4, 1e-3, 1e-2]}
+    by_worst, by_mean = (Search(space=rates, seeds=2, decide=decide) for decide in ("worst", "mean"))
+    assert not list(notes.near_choices([row], by_worst))
+    assert "lora on t" in "".join(notes.near_choices([row], by_mean)), "by its mean the other rate ties"
+    assert notes.end_of_search(row, by_worst) == "the smallest learning_rate tried (0.0001)"
+    # Drawn at length: true scores of 0 and 1 with a deviation of 1, of which two seeds show 0 and 1 in the worst.
+    random = np.random.default_rng(1)
+    found, other = random.standard_normal((2, 400_000, 2, 2)).min(-1)
+    shift = other - found + np.array([0.0, 1.0])
+    expected = float((shift[:, 0] > shift[:, 1]).mean())
+    assert notes.other_choice(np.array([0.0, 1.0]), 1.0, 2, worst=True) == pytest.approx(expected, abs=0.03)
 
 
 def test_a_search_with_several_seeds_keeps_them_apart_from_the_final_ones():

@@ -14,7 +14,7 @@ from dual_lora.lab.study import notes
 from dual_lora.lab.study import statistics as stats
 from dual_lora.lab.study.read import build_study
 from dual_lora.lab.study.rows import ComparisonRow, MethodRow, Results, UntrainedRow
-from dual_lora.lab.study.search import RATE
+from dual_lora.lab.study.search import RATE, Search
 from dual_lora.lab.study.study import Study
 from dual_lora.lab.study.verdicts import Verdict, percent
 
@@ -71,7 +71,7 @@ def advice_of(results: Results, whole: Study, work: Work, source: object, minute
     left_open = _open_reason([r for r in rivals if not r.ruled_out], judged, methods, minutes, needed, records)
     again = f"dual-lora advise {quote(str(source))} --minutes {needed}"
     loser = methods[LORA if found.why is Why.BETTER else rival.name]
-    doubt = _learning_rate_doubt(loser, untrained) if found.why in (Why.BETTER, Why.NO_GAIN) else ""
+    doubt = _learning_rate_doubt(loser, untrained, study.search) if found.why in (Why.BETTER, Why.NO_GAIN) else ""
     return Advice(
         found.use,
         found.why,
@@ -95,7 +95,7 @@ def _failure(method: MethodRow, untrained: list[UntrainedRow]) -> Why | None:
     return Why.NOTHING_LEARNED if notes.why_unlearned(method, untrained) else None
 
 
-def _learning_rate_doubt(method: MethodRow, untrained: list[UntrainedRow]) -> str:
+def _learning_rate_doubt(method: MethodRow, untrained: list[UntrainedRow], search: Search | None) -> str:
     """Say why the learning rate of the losing method looks wrong, so that rates were compared as well; "" if it does
     not."""
     ended = [seed for seed in method["seeds"] if seed["score"] is not None]
@@ -104,7 +104,7 @@ def _learning_rate_doubt(method: MethodRow, untrained: list[UntrainedRow]) -> st
         why = f"{_diverged_runs(method)} of {method['method']} diverged"
     elif idle:
         why = f"{idle} of {len(ended)} runs of {method['method']} did not learn the task"
-    elif end := notes.end_of_search(method):
+    elif end := notes.end_of_search(method, search):
         why = f"{method['method']} did best with {end}"
     else:
         return ""

@@ -34,7 +34,7 @@ def conclude(
     amendments: of the study; a change after final runs had ended is named in every verdict.
     """
     at = {(m["model"], m["task"], m["method"]): m for m in methods}
-    ends = {key: end for key, m in at.items() if (end := notes.end_of_search(m))}
+    ends = {key: end for key, m in at.items() if (end := notes.end_of_search(m, study.search))}
     unlearned = {key: why for key, m in at.items() if (why := notes.why_unlearned(m, untrained))}
     tuned = study.search.metric if study.search else None
     failing = {key: why for key, m in at.items() if (why := notes.failed_in_tuning(m, untrained, tuned))}
@@ -53,7 +53,7 @@ def conclude(
         [
             *notes.level(false_alarm, study.level),
             *notes.tuned_by(study.search, methods),
-            *notes.near_choices(methods, tuned),
+            *notes.near_choices(methods, study.search),
             *notes.extended_searches(study.search, methods),
             *(f"{cell_name(*at)} did best with {end}: it may do better beyond." for at, end in ends.items()),
             *notes.level_searches(methods),

@@ -22,11 +22,11 @@ def _cell(method: MethodRow) -> str:
     return cell_name(method["model"], method["task"], method["method"])
 
 
-def end_of_search(method: MethodRow) -> str:
+def end_of_search(method: MethodRow, search: Search | None) -> str:
     """Say which value chosen for a method lies at an end of what was tried: it might do better outside. "" if none
     does."""
-    means = _means(method)
-    best = [score for settings, score in means if settings == method["settings"]]
+    tried_with = _tried(method, search)
+    best = [score for settings, score in tried_with if settings == method["settings"]]
     for name, chosen in (method["settings"] or {}).items():
 
         def number(value: Any, name: str = name) -> Any:
@@ -37,15 +37,21 @@ def end_of_search(method: MethodRow) -> str:
         if len(set(tried)) <= 2 or value not in (ends := (min(tried), max(tried))):
             continue
         inside = [v for v in tried if v not in ends]
-        if not any(score in best for settings, score in means if number(settings.get(name)) in inside):
+        if not any(score in best for settings, score in tried_with if number(settings.get(name)) in inside):
             written = chosen if isinstance(chosen, str) else f"{value:g}"
             return f"the {'smallest' if value == ends[0] else 'largest'} {name} tried ({written})"
     return ""
 
 
-def _means(method: MethodRow) -> list[tuple[Settings, float]]:
-    """Return the settings that a method's search tried, with their mean scores."""
-    return mean_scores((t["settings"], t["score"]) for t in method["trials"])
+def _judged_by(method: MethodRow, search: Search | None) -> str:
+    return (search.metric if search else None) or method["metric"]
+
+
+def _tried(method: MethodRow, search: Search | None) -> list[tuple[Settings, float]]:
+    """Return the settings that a method's search tried, with the score that decided, higher is better."""
+    better = metrics.sign(_judged_by(method, search))
+    scores = ((t["settings"], None if t["score"] is None else better * t["score"]) for t in method["trials"])
+    return mean_scores(scores, search.decide if search else "mean")
 
 
 def level(false_alarm: float | None, allowed: float) -> Iterator[str]:
@@ -65,18 +71,19 @@ def level_here(false_alarm: float | None, allowed: float) -> Iterator[str]:
         yield f"Chance of any false alarm here: {false_alarm:.1%} with the noise of these runs, {most} at most."
 
 
-def near_choices(methods: Sequence[MethodRow], metric: str | None) -> Iterator[str]:
-    """Note methods whose search was decided by less than its noise. metric: of the search; None for the task's."""
+def near_choices(methods: Sequence[MethodRow], search: Search | None) -> Iterator[str]:
+    """Note methods whose search was decided by less than its noise."""
     near = []
     for m in methods:
-        judged = metric or m["metric"]
+        judged = _judged_by(m, search)
         figures = [s["score"] if judged == m["metric"] else (s["figures"] or {}).get(judged) for s in m["seeds"]]
         noise = np.array([v for v in figures if v is not None])
-        scores = np.array([mean for _, mean in _means(m)])
+        scores = np.array([score for _, score in _tried(m, search)])
         if len(scores) < 2 or len(noise) < 2:
             continue
         repeats = sum(t["settings"] == m["settings"] for t in m["trials"]) or 1
-        chance = other_choice(metrics.sign(judged) * scores, float(noise.std(ddof=1)) / math.sqrt(repeats))
+        worst = search is not None and search.decide == "worst"
+        chance = other_choice(scores, float(noise.std(ddof=1)), repeats, worst)
         if chance > 0.05:
             near.append(f"{_cell(m)} ({chance:.0%})")
     if near:
@@ -86,10 +93,15 @@ def near_choices(methods: Sequence[MethodRow], metric: str | None) -> Iterator[s
         )
 
 
-def other_choice(scores: NDArray[np.float64], deviation: float) -> float:
-    """Chance that a search with another seed has another best trial. Both searches have the noise of a run."""
-    drawn = np.random.default_rng(0).standard_normal((4000, len(scores)))
-    again = scores + math.sqrt(2) * deviation * drawn
+def other_choice(scores: NDArray[np.float64], deviation: float, repeats: int, worst: bool) -> float:
+    """Chance that a search with other seeds has another best trial. Both searches have the noise of a run, of which
+    each trial has `repeats`; their mean decides, or the worst."""
+    random = np.random.default_rng(0)
+    if worst:
+        ours, other = random.standard_normal((2, 4000, len(scores), repeats)).min(-1)
+        again = scores + deviation * (other - ours)
+    else:
+        again = scores + math.sqrt(2 / repeats) * deviation * random.standard_normal((4000, len(scores)))
     return float((again.argmax(1) != scores.argmax()).mean())
 
 

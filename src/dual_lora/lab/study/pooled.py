@@ -10,6 +10,7 @@ the test records of one task are taken as the same ones, so their parts add up a
 two methods were compared with a third one only, their difference varies no more than the sum of the two differences.
 
 The studies are taken as they are: the interval is for other seeds of them, and not for studies with other searches.
+Whether they agree is tested by their seeds (Alexander and Govern 1994: equal means without equal variances).
 
     δ = mean over all seeds ± √(t²[S - 1] seeds' part² + t²[N - 1] items' part²)       as in `statistics`
 
@@ -18,7 +19,8 @@ Across questions (tasks), in units of each margin: a mean with random effects, i
 
 import json
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,7 @@ class Pooled:
     """The answer to one question. asked: by which studies, and with how many seeds that no earlier one had.
 
     error: of the whole; bounded: whether the items' part is a bound as the two were compared with a third one only.
+    disagree_p: how likely studies with one true difference lie so far apart; None for one study.
     """
 
     question: str
@@ -53,6 +56,7 @@ class Pooled:
     asked: list[list[Any]]
     margin: float
     bounded: bool = False
+    disagree_p: float | None = None
     claimed: float | None = None
 
 
@@ -88,7 +92,23 @@ def pooled(question: str, asked: Sequence[tuple[Results, str, str]], margin: flo
     margin = margin or asked[0][0]["study"]["margin"][metric]
     bounded = any(bound for *_, bound in parts)
     p = stats.difference_p(s)
-    return Pooled(question, metric, s.difference, low, high, s.error, p, len(d), counted, margin, bounded)
+    return Pooled(
+        question, metric, s.difference, low, high, s.error, p, len(d), counted, margin, bounded, disagreement(by_seed)
+    )
+
+
+def disagreement(by_seed: Mapping[int, Sequence[tuple[float, int]]]) -> float | None:
+    """p of one mean behind all studies, from each seed's differences and the studies that have them.
+
+    Studies that share seeds are one there. None where fewer than two have two seeds, or no spread.
+    """
+    groups: dict[tuple[int, ...], list[float]] = {}
+    for had in by_seed.values():
+        groups.setdefault(tuple(k for _, k in had), []).append(float(np.mean([difference for difference, _ in had])))
+    several = [group for group in groups.values() if len(group) > 1 and np.ptp(group) > 1e-9]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # scipy speaks of lost precision where the means are the same
+        return float(scipy_stats.alexandergovern(*several).pvalue) if len(several) > 1 else None
 
 
 def _method_row(results: Results, name: str, method: str) -> MethodRow:
@@ -143,6 +163,10 @@ def answered(questions: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {"questions": answers, "across": {"margins": mean, "low": low, "high": high, "of": len(drawn)}}
 
 
+def _apart(p: float | None) -> str:
+    return f"; its studies disagree, p {p:.2g}" if p is not None and p < 0.05 else ""
+
+
 def main(arguments: list[str]) -> int:
     """Write the answers next to the questions, and print them."""
     file = Path(arguments[0])
@@ -150,7 +174,7 @@ def main(arguments: list[str]) -> int:
     write_json(file.with_name("pooled.json"), found)
     for a in found["questions"]:
         print(f"{a['question']}: {a['metric']} {a['difference']:+.4f} [{a['low']:+.4f}, {a['high']:+.4f}], "
-              f"{a['seeds']} seeds, p {a['p']:.2g}")  # fmt: skip
+              f"{a['seeds']} seeds, p {a['p']:.2g}{_apart(a['disagree_p'])}")  # fmt: skip
     print(json.dumps(found["across"]))
     return 0
 

@@ -95,10 +95,17 @@ def error_parts(d: Table) -> tuple[Table, Table, Table]:
     left = d - rows[..., :, None] - columns[..., None, :] + mean[..., None, None]
     rest = (left**2).sum((-2, -1)) / ((S - 1) * (N - 1))
     error, seed_error = standard_errors(seeds, items, rest, S, N)
-    # Two seeds that agree on every item do not show that others would: as in `spread`, one of them might have had 0.
-    # Of three and more so few do by luck that the level holds without that.
-    unseen = np.where((S == 2) & (seeds + rest <= 1e-20 * items), np.abs(mean) / S, 0.0)
+    unseen = unseen_error(mean, seeds + rest <= 1e-20 * items, S)
     return mean, np.hypot(error, unseen), np.hypot(seed_error, unseen)
+
+
+def unseen_error(mean: Table, agree: NDArray[np.bool_], S: int) -> Table:
+    """The seeds' error of means [...] where two seeds `agree` on every item, else 0.
+
+    That does not show that others would: as in `spread`, one of them might have had 0. Of three and more so few agree
+    by luck that the level holds without it.
+    """
+    return np.where((S == 2) & agree, np.abs(mean) / S, 0.0)
 
 
 def standard_errors(seeds: Table, items: Table, rest: Table, S: int, N: int) -> tuple[Table, Table]:
