@@ -672,6 +672,9 @@ def test_names_of_what_is_packed_as_published_models_have_them():
         ({"vision_config": {"model_args": {"checkpoint_path": "a.pth"}}}, "by which timm would load files"),
         ({"vision_config": {"architecture": "hf-hub:somebody/else"}}, "by which timm would load files"),
         ({"backbone": "local-dir:/home"}, "by which timm would load files"),
+        ({"model_type": "detr", "backbone": "somebody/else"}, "transformers may ask the hub"),
+        ({"vision_config": {"model_type": "detr", "backbone": "resnet50"}}, "transformers may ask the hub"),
+        ({"vision_config": {"backbone": "somebody/else"}}, "transformers may ask the hub"),
         (by_torchao(SAVED), "which torchao might call"),
         ({"text_config": by_torchao({"_type": "FqnToConfig", "_data": {"of": [SAVED]}})}, "which torchao might call"),
         ({"num_hidden_layers": 10**6}, "has num_hidden_layers 1,000,000, expected at most 1,000"),
@@ -721,6 +724,9 @@ def test_a_part_that_timm_builds_may_have_sizes():
 
     own = {"depth": 23, "img_size": [448, 448], "global_pool": "", "act_layer": "gelu", "init_values": 0.1}
     check_parts({"vision_config": {"architecture": "vit_pe_core_large_patch14_336", "model_args": own}})
+    check_parts({"vision_config": {"model_type": "timm_backbone", "backbone": "resnet50"}})
+    check_parts({"vision_config": {"model_type": "detr", "backbone": "r", "backbone_config": {"model_type": "resnet"}}})
+    check_parts({"model_type": "llama", "backbone": "a word of its own"})
     for key, value in (("pretrained_cfg", {"file": "a.pth"}), ("cache_dir", "."), ("block", ["a/b"])):
         with pytest.raises(ValueError, match="by which timm would load files"):
             check_parts({"vision_config": {"model_args": own | {key: value}}})

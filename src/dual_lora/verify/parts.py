@@ -1,7 +1,8 @@
 """A check of what a model's config.json names and another library than transformers builds: its parts, its packing.
 
 Of a vision tower by timm, transformers hands on whatever stands in `model_args`, and timm opens what they name: its
-earlier versions by pickle. Its names of architectures may lead to the hub, or to a folder anywhere.
+earlier versions by pickle. Its names of architectures may lead to the hub, or to a folder anywhere. Of a detector's
+`backbone`, transformers asks the hub whether it is a repository, and takes the configuration that it finds there.
 
 torchao calls what `quant_type` names, with the arguments that stand there: any class or function that one of its
 modules has, and for a torch.dtype it takes any function of torch, such as `torch.save`.
@@ -38,6 +39,27 @@ def check_parts(values: Mapping[str, Any]) -> None:
             )
         if name == PACKING:
             _check_packing(value)
+    for section in _sections_in(values):
+        if section.get("backbone") and section.get("backbone_config") is None and _asks_for_it(section, values):
+            raise ValueError(
+                f"its config.json has backbone {section['backbone']!r:.200}, for which transformers may ask the hub. "
+                "Nothing was loaded: write the configuration itself, as backbone_config."
+            )
+
+
+def _sections_in(values: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    yield values
+    yield from (value for _, value in settings_in(values) if isinstance(value, Mapping))
+
+
+def _asks_for_it(section: Mapping[str, Any], whole: Mapping[str, Any]) -> bool:
+    """Whether a backbone may be sought on the hub: timm's own is not, nor a word of a whole model that has none."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+
+    kind = section.get("model_type")
+    if section is not whole or not isinstance(kind, str) or kind not in CONFIG_MAPPING_NAMES:
+        return kind != "timm_backbone"
+    return "backbone_config" in CONFIG_MAPPING[kind].sub_configs
 
 
 def _check_packing(value: Any) -> None:
