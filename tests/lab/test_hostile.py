@@ -638,6 +638,22 @@ def packed(*names):
     }
 
 
+def by_torchao(kind):
+    return {"quantization_config": {"quant_method": "torchao", "quant_type": {"default": kind}}}
+
+
+# What torchao has by these names calls torch.save, with any file of the user's.
+SAVED = {
+    "_type": "_replace_with_custom_fn_if_matches_filter",
+    "_data": {
+        "model": "anything",
+        "replacement_fn": {"_type": "torch.dtype", "_data": "save"},
+        "filter_fn": {"_type": "torch.dtype", "_data": "FatalError"},
+        "extra_args": ["/home/me/thesis.tex"],
+    },
+}
+
+
 def test_names_of_what_is_packed_as_published_models_have_them():
     from dual_lora.lab.model.location import check_searched
 
@@ -656,6 +672,11 @@ def test_names_of_what_is_packed_as_published_models_have_them():
         ({"vision_config": {"model_args": {"checkpoint_path": "a.pth"}}}, "by which timm would load files"),
         ({"vision_config": {"architecture": "hf-hub:somebody/else"}}, "by which timm would load files"),
         ({"backbone": "local-dir:/home"}, "by which timm would load files"),
+        ({"model_type": "detr", "backbone": "somebody/else"}, "transformers may ask the hub"),
+        ({"vision_config": {"model_type": "detr", "backbone": "resnet50"}}, "transformers may ask the hub"),
+        ({"vision_config": {"backbone": "somebody/else"}}, "transformers may ask the hub"),
+        (by_torchao(SAVED), "which torchao might call"),
+        ({"text_config": by_torchao({"_type": "FqnToConfig", "_data": {"of": [SAVED]}})}, "which torchao might call"),
         ({"num_hidden_layers": 10**6}, "has num_hidden_layers 1,000,000, expected at most 1,000"),
         ({"num_labels": 10**8}, "has num_labels 100,000,000"),
         ({"intermediate_size": 10**8}, "has intermediate_size 100,000,000, expected at most 1,000,000"),
@@ -681,12 +702,31 @@ def test_a_models_settings_fetch_no_code_and_have_an_end(values, said, tiny_lm, 
             attempt()
 
 
+def test_what_torchao_packed_is_no_call():
+    """The settings of torchao's own writer pass, and no function of torch's in the place of a number's type."""
+    from dual_lora.verify.parts import check_parts
+
+    plain = {"_type": "Float8WeightOnlyConfig", "_version": 2, "_data": {
+        "weight_dtype": {"_type": "torch.dtype", "_data": "float8_e4m3fn"},
+        "granularity": [{"_type": "PerRow", "_data": {"dim": -1}}],
+        "mapping_type": {"_type": "MappingType", "_data": "SYMMETRIC"},
+    }}  # fmt: skip
+    check_parts(by_torchao({"_type": "FqnToConfig", "_data": {"fqn_to_config": {"_default": plain}}}))
+    for name in ("save", "no such type", None):
+        plain["_data"]["weight_dtype"]["_data"] = name
+        with pytest.raises(ValueError, match="which torchao might call"):
+            check_parts(by_torchao({"_type": "FqnToConfig", "_data": {"fqn_to_config": {"_default": plain}}}))
+
+
 def test_a_part_that_timm_builds_may_have_sizes():
     """As published models have them, such as PerceptionLM."""
     from dual_lora.verify.parts import check_parts
 
     own = {"depth": 23, "img_size": [448, 448], "global_pool": "", "act_layer": "gelu", "init_values": 0.1}
     check_parts({"vision_config": {"architecture": "vit_pe_core_large_patch14_336", "model_args": own}})
+    check_parts({"vision_config": {"model_type": "timm_backbone", "backbone": "resnet50"}})
+    check_parts({"vision_config": {"model_type": "detr", "backbone": "r", "backbone_config": {"model_type": "resnet"}}})
+    check_parts({"model_type": "llama", "backbone": "a word of its own"})
     for key, value in (("pretrained_cfg", {"file": "a.pth"}), ("cache_dir", "."), ("block", ["a/b"])):
         with pytest.raises(ValueError, match="by which timm would load files"):
             check_parts({"vision_config": {"model_args": own | {key: value}}})

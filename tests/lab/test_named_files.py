@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.load import load_model, load_tokenizer
-from dual_lora.lab.model.location import locate
+from dual_lora.lab.model.location import Location, locate
 from dual_lora.lab.model.named_files import MADE
 from dual_lora.lab.model.opened import open_tuned
 from dual_lora.lab.model.tokenizer_rules import check_rules
@@ -83,6 +83,34 @@ def test_nor_do_its_special_tokens(base, secret):
         load_tokenizer(str(base))
 
 
+@pytest.mark.parametrize(
+    ("file", "values"),
+    [
+        ("tokenizer_config.json", {"gguf_file": "mine.gguf", "subfolder": "../elsewhere"}),
+        ("tokenizer_config.json", {"cache_dir": "/home/me"}),
+        ("tokenizer_config.json", {"token": "hf_theirs"}),
+        ("special_tokens_map.json", {"name_or_path": "somebody/else"}),
+        ("special_tokens_map.json", {"is_local": False}),
+        ("special_tokens_map.json", {"local_files_only": False}),
+        ("special_tokens_map.json", {"tokenizer_file": "/home/me/tokenizer.json"}),
+        ("special_tokens_map.json", {"gguf_file": "mine.gguf"}),
+    ],
+)
+def test_nor_is_it_sought_in_another_place(file, values, base):
+    """transformers passes on to the hub's client, and to its reader of GGUF, what a tokenizer's settings have."""
+    path = base / file
+    settings(path, **(json.loads(path.read_text()) if path.is_file() else {}), **values)
+    with pytest.raises(UserError, match=rf"{file} of .* has {next(iter(values))} .*sought in another place"):
+        load_tokenizer(str(base))
+
+
+def test_nor_is_the_hub_asked_for_a_part_of_its_configuration(base):
+    """Next to an adapter's tokenizer, transformers builds whatever a config.json describes."""
+    settings(base / "config.json", model_type="detr", backbone="somebody/else")
+    with pytest.raises(UserError, match="transformers may ask the hub"):
+        load_tokenizer(str(base), Location(str(base)))
+
+
 def test_nor_settings_that_are_too_long_to_be_looked_at(base, secret):
     only_settings(base, vocab=secret)
     os.truncate(base / "tokenizer_config.json", 200_000_001)
@@ -95,6 +123,7 @@ def test_a_tokenizer_saved_by_an_older_transformers_is_read(base, secret, monkey
     monkeypatch.chdir(os.path.dirname(secret))
     settings(
         base / "tokenizer_config.json", tokenizer_file=secret, special_tokens_map_file=secret, name_or_path=secret,
+        is_local=False, local_files_only=False, cache_dir=None, token=False,
         padding_side="right", x_token="mine", vocab_file=str(base / "tokenizer.json"),
     )  # fmt: skip
     assert load_tokenizer(str(base))("fire").input_ids

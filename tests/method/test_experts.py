@@ -2,11 +2,13 @@
 
 import copy
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import get_peft_model
 from tiny import EXPERTS, GROUPED, MIXTURES, mixture
+from torch import nn
 
 from dual_lora import DualLoraConfig
 from dual_lora.core import whole
@@ -39,6 +41,34 @@ def test_only_routed_experts_are_composed(layout, implementation, monkeypatch):
     with torch.no_grad():
         model(IDS[:, :1])  # one token goes to two of six experts, in two tensors
     assert len(composed) == 4
+
+
+class Masked(nn.Module):
+    """Somebody's own experts, whose `selected_experts` is what the test gives: here no list of the parameter's ids."""
+
+    def __init__(self):
+        super().__init__()
+        self.W = nn.Parameter(torch.randn(4, 5, 3))
+
+    def forward(self, x, selected_experts):
+        every = torch.einsum("eoi,ti->teo", self.W, x)
+        mask = selected_experts if selected_experts.shape[1] == 4 else (selected_experts % 4).eq(1)
+        return (every * mask[:, :, None]).sum(1)
+
+
+@pytest.mark.parametrize("kind", ["mask", "whole numbers", "ids of others"])
+def test_a_router_s_argument_of_another_meaning_leaves_no_expert_out(kind):
+    """A mask of 0 and 1 is no list of two experts."""
+    torch.manual_seed(0)
+    base = nn.Sequential()
+    base.add_module("experts", Masked())
+    model = get_peft_model(base, DualLoraConfig(target_modules=[], target_parameters=["experts.W"], init_weights=False))
+    layer = model.base_model.model.experts
+    mask = torch.tensor([[0, 0, 1, 1], [0, 1, 0, 1]])
+    chosen = {"mask": mask.bool(), "whole numbers": mask, "ids of others": torch.tensor([[5], [9]])}[kind]
+    x = torch.randn(2, 3)
+    expected = Masked.forward(SimpleNamespace(W=layer.get_param() + layer.get_delta_weight("default")), x, chosen)
+    torch.testing.assert_close(layer(x, chosen), expected)
 
 
 @pytest.mark.parametrize("implementation", ["eager", WITH_GROUPS])

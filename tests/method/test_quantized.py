@@ -262,6 +262,28 @@ def test_a_copy_reads_its_own_weight(kind):
         torch.testing.assert_close(x.grad, dx, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("other", ["full weights", "nf4", "int8"])
+def test_a_base_that_a_script_exchanges_is_the_one_that_is_read(other):
+    """As scripts do that quantise a base anew, or put the full weights back for the last steps."""
+    model, layer, _ = wrapped("nf4 nested")
+    x = torch.randn(4, I)
+    model(x)
+    old, new = layer.base_layer, nn.Linear(I, O) if other == "full weights" else KINDS[other]()
+    if other == "nf4":
+        new.weight.data = new.weight.data.flip(0)
+    layer.base_layer = new
+    expected = new(x) + linear(x, layer.get_delta_weight("default"))
+    torch.testing.assert_close(model(x), expected, atol=1e-4, rtol=1e-4)
+    if other == "full weights":
+        model(x).sum().backward()
+        assert new.weight.grad is not None
+        model.merge_adapter()
+        torch.testing.assert_close(model(x), expected, atol=1e-4, rtol=1e-4)
+        model.unmerge_adapter()
+    layer.base_layer = old
+    torch.testing.assert_close(model(x), old(x) + linear(x, layer.get_delta_weight("default")), atol=1e-4, rtol=1e-4)
+
+
 def test_the_whole_weight_never_stands_in_memory(monkeypatch):
     model, layer, _ = wrapped("nf4 nested")
     monkeypatch.setattr(blocked, "CPU", blocked.Sizes(tile=16 * I, block=16 * I * 4))

@@ -51,6 +51,18 @@ def test_one_thread_may_nest():
     assert isinstance(linear.bias, nn.Parameter)
 
 
+@pytest.mark.parametrize("kind", [nn.utils.spectral_norm, nn.utils.weight_norm])
+def test_a_hook_that_writes_the_weight_in_every_call_is_an_error(kind):
+    """Such a hook would put the base's weight in the place of W + ΔW, and the adapter would have no effect."""
+    attention = nn.ModuleDict({"it": nn.MultiheadAttention(4, 2)})
+    model = get_peft_model(attention, DualLoraConfig(target_modules=["it"], init_weights=False))
+    layer, x = model.base_model.model["it"], torch.randn(3, 1, 4)
+    layer(x, x, x)
+    kind(layer.get_base_layer(), "in_proj_weight")
+    with pytest.raises(RuntimeError, match="hook"):
+        layer(x, x, x)
+
+
 class Normed(nn.Linear):
     """A base with a forward of its own."""
 

@@ -6,12 +6,13 @@ import gc
 import gzip
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from stand_in import File, Request, asked, files_of, main_of, started
+from stand_in import File, Refused, Request, asked, files_of, main_of, started
 
 from dual_lora.serving import by_name, vllm_endpoint
 from dual_lora.serving.by_name import ByName
@@ -201,6 +202,49 @@ def test_a_path_that_leads_nowhere_swaps_nothing(behind, server):
         return at_first, (await server.ask({"model": "b"}))[1][1]
 
     assert asyncio.run(go()) == (server.other if behind else server.one, server.other)
+
+
+@pytest.mark.parametrize(
+    ("option", "variable", "keys"),
+    [
+        (["one", "two"], "three", ["one", "two"]),
+        (None, "three", ["three"]),
+        ([""], "three", []),
+        ("one", None, ["one"]),
+        (None, None, []),
+    ],
+)
+def test_the_server_s_key_is_asked_for_on_every_path(option, variable, keys, tmp_path, monkeypatch):
+    """vLLM asks for it below /v1 alone in many versions: anybody else could use the model by `/invocations`, and have
+    the server swap."""
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    if variable:
+        monkeypatch.setenv("VLLM_API_KEY", variable)
+    server = Server(tmp_path, args=SimpleNamespace(api_server_count=1, api_key=option))
+    server.names({"b": server.other})
+    assert server.endpoint.keys == set(keys)
+    added = []
+    app = SimpleNamespace(add_api_route=lambda *_, **__: None, add_middleware=lambda *_, **with_: added.append(with_))
+    monkeypatch.setitem(sys.modules, "fastapi", SimpleNamespace(HTTPException=Refused, Request=Request))
+    server.endpoint.attach_router(app)
+    server.app = ByName(server.answer, **added[0])
+
+    def ask(*headers, **other):
+        return asyncio.run(server.ask({"model": "b"}, path="/invocations", more=headers, **other))
+
+    wrong = [b"", b"Bearer", b"Bearer ", b"Bearer four", b"Basic one", b"one", b"Bearer one two", b"Bearer \xff"]
+    for told in [[], *([(b"authorization", each)] for each in wrong)]:
+        status, said = ask(*told)
+        assert status == (401 if keys else 200)
+        if keys:
+            assert "needs the server's key" in said["error"]["message"]
+            assert server.engine.asked == []
+            assert server.pieces == 0, "nothing was read"
+    for key in keys:
+        assert ask((b"authorization", f"bearer {key}".encode()))[1][1] == server.other
+    assert ask(method="GET")[0] == 200
+    server.endpoint.keys.add("schlüssel")
+    assert ask((b"authorization", "Bearer schlüssel".encode("latin-1")))[0] == 200
 
 
 @pytest.mark.parametrize("model", ["b", "m"])

@@ -21,17 +21,17 @@ _number_of_modes = torch._C._len_torch_function_stack
 
 def own(*forwards: Any) -> tuple[Any, ...]:
     """Return those forwards that are the library's own, and not what was put into its class before this import."""
-    return tuple(f for f in forwards if _home(f).startswith(("torch.nn.modules.", "transformers.pytorch_utils")))
+    return tuple(f for f in forwards if home(f).startswith(("torch.nn.modules.", "transformers.pytorch_utils")))
 
 
-def _home(function: Any) -> str:
+def home(function: Any) -> str:
     """Return the name of the module that a function's code is from, which `functools.wraps` does not change."""
     return str(getattr(function, "__globals__", {}).get("__name__", ""))
 
 
 _FUNCTIONS = vars(nn.functional)
 _OWN_FUNCTIONS = {  # None for one that was replaced before this import
-    name: found if type(found) is BuiltinFunctionType or _home(found) == "torch.nn.functional" else None
+    name: found if type(found) is BuiltinFunctionType or home(found) == "torch.nn.functional" else None
     for name, found in _FUNCTIONS.items()
     if name in ("linear", "embedding")
 }
@@ -40,7 +40,7 @@ _OWN_FUNCTIONS = {  # None for one that was replaced before this import
 def is_replaced(function: str) -> bool:
     """Whether somebody's own code replaces a function of `torch.nn.functional`, or a mode acts on its calls."""
     found = _FUNCTIONS[function]
-    if found is not _OWN_FUNCTIONS[function] and not _home(found).startswith("deepspeed."):  # which takes less memory
+    if found is not _OWN_FUNCTIONS[function] and not home(found).startswith("deepspeed."):  # which takes less memory
         return True
     if torch.compiler.is_compiling():
         return False

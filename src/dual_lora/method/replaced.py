@@ -19,6 +19,8 @@ def replaced(module: nn.Module, values: Mapping[str, Any]) -> Iterator[None]:
 
     The parameters themselves, their order and other references to them do not change. Threads take turns: a thread that
     enters while another is inside would find the other's value, and later restore that instead of the parameter.
+
+    Raises RuntimeError if something else writes the attribute inside the block: the value would have had no effect.
     """
     with turn(module):
         slots = [_slot(module, name, value) for name, value in values.items()]
@@ -27,6 +29,8 @@ def replaced(module: nn.Module, values: Mapping[str, Any]) -> Iterator[None]:
             home[key] = value
         try:
             yield
+            if not torch.compiler.is_compiling():
+                _refuse_overwritten(module, slots)
         finally:
             for (home, key, _), old in zip(slots, before, strict=True):
                 if old is _ABSENT:
@@ -36,6 +40,18 @@ def replaced(module: nn.Module, values: Mapping[str, Any]) -> Iterator[None]:
 
 
 _ABSENT = object()
+
+
+def _refuse_overwritten(module: nn.Module, slots: list[tuple[dict[str, Any], str, Any]]) -> None:
+    """Raise RuntimeError for a value that is not in its place any more."""
+    for home, key, value in slots:
+        if home.get(key, _ABSENT) is not value:
+            raise RuntimeError(
+                f"A hook of {type(module).__name__} writes its {key!r} in every call (weight_norm, spectral_norm or "
+                "pruning of the kind that works by hooks) over W + ΔW: the adapter would have no effect. "
+                "Apply such a norm by torch.nn.utils.parametrizations, make a pruning permanent "
+                "(torch.nn.utils.prune.remove), or take the hook away."
+            )
 
 
 def original(module: nn.Module, name: str) -> Any:

@@ -5,6 +5,8 @@ An ASGI middleware around vLLM's own routes, for which one set of weights is all
 
 import asyncio
 import functools
+import hashlib
+import hmac
 import json
 import time
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
@@ -21,7 +23,8 @@ PATIENCE = 60.0  # seconds: who does not read an answer for so long, in all, wou
 
 
 class ByName:
-    """names: of adapters, as requests give them in `model`. own: the path below which our own routes lie.
+    """names: of adapters, as requests give them in `model`. own: the path below which our own routes lie. keys: the
+    server's, of which a request that may reach the model has to have one, whatever its path; none: nobody needs one.
 
     Every POST with a body takes a turn, whatever its route: one of which nothing is known here may reach the model.
     One that names no adapter (a served name of the base) has the turn of None. While adapters have names, only JSON is
@@ -29,8 +32,8 @@ class ByName:
     and has no end of its own, is closed.
     """
 
-    def __init__(self, app: Any, turns: Turns, names: Collection[str], own: str):
-        self.app, self.turns, self.names, self.own = app, turns, names, own
+    def __init__(self, app: Any, turns: Turns, names: Collection[str], own: str, keys: Collection[str] = ()):
+        self.app, self.turns, self.names, self.own, self.keys = app, turns, names, own, keys
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
@@ -40,6 +43,9 @@ class ByName:
             return
         if not self._may_reach_the_model(scope):
             await self.app(scope, receive, send)
+            return
+        if self.keys and not _has_key(scope, self.keys):
+            await _refuse(send, 401, "The request needs the server's key: Authorization: Bearer KEY.")
             return
         whole = await _read(receive)
         if whole is None:  # the client has gone
@@ -96,9 +102,17 @@ class ByName:
         return scope["method"] == "POST" and has_body and not path.startswith(self.own) and _has_route(scope)
 
 
+def _has_key(scope: Message, keys: Collection[str]) -> bool:
+    """Whether a request has one of the keys. Many versions of vLLM look at those below /v1 alone."""
+    kind, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+    told = hashlib.sha256(given.decode("latin-1").encode()).digest()  # as vLLM reads it
+    same = [hmac.compare_digest(told, hashlib.sha256(key.encode()).digest()) for key in keys]
+    return kind.lower() == b"bearer" and any(same)
+
+
 def _has_route(scope: Message) -> bool:
-    """Whether the server may do more with a request than refuse it. vLLM asks for its key below /v1 alone: without a
-    look at the routes, anybody could have adapters swapped by a path that leads nowhere."""
+    """Whether the server may do more with a request than refuse it. Otherwise a path that leads nowhere would have
+    adapters swapped."""
     app = scope.get("app")
     layers = getattr(app, "user_middleware", None)
     if app is None or not layers or layers[-1].cls is not ByName:  # the one behind this one may answer by itself

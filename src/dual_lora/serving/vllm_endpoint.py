@@ -8,6 +8,7 @@ if the user asks for them: `VLLM_PLUGINS=dual_lora vllm serve …`.
 
 import asyncio
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -34,9 +35,11 @@ class AdapterEndpoint:
 
     def __init__(self) -> None:
         self.served = ServedAdapters()
+        self.keys: set[str] = set()
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Called by vLLM once the engine runs."""
+        self.keys.update(_keys_of(args))
         if engine_client is not None:
             processes = getattr(args, "api_server_count", 1) or 1
             await self.served.start(engine_client, state.openai_serving_models, processes)
@@ -58,7 +61,13 @@ class AdapterEndpoint:
             ("PUT", f"{NAMES_ROUTE}/{{name:path}}", routes.give_name_by_files),
         ):
             app.add_api_route(path, call, methods=[method], response_model=None)
-        app.add_middleware(ByName, turns=self.served.turns, names=self.served.named, own=OWN)
+        app.add_middleware(ByName, turns=self.served.turns, names=self.served.named, own=OWN, keys=self.keys)
+
+
+def _keys_of(args: Any) -> list[str]:
+    """The keys that vLLM takes: those of its option, or else that of its environment variable."""
+    given = getattr(args, "api_key", None) or [os.environ.get("VLLM_API_KEY")]
+    return [key for key in ([given] if isinstance(given, str) else given) if key]
 
 
 class _Routes:

@@ -22,6 +22,11 @@ ARGUMENTS = ("tokenizer_config.json", "special_tokens_map.json")  # of the token
 _NO_FILES = re.compile(
     r"(tokenizer_file|special_tokens_map_file|name_or_path|auto_map|chat_template|content|.*_(tokens?|side|class|type))"
 )
+# By these it would be sought in another place; and what transformers notes itself of where it lies, for which the
+# second kind of file would put something else.
+_SOUGHT, _NOTED = ("gguf_file", "cache_dir", "token", "proxies"), (
+    "name_or_path", "is_local", "local_files_only", "tokenizer_file",
+)  # fmt: skip
 _LONGEST = 4096  # characters of a path
 _TEMPLATE = re.compile(r"[\w\-][\w.\-]{0,99}")
 MOST_TEMPLATES = 100
@@ -32,17 +37,29 @@ MOST_SPECIAL = 10_000  # the time that they take grows with their square; publis
 
 
 def check_tokenizer_arguments(model: str, revision: str | None = None) -> None:
-    """Raise UserError for a tokenizer whose settings name a file outside of its folder, tokens without an end, or a
-    class that is no tokenizer.
+    """Raise UserError for a tokenizer whose settings name a file outside of its folder or another place to seek it,
+    tokens without an end, or a class that is no tokenizer.
 
     model: folder or hub name.
     """
     from huggingface_hub.constants import HF_HUB_CACHE
 
+    from dual_lora.verify.parts import check_parts  # late: it brings PEFT
+
     every = {name: _settings(model, name, revision) for name in ARGUMENTS}
     of_model = configuration(model, revision)
+    try:
+        check_parts(of_model)  # transformers reads it to find the tokenizer's class, in an adapter's folder too
+    except ValueError as error:
+        raise UserError(f"The folder {model}: {error}") from None
     for name, settings in every.items():
         _check_token_count(settings, f"{name} of {model}", of_model)
+        for key in _SOUGHT + _NOTED * (name == ARGUMENTS[1]):
+            if settings.get(key) or (key in settings and key in _NOTED):
+                raise UserError(
+                    f"{name} of {model} has {key} {settings[key]!r:.200}, by which the tokenizer would be sought in "
+                    f"another place. Nothing was read: remove {key}."
+                )
         for key, text in _texts_in(settings):
             if _is_outside(text, [model] + [HF_HUB_CACHE] * key.endswith("_file")):
                 raise UserError(

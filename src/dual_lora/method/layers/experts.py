@@ -23,10 +23,12 @@ from ...core.traced import is_exporting, is_traced
 from ..config import DualLoraConfig
 from ..layer import DualLoraLayer
 from ..parallel import sharded
+from ..plain import home
 from ..replaced import original, replaced
 from ..scaler import loss_scale
 
-# How transformers calls the experts that the router chose for every token.
+# How transformers calls the experts that the router chose for every token. In others' code the same name may stand for
+# a mask, or for ids that are not the parameter's.
 ROUTING_ARGUMENTS = ("top_k_index", "router_indices", "selected_experts", "routing_indices")
 
 
@@ -165,7 +167,7 @@ class ParamWrapper(DualLoraLayer):
 
     def _routing(self, base: nn.Module, args: Any, kwargs: Any) -> Tensor | None:
         """Return the argument with the experts of every token; None if there is none, and all have to be composed."""
-        if len(self._stored_shape()) == 2 or is_traced():
+        if len(self._stored_shape()) == 2 or is_traced() or not home(type(base).forward).startswith("transformers."):
             return None
         arguments = dict(zip(inspect.signature(base.forward).parameters, args, strict=False)) | kwargs
         for name in ROUTING_ARGUMENTS:

@@ -59,14 +59,28 @@ class QuantizedLinear(Linear):
     def _new_handle(self) -> Handle:
         """Make a handle that opens the weight at each pass, because libraries repack and replace it."""
         base: Any = self.base_layer
+        self._opened = (base,)  # in a tuple, or it would be a second child
         return handle(partial(row_source, base, self.quantization_backend), (base.out_features, base.in_features))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_handle"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_handle", "_opened")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._handle = self._new_handle()  # a copy has a weight of its own
+
+    @torch._dynamo.disable
+    def _follow_base(self) -> None:
+        """Read from another base layer, which a script has put in the first one's place: one that it quantised in
+        another way, or one with the full weights, by which this becomes an ordinary linear layer."""
+        composed_weights.drop(self)
+        backend = find_backend(self.get_base_layer())
+        if backend is None:
+            self.__class__ = Linear  # type: ignore[assignment]
+            return
+        if type(backend) is not type(self.quantization_backend):
+            self.quantization_backend = backend
+        self._handle = self._new_handle()
 
     def _matrix_shape(self) -> tuple[int, int]:
         base: Any = self.get_base_layer()
@@ -76,6 +90,9 @@ class QuantizedLinear(Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As for every layer; raises NotImplementedError where an exported graph would have to dequantise."""
+        if self.base_layer is not self._opened[0] and not self.merged_adapters:
+            self._follow_base()
+            return type(self).forward(self, x, *args, **kwargs)
         if is_exporting() and not isinstance(self.quantization_backend, ForwardOnlyQuantizationBackend):
             raise NotImplementedError(
                 f"A {self.quantization_backend.backend_name} layer cannot be exported with Dual LoRA on it: the graph "
@@ -143,6 +160,10 @@ class QuantizedLinear(Linear):
         return {} if weight is None else {"weight": weight}
 
     def _write_merged(self, names: list[str], safe_merge: bool) -> None:
+        if self.base_layer is not self._opened[0] and not self.merged_adapters:
+            self._follow_base()
+            type(self)._write_merged(self, names, safe_merge)
+            return
         backend: Any = self.quantization_backend
         if not self.merged_adapters:
             self._quantised_original = None
