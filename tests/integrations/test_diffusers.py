@@ -81,6 +81,30 @@ def test_offloading_by_groups_to_the_disk_brings_the_factors_back(kind, tmp_path
             torch.testing.assert_close(unet(x, 1).sample, expected, atol=1e-4, rtol=1e-4)
 
 
+class Scaled(torch.nn.Linear):
+    """A layer with a forward of its own, which gets W + ΔW in its weight's place where it can."""
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight * 1.0, self.bias)
+
+
+def test_an_offloaded_layer_with_a_forward_of_its_own_is_not_read_before_it_is_called(tmp_path):
+    from diffusers.hooks import apply_group_offloading
+    from peft import inject_adapter_in_model
+
+    from dual_lora import DualLoraConfig
+
+    model = torch.nn.Sequential(Scaled(16, 16))
+    inject_adapter_in_model(DualLoraConfig(r=4, init_weights=False, target_modules=["0"]), model)
+    x, cpu = torch.randn(3, 16), torch.device("cpu")
+    with torch.no_grad():
+        expected = model(x)
+        apply_group_offloading(model, cpu, cpu, offload_type="leaf_level", offload_to_disk_path=str(tmp_path))
+        base = model[0].base_layer
+        base.weight.data.fill_(7.0)  # as freed memory may hold anything
+        torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_a_name_in_a_file_is_no_pattern():
     """The names in a stranger's file are looked for as they are: some patterns are searched without an end."""
     from peft.utils.other import get_pattern_key
