@@ -105,6 +105,13 @@ PATCHES = (
         "diffusers makes a LoraConfig of every file.",
         "diffusers: configurations by `peft_type`",
     ),
+    Patch(
+        "diffusers.hooks.group_offloading",
+        "dual_lora.method.diffusers_files:connect_group_offloading",
+        ("diffusers.hooks.group_offloading:_find_parent_module_in_module_dict",),
+        "diffusers loads a parameter when the module that holds it is called, and a dictionary never is.",
+        "diffusers: the nearest module that has a forward",
+    ),
 )
 
 

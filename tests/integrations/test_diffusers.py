@@ -54,6 +54,57 @@ def test_diffusers_own_interface(example, tmp_path):
     assert torch.allclose(prediction(loaded), adapted, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["leaf_level", "block_level"])
+def test_offloading_by_groups_to_the_disk_brings_the_factors_back(kind, tmp_path):
+    """Between two calls the memory of what is offloaded holds whatever it holds."""
+    from diffusers.hooks import apply_group_offloading
+    from peft import inject_adapter_in_model
+
+    from dual_lora import DualLoraConfig
+
+    unet = diffusers.UNet2DModel(
+        sample_size=8,
+        block_out_channels=(32,),
+        layers_per_block=1,
+        down_block_types=["AttnDownBlock2D"],
+        up_block_types=["AttnUpBlock2D"],
+        norm_num_groups=8,
+    )
+    inject_adapter_in_model(DualLoraConfig(r=4, init_weights=False, target_modules=["to_q", "to_k", "conv1"]), unet)
+    x = torch.randn(1, 3, 8, 8)
+    with torch.no_grad():
+        expected = unet(x, 1).sample
+        blocks = {"num_blocks_per_group": 1} if kind == "block_level" else {}
+        cpu = torch.device("cpu")
+        apply_group_offloading(unet, cpu, cpu, offload_type=kind, offload_to_disk_path=str(tmp_path), **blocks)
+        for _ in range(2):
+            torch.testing.assert_close(unet(x, 1).sample, expected, atol=1e-4, rtol=1e-4)
+
+
+class Scaled(torch.nn.Linear):
+    """A layer with a forward of its own, which gets W + ΔW in its weight's place where it can."""
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight * 1.0, self.bias)
+
+
+def test_an_offloaded_layer_with_a_forward_of_its_own_is_not_read_before_it_is_called(tmp_path):
+    from diffusers.hooks import apply_group_offloading
+    from peft import inject_adapter_in_model
+
+    from dual_lora import DualLoraConfig
+
+    model = torch.nn.Sequential(Scaled(16, 16))
+    inject_adapter_in_model(DualLoraConfig(r=4, init_weights=False, target_modules=["0"]), model)
+    x, cpu = torch.randn(3, 16), torch.device("cpu")
+    with torch.no_grad():
+        expected = model(x)
+        apply_group_offloading(model, cpu, cpu, offload_type="leaf_level", offload_to_disk_path=str(tmp_path))
+        base = model[0].base_layer
+        base.weight.data.fill_(7.0)  # as freed memory may hold anything
+        torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_a_name_in_a_file_is_no_pattern():
     """The names in a stranger's file are looked for as they are: some patterns are searched without an end."""
     from peft.utils.other import get_pattern_key

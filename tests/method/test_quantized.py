@@ -280,6 +280,7 @@ def test_a_base_that_a_script_exchanges_is_the_one_that_is_read(other):
         model.merge_adapter()
         torch.testing.assert_close(model(x), expected, atol=1e-4, rtol=1e-4)
         model.unmerge_adapter()
+        torch.testing.assert_close(copy.deepcopy(layer)(x), expected, atol=1e-4, rtol=1e-4)
     layer.base_layer = old
     torch.testing.assert_close(model(x), old(x) + linear(x, layer.get_delta_weight("default")), atol=1e-4, rtol=1e-4)
 

@@ -1,4 +1,4 @@
-"""Patch diffusers' functions that save and load an adapter, which know LoRA's names only.
+"""Patch diffusers' functions that save, load and offload an adapter, which know LoRA's names and modules only.
 
 Scripts hold these functions by name, often from before this package was imported. So the functions' code is replaced,
 not the name in their module. diffusers' files without metadata have no α, so α is saved next to the factors. In a file
@@ -8,6 +8,7 @@ without both, α is that of `lora_alpha` = rank, as for LoRA.
 import re
 import types
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -96,3 +97,19 @@ def connect_loading() -> None:
     from diffusers.utils import peft_utils
 
     patch_in_place(peft_utils._create_lora_config, "make_configuration")
+
+
+def connect_group_offloading() -> None:
+    """Let diffusers' offloading by leaves load factors when their layer is called, once its module has been imported.
+
+    It hooks the module that holds a parameter. Factors are held by dictionaries, which nobody calls.
+    """
+    from diffusers.hooks import group_offloading
+
+    find: Callable[..., str] = group_offloading._find_parent_module_in_module_dict
+
+    @wraps(find)
+    def parent(name: str, modules: Any) -> str:
+        return find(name.partition(_MARK)[0], modules)
+
+    group_offloading._find_parent_module_in_module_dict = parent  # type: ignore[assignment]

@@ -158,6 +158,8 @@ class MapLayer(DualLoraLayer):
         weight: Any = self.base_layer._parameters.get("weight")
         if weight is None or weight.is_meta or not weight.numel() or sharded.is_sharded(weight):  # offloaded, ZeRO-3
             return False
+        if "_diffusers_hook" in vars(self.base_layer):  # which may load the weight only once the layer is called
+            return False
         # Of a weight of its own kind a library's forward would quantise the sum again (optimum-quanto).
         return weight.is_floating_point() and weight.dtype.itemsize > 1 and not is_foreign_tensor(weight)
 

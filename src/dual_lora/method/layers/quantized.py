@@ -76,6 +76,7 @@ class QuantizedLinear(Linear):
         composed_weights.drop(self)
         backend = find_backend(self.get_base_layer())
         if backend is None:
+            del self._handle, self._opened
             self.__class__ = Linear  # type: ignore[assignment]
             return
         if type(backend) is not type(self.quantization_backend):
