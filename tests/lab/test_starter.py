@@ -124,6 +124,18 @@ def test_a_first_recipe_holds_no_text_out_that_it_trains_on(tmp_path, tiny_encod
     assert "overlap" not in call("check-data", "x2.yaml")[1]
 
 
+def test_a_first_recipe_for_a_text_counts_records_as_a_run_does(tmp_path, tiny_lm, call, monkeypatch):
+    """A file of sentences is one text, of which nothing can be held out."""
+    monkeypatch.chdir(tmp_path)
+    Path("diary.txt").write_text("".join(f"the sea is red ? {i}\n" for i in range(60)))
+    code, out, err = call("recipes", "init", "x.yaml", "--data", "diary.txt", "--base", tiny_lm)
+    assert code == 0, err
+    assert "1, too few to hold any out" in out
+    assert call("check-data", "x.yaml")[0] == 0
+    code, _, err = call("train", "x.yaml", "--train.steps", 1)
+    assert code == 0, err
+
+
 def test_a_name_with_blanks_becomes_a_folders(table, tiny_encoder, call):
     code, _, err = call("recipes", "init", "my ü recipe.yaml", "--data", table.name, "--base", tiny_encoder)
     assert code == 0, err
