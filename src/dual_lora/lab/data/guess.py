@@ -28,6 +28,9 @@ NAMES = {
     "text_pair": ("text_pair", "sentence2", "hypothesis", "text2"),
 }
 FIRST_OF_PAIR = ("sentence1", "premise", "text1")
+NUMBERED = re.compile(r"(.*?[^\W\d])(_?)(1|2|(?<=_)[ab])")  # question1 and question2, text_a and text_b
+SECOND = {"1": "2", "a": "b"}
+COMMA = re.compile(r"[-+]?\d+,\d+")  # a number, as many languages write it
 # How a person names the columns: of `recipes init`, of a command without such options, and of those with a recipe's.
 INIT_OPTIONS = "--text and --label, or --prompt and --answer"
 OTHER_COMMAND = f"`dual-lora recipes init` takes {INIT_OPTIONS}"
@@ -71,15 +74,34 @@ def guess(records: list[Record], given: Mapping[str, str] | None = None, options
         return Guess("preference", "causal", {}, names)
     if not given and {"instruction", "output"} <= set(names):
         return _guess_of("instruction", "causal", found, names, ("instruction", "output"))
-    first = _first_known(names, FIRST_OF_PAIR)
-    if found["text_pair"] and first and "text" not in given:
-        found["text"] = first
+    first, second = _pair(seen, names, found)
+    if second and "text" not in given:
+        found |= {"text": first, "text_pair": second}
     labelled = _labelled(seen, found, names, given)
     if labelled is not None:
         return labelled
     if found["prompt"] and found["answer"] and found["prompt"] != found["answer"]:
         return _guess_of("prompt", "causal", found, names, ("prompt", "answer"))
-    return _by_values(seen, names, found["text"]) or _refuse_unclear(names, options)
+    return _by_values(seen, names, found) or _refuse_unclear(names, options)
+
+
+def _pair(seen: list[Record], names: list[str], found: Mapping[str, str]) -> tuple[str, str]:
+    """The two columns of texts that are compared: by a name that is known, or by a name of two numbers."""
+    first = _first_known(names, FIRST_OF_PAIR)
+    if found["text_pair"] and first:
+        return first, found["text_pair"]
+    lowered = {name.strip().lower(): name for name in reversed(names)}
+    for name, theirs in lowered.items():
+        parts = NUMBERED.fullmatch(name)
+        other = parts and lowered.get(f"{parts[1]}{parts[2]}{SECOND.get(parts[3], '')}")
+        if other and found["text"] in ("", theirs, other) and _sentences(seen, theirs) and _sentences(seen, other):
+            return theirs, other
+    return "", ""
+
+
+def _sentences(seen: list[Record], name: str) -> bool:
+    values = _values(seen, name)
+    return sum(isinstance(value, str) and " " in value.strip() for value in values) * 2 > len(values)
 
 
 def _labelled(seen: list[Record], found: dict[str, str], names: list[str], given: Mapping[str, str]) -> Guess | None:
@@ -90,25 +112,46 @@ def _labelled(seen: list[Record], found: dict[str, str], names: list[str], given
     if not text or text == found["label"]:
         return None
     pair = ("text_pair",) if found["text_pair"] and found["text_pair"] not in (text, found["label"]) else ()
-    head, classes = _kind_of(_values(seen, found["label"]))
+    values = _values(seen, found["label"])
+    head, classes = _kind_of(values)
     if head == "causal":
+        _check_label(found["label"], values, "label" in given)
         return None
     return _guess_of("text", head, found | {"text": text}, names, ("text", "label", *pair), classes)
 
 
-def _by_values(seen: list[Record], names: list[str], text: str) -> Guess | None:
+def _check_label(name: str, values: list[Any], given: bool) -> None:
+    """Raises UserError, saying why the column is no label, where a person named it or it looks like one."""
+    words = [str(value).strip() for value in values]
+    if any(isinstance(value, list) for value in values):
+        raise UserError(
+            f"The column {name!r} holds lists, expected one class or one number a record. Several classes a record "
+            "are not supported: keep one of them, or make a column of yes and no for each class."
+        )
+    if words and all(COMMA.fullmatch(word) or _number(word) is not None for word in words):
+        raise UserError(f"The column {name!r} holds numbers with a comma ({words[0]!r}): write them with a point.")
+    if given:
+        raise UserError(
+            f"The column {name!r} has {len(set(words)):,} different values in {len(words):,} records, which are "
+            "neither classes nor numbers: name another column as the label."
+        )
+
+
+def _by_values(seen: list[Record], names: list[str], found: Mapping[str, str]) -> Guess | None:
     """Guess from the values of columns whose names say nothing: the longest texts, one of few values or another text.
 
-    text: the column whose name says that it holds the texts, or "". Values that repeat in the other one are classes.
+    found: ours: theirs, columns whose names say that they hold texts. Values that repeat in another one are classes.
     """
+    text, pair = found["text"], found["text_pair"]
     texts = [name for name in names if all(isinstance(value, str) for value in _values(seen, name))]
     longest = text if text in texts else max(texts, key=lambda name: sum(map(len, _values(seen, name))), default="")
     if longest:
         for name in names:
             head, classes = _kind_of(_values(seen, name))
             few = len(classes) * 5 <= len(seen) or (text == longest and len(names) == 2 and len(classes) < len(seen))
-            if name != longest and head == "classification" and few:
-                return _guess_of("text", head, {"text": longest, "label": name}, names, ("text", "label"), classes)
+            if name not in (longest, pair) and head == "classification" and few:
+                used = ("text", "label", *(("text_pair",) if pair not in ("", longest) else ()))
+                return _guess_of("text", head, {**found, "text": longest, "label": name}, names, used, classes)
         if len(names) == 2 and len(texts) == 2 and not marks_records(seen, names[0]):
             return _guess_of("prompt", "causal", {"prompt": names[0], "answer": names[1]}, names, ("prompt", "answer"))
         if names == texts == [longest]:

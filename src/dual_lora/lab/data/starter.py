@@ -7,7 +7,7 @@ from shlex import quote
 
 from dual_lora.lab import yaml_text
 from dual_lora.lab.data.guess import Guess
-from dual_lora.lab.data.records import Record
+from dual_lora.lab.data.records import Record, whole_text
 from dual_lora.lab.read import parse_yaml
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.recipe.schema import Recipe
@@ -17,6 +17,7 @@ MOST_HELD = 500
 ASKED = ("text", "text_pair", "prompt", "instruction", "input")
 LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)
 TEMPLATE = 240  # characters that a chat template may write around a record
+ROW = 512  # tokens, of a text that is learned as a whole
 CHARACTERS = 3  # a token, at the least: of English four or five
 RATES = (
     "1.0e-3  # try 3e-4 and 3e-3 too; 1e-5 to 1e-4 for method full",
@@ -34,6 +35,11 @@ def run_name(text: str) -> str:
     return re.sub(r"[^\w.-]+", "-", text).strip(".-") or "mine"
 
 
+def as_trained(records: list[Record], data: str, found: Guess) -> list[Record]:
+    """The records that a run makes of the same file: a text file that is no list of facts is one."""
+    return whole_text(data) if found.format == "document" and data.endswith(".txt") else records
+
+
 def starter(
     file: Path,
     name: str,
@@ -45,12 +51,13 @@ def starter(
     columns: list[str] | None = None,
     whole: float = 1.0,
 ) -> str:
-    """The text of a recipe for `file`. name: the run's. columns: of a file without a header line. whole: the share of
-    the records that `max_length` is to cut nothing of."""
+    """The text of a recipe for `file`. name: the run's. records: as a run reads them (`as_trained`). columns: of a file
+    without a header line. whole: the share of the records that `max_length` is to cut nothing of."""
     count, longest = len(records), _longest(records, whole)
     held = max(0, min(MOST_HELD, max(1, round(HELD_OUT * count)), count - 1))
     around = TEMPLATE if found.head == "causal" else 0
-    length = next((n for n in LENGTHS if n * CHARACTERS >= longest + around), LENGTHS[-1])
+    longest_row = LENGTHS[-1] if held else ROW  # one record is a text, which is learned in rows
+    length = next(n for n in LENGTHS if n * CHARACTERS >= longest + around or n == longest_row)
     preferred = found.format == "preference"
     lines = [
         f"# A first recipe for {_value(data)}: {count:,} records, {_task(found)}. Change what you like.",
@@ -66,7 +73,7 @@ def starter(
         "data:",
         f"  train: {_value(data)}",
         f"  test: {_value(test)}" if test else f"  # test: {_test_name(data)}  # for the last score, not to choose by",
-        f"  holdout: {held}  # taken out of the training records, always the same, for validation",
+        *([f"  holdout: {held}  # taken out of the training records, always the same, for validation"] * bool(held)),
         *_grouped(records, found),
         f"  format: {found.format}",
     ]
@@ -85,12 +92,10 @@ def starter(
         "  epochs: 3",
         "  batch_size: 8",
         f"  learning_rate: {RATES[preferred]}",
-        f"  validate_every: {max(1, min(50, count // 16 or 1))}  # steps between two validations",
-        "  keep_best: true  # save the weights of the lowest validation loss",
-        "  # patience: 3  # end the run after this many validations without a lower loss",
+        *(_validation(count) if held else ()),
         "evaluate:",
         f"  tasks: [{_tasks(found)}",
-        *([] if test else ["  split: validation  # there is no test set yet"]),
+        *([] if test or not held else ["  split: validation  # there is no test set yet"]),
     ]
     return "\n".join(lines) + "\n"
 
@@ -113,6 +118,14 @@ def _grouped(records: list[Record], found: Guess) -> list[str]:
     if not 1 < max(texts.values()) <= HELD_OUT * len(records):
         return []
     return ["  group: prompt  # records of the same text stay together, in training or in validation"]
+
+
+def _validation(count: int) -> list[str]:
+    return [
+        f"  validate_every: {max(1, min(50, count // 16 or 1))}  # steps between two validations",
+        "  keep_best: true  # save the weights of the lowest validation loss",
+        "  # patience: 3  # end the run after this many validations without a lower loss",
+    ]
 
 
 def _next_commands(file: Path) -> list[str]:
