@@ -689,15 +689,24 @@ def test_names_of_what_is_packed_as_published_models_have_them():
         (packed(*map(str, range(6000))), "names and values, expected at most 5,000"),
     ],
 )
-def test_a_models_settings_fetch_no_code_and_have_an_end(values, said, tiny_lm, tmp_path):
+def test_a_models_settings_fetch_no_code_and_have_an_end(values, said, tiny_lm, tmp_path, monkeypatch):
+    from transformers import AutoConfig
+
     from dual_lora.lab.model.empty import load_config
     from dual_lora.lab.model.load import load_model
     from dual_lora.lab.recipe.schema import ModelSection
+    from dual_lora.lab.verify.candidate import load_candidate
 
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *_, **__: pytest.fail("it was built"))
     base = shutil.copytree(tiny_lm, tmp_path / "base")
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | values))
-    for attempt in (lambda: load_model(ModelSection(path=str(base))), lambda: load_config(str(base))):
+    attempts = (
+        lambda: load_model(ModelSection(path=str(base))),
+        lambda: load_config(str(base)),
+        lambda: load_candidate(str(base), []),
+    )
+    for attempt in attempts:
         with pytest.raises(UserError, match=said):
             attempt()
 

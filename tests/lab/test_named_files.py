@@ -390,8 +390,10 @@ def test_nor_is_a_pipe_waited_for(base, tmp_path):
         "peft_type": "MULTITASK_PROMPT_TUNING", "prompt_tuning_init": "ONLY_SOURCE_SHARED", "num_virtual_tokens": 2,
         "prompt_tuning_init_state_dict_path": str(tmp_path / "pipe"),
     }  # fmt: skip
-    with pytest.raises(UserError, match=r"prompt_tuning_init_state_dict_path .* no file"):
-        open_tuned(adapter(tmp_path / "a", base, **values))
+    for number, named in enumerate((values["prompt_tuning_init_state_dict_path"], {"no": "path"})):
+        folder = adapter(tmp_path / str(number), base, **values | {"prompt_tuning_init_state_dict_path": named})
+        with pytest.raises(UserError, match=r"prompt_tuning_init_state_dict_path .* no file"):
+            open_tuned(folder)
 
 
 @pytest.mark.parametrize("key", ["q_proj|alpha", "q_proj|seed", "(q_proj|step)"])

@@ -22,7 +22,7 @@ def check_sources(config: Any, model: Any) -> None:
                 f"{f' (or write {harmless})' if harmless else ''}, or load this adapter by PEFT itself."
             )
     file = getattr(config, "prompt_tuning_init_state_dict_path", None)
-    if file and Path(file).exists() and not Path(file).is_file():
+    if file and not (isinstance(file, str) and (Path(file).is_file() or not Path(file).exists())):
         raise ValueError(f"prompt_tuning_init_state_dict_path is {_short(file)}, which is no file.")
     _check_tokenizer(config, getattr(model, "name_or_path", None))
 

@@ -5,7 +5,7 @@ from typing import Any, get_args
 
 from dual_lora.lab.errors import UserError, described
 from dual_lora.lab.model.load import load_tokenizer, quiet
-from dual_lora.lab.model.location import Location, classes_of, locate
+from dual_lora.lab.model.location import Location, check_settings, classes_of, locate
 from dual_lora.lab.model.opened import Tuned, load_plain
 from dual_lora.lab.model.own_code import unasked
 from dual_lora.lab.recipe.schema import Precision
@@ -21,6 +21,7 @@ def load_candidate(path: str, classes: list[str]) -> tuple[Tuned, Any]:
     if (Path(path) / "adapter_config.json").is_file():
         raise UserError(f"{path} is an adapter: give it by --adapter.")
     location = locate(path)
+    check_settings(location)
     dtype = "float32"
     if location.gguf_file is None:
         try:
