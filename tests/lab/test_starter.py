@@ -172,6 +172,18 @@ def test_a_first_recipe_for_a_text_counts_records_as_a_run_does(tmp_path, tiny_l
     assert code == 0, err
 
 
+def test_a_first_recipe_takes_joined_sources(table, tiny_encoder, call):
+    rows = table.read_text().splitlines(keepends=True)
+    for name, part in (("a.csv", rows[1:20]), ("b.csv", rows[20:])):
+        Path(name).write_text(rows[0] + "".join(part))
+    sources = "a.csv + b.csv"
+    code, out, err = call("recipes", "init", "joined.yaml", "--data", sources, "--base", tiny_encoder)
+    assert code == 0, err
+    assert f"{len(rows) - 1}, 4 of them held out" in out
+    assert call("check-data", "joined.yaml")[0] == 0
+    assert read_recipe("joined.yaml").data.train == sources
+
+
 def test_a_name_with_blanks_becomes_a_folders(table, tiny_encoder, call):
     code, _, err = call("recipes", "init", "my ü recipe.yaml", "--data", table.name, "--base", tiny_encoder)
     assert code == 0, err

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dual_lora.lab.data.guess import guess
-from dual_lora.lab.data.records import read_records
+from dual_lora.lab.data.records import read_joined
 from dual_lora.lab.data.starter import as_trained, read_starter, run_name, starter
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.files.write import write_atomically
@@ -33,11 +33,11 @@ def source_of(recipe: str | None, base: str | None, data: str | None, test: str 
             "Say what the advice is about: a recipe, a run's folder, or --base, --data and --test, the records that "
             f"nothing is trained on. Missing here: {', '.join(missing)}."
         )
-    records = read_records(data)
+    records = read_joined(data)
     name = run_name(Path(data).stem)
     file = folder / f"{name}-{_short_digest(base, data, test)}.yaml"
-    found = guess(records)
-    text = starter(file, name, base, data, test, found, as_trained(records, data, found))
+    guessed = guess(records)
+    text = starter(file, name, base, data, test, guessed, as_trained(records, data, guessed))
     read_starter(text, Path(name))
     return _write_once(file, text)
 

@@ -116,7 +116,7 @@ def init(
     """
     from dual_lora.lab.commands.check_data import meanings
     from dual_lora.lab.data.guess import HEADS, INIT_OPTIONS, guess
-    from dual_lora.lab.data.records import read_records
+    from dual_lora.lab.data.records import read_joined
     from dual_lora.lab.data.starter import as_trained, read_starter, run_name, starter
     from dual_lora.lab.model.location import check_here
 
@@ -124,7 +124,7 @@ def init(
         raise UserError(f"{to} is the recipe to write: give it a name that ends in .yaml.")
     if to.exists():
         raise UserError(f"{to} exists already: give another name.")
-    records = read_records(data, columns)
+    records = read_joined(data, columns)
     named = {"text": text, "label": label, "prompt": prompt, "answer": answer}
     found = guess(records, {ours: theirs for ours, theirs in named.items() if theirs}, INIT_OPTIONS)
     check_here(base)

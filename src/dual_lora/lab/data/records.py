@@ -197,6 +197,11 @@ def _lines(path: Path) -> Iterator[Record]:
             yield Record({"line": line}, f"{path}, line {number}")
 
 
+def read_joined(source: str, columns: list[str] | None = None) -> list[Record]:
+    """All records of a source, or of several that are written with " + "."""
+    return [record for one in joined(source) for record in read_records(one, columns)]
+
+
 def whole_text(source: str) -> list[Record]:
     """A text file as one record."""
     path = find(source)

@@ -7,7 +7,7 @@ from shlex import quote
 
 from dual_lora.lab import yaml_text
 from dual_lora.lab.data.guess import Guess
-from dual_lora.lab.data.records import Record, whole_text
+from dual_lora.lab.data.records import Record, joined, whole_text
 from dual_lora.lab.read import parse_yaml
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.recipe.schema import Recipe
@@ -36,8 +36,10 @@ def run_name(text: str) -> str:
 
 
 def as_trained(records: list[Record], data: str, found: Guess) -> list[Record]:
-    """The records that a run makes of the same file: a text file that is no list of facts is one."""
-    return whole_text(data) if found.format == "document" and data.endswith(".txt") else records
+    """The records that a run makes of the same files: a text file that is no list of facts is one."""
+    files = joined(data)
+    texts = found.format == "document" and all(file.endswith(".txt") for file in files)
+    return [record for file in files for record in whole_text(file)] if texts else records
 
 
 def starter(
