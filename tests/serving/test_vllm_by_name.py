@@ -58,6 +58,17 @@ def test_three_adapters_and_the_base_in_one_server(folder, tmp_path):  # noqa: F
         assert checksums(url) == bits
 
 
+def test_a_key_is_asked_for_on_every_path(folder, tmp_path):  # noqa: F811
+    extra = {"adapters": {"one": str(folder / "one")}}
+    with served(folder, None, tmp_path / "log", "--api-key", "first", "second", extra=extra) as url:
+        asked = {"model": "one", "prompt": "The sky", "max_tokens": 1}
+        for path in (f"{url}/completions", *(url.removesuffix("v1") + name for name in ("tokenize", "invocations"))):
+            for key in (None, "wrong"):
+                assert ask(path, "POST", asked, key=key)[0] == 401, path
+            for key in ("first", "second"):
+                assert ask(path, "POST", asked, key=key)[0] == 200, path
+
+
 def test_a_running_answer_keeps_its_adapter(folder, tmp_path):  # noqa: F811
     with served(folder, "one", tmp_path / "log") as url:
         asked = {

@@ -61,10 +61,11 @@ def served(folder, adapter, log, *options, extra=None, **environment):
     return running(command, log, port, **environment)
 
 
-def ask(url, method="GET", body=None, kind="application/json"):
+def ask(url, method="GET", body=None, kind="application/json", key=None):
     """(status, answer) of a request."""
     data = json.dumps(body).encode() if kind == "application/json" and body is not None else body
-    request = urllib.request.Request(url, data, {"Content-Type": kind}, method=method)
+    headers = {"Content-Type": kind, **({"Authorization": f"Bearer {key}"} if key else {})}
+    request = urllib.request.Request(url, data, headers, method=method)
     try:
         with urllib.request.urlopen(request, timeout=120) as answer:
             return answer.status, json.load(answer)
@@ -110,7 +111,9 @@ def running(command, log, port, seconds=900, **environment):
             try:
                 urllib.request.urlopen(f"{url}/models", timeout=5).read()
                 break
-            except (urllib.error.URLError, OSError):
+            except (urllib.error.URLError, OSError) as error:
+                if getattr(error, "code", None) == 401:  # it asks for a key
+                    break
                 last = log.read_text(errors="replace")
                 assert process.poll() is None, f"the server has ended: {last}"
                 assert time.monotonic() < until, f"the server does not answer: {last}"
