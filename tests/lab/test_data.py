@@ -663,9 +663,11 @@ def test_a_slice_on_a_hub_is_asked_for_as_it_is_written(name, asked, monkeypatch
     assert seen == [asked]
 
 
-@pytest.mark.parametrize("value", ["nan", "inf", "x"])
-def test_a_value_to_learn_is_a_finite_number(value, tokenizer):
-    with pytest.raises(UserError, match=f"label '{value}' is no number"):
+@pytest.mark.parametrize(
+    ("value", "way"), [("nan", "regression.$"), ("inf", ""), ("x", ""), ("3,45", "regression. Write it with a point.$")]
+)
+def test_a_value_to_learn_is_a_finite_number(value, way, tokenizer):
+    with pytest.raises(UserError, match=f"label '{value}' is no number, .*{way}"):
         encode_texts([Example("1", text=("red",), label=value)], tokenizer, 8, [VALUE])
 
 

@@ -236,7 +236,10 @@ def encode_texts(
     for example in examples:
         if classes == [VALUE]:
             if not _is_number(example.label):
-                raise UserError(f"{example.where}: label {example.label!r} is no number, but model.head is regression.")
+                comma = " Write it with a point." if "," in str(example.label) else ""
+                raise UserError(
+                    f"{example.where}: label {example.label!r} is no number, but model.head is regression.{comma}"
+                )
         elif example.label not in numbers:
             raise UserError(f"{example.where}: label {example.label!r} is none of the classes {', '.join(classes)}.")
         tokens = tokenizer(*example.text)
