@@ -49,6 +49,8 @@ def _judged_by(method: MethodRow, search: Search | None) -> str:
 
 def _tried(method: MethodRow, search: Search | None) -> list[tuple[Settings, float]]:
     """Return the settings that a method's search tried, with the score that decided, higher is better."""
+    if not method["trials"]:
+        return []
     better = metrics.sign(_judged_by(method, search))
     scores = ((t["settings"], None if t["score"] is None else better * t["score"]) for t in method["trials"])
     return mean_scores(scores, search.decide if search else "mean")
