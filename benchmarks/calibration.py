@@ -374,6 +374,7 @@ def page_tables(work: int) -> dict[str, str]:
             [(*at, *(f"{x:.3f}" for x in shares)) for *at, shares in few(20 * work, np.random.default_rng(17))],
         ),
         "real": table(("task · metric", "runs", "seeds", *WORST), runs),
+        "fails": table(families.FAILS_HEAD, list(families.fails(400 * work, np.random.default_rng(21)))),
         "tuning": table(("curve of", "tuned by", "seeds", "chosen differently", "alarm", "alarm if alike"), tuned),
         "studies": table(("study", "comparisons", "seeds", "any false alarm"), levels),
     }  # fmt: skip

@@ -77,6 +77,31 @@ def looks(studies: int, random: np.random.Generator, level: float, shared: float
     return float(found.mean())
 
 
+FAILS = (0.1, 0.2, 0.5)  # a run's chance to learn nothing
+FAILS_SEEDS, FAILS_METHODS = (2, 3, 4, 5, 8), (1, 3, 10)
+LOST, OF_RUNS, OF_ITEMS = 0.34, (0.002, 0.01, 0.04), 0.012  # what a failure costs; deviations of runs, and by the items
+FAILS_HEAD = ("seeds", "methods", *(f"{chance:.0%} of the runs fail" for chance in FAILS))
+
+
+def failing(studies: int, random: np.random.Generator, seeds: int, many: int, chance: float, noise: float) -> float:
+    """The share of studies with a false alarm, where `many` methods and their reference are alike: a run of any learns
+    nothing with this chance, and else has this noise."""
+    lost = LOST * (random.random((studies, many + 1, seeds)) < chance)
+    scores = noise * random.standard_normal(lost.shape) - lost
+    scores = scores + OF_ITEMS / np.sqrt(2) * random.standard_normal((studies, many + 1, 1))
+    d = scores[:, 1:] - scores[:, :1]
+    half = stats.half_width(LEVEL / many, d.std(-1, ddof=1) / np.sqrt(seeds), OF_ITEMS, seeds, 1000)
+    return float((np.abs(d.mean(-1)) > half).any(-1).mean())
+
+
+def fails(studies: int, random: np.random.Generator) -> Iterator[tuple[Any, ...]]:
+    """The worst of the noises, by the seeds, the number of methods and the chance of a failure."""
+    for seeds in FAILS_SEEDS:
+        for many in FAILS_METHODS:
+            worst = [max(failing(studies, random, seeds, many, chance, s) for s in OF_RUNS) for chance in FAILS]
+            yield seeds, many, *(f"{share:.3f}" for share in worst)
+
+
 def worst(studies: int, random: np.random.Generator) -> Iterator[tuple[Any, ...]]:
     """For every number of methods: the worst share of studies with a wrong word by each rule, and at which mixture; and
     what of the right words is said, in the mean over all mixtures."""

@@ -10,8 +10,8 @@ and a claim about the *method* has to hold for other seeds and for other items. 
     Var(mean d) = seed_error² + item_error²,   seed_error² = MS_seeds / (S N)
                                                item_error² = (MS_items - min(MS_rest, MS_seeds)) / (S N)
 
-from the two-way table's mean squares. The first part is known from S seeds, the second from N items, so each gets the
-quantile t of its own degrees of freedom:
+from the two-way table's mean squares (of few items MS_items / (S N): `standard_errors`). The first part is known from
+S seeds, the second from N items, so each gets the quantile t of its own degrees of freedom:
 
     δ = mean d ± √(t²[S - 1] seed_error² + t²[N - 1] item_error²)
 
@@ -112,7 +112,10 @@ def standard_errors(seeds: Table, items: Table, rest: Table, S: int, N: int) -> 
     """The standard error and the seeds' part of it, from mean squares."""
     # Seeds whose means are all the same are no sign of less noise than single answers have.
     seeds = np.where(seeds <= 1e-20 * (items + rest), rest, seeds)
-    total = np.maximum(seeds + items - rest, np.maximum(seeds, items))
+    # MS_items of few items is often below MS_rest by luck, and then the items would have no part. With two items and
+    # eight seeds 10 % of studies would have a false alarm by that: nothing is taken from it.
+    few = 2 * N <= max(S, 6)
+    total = seeds + items if few else np.maximum(seeds + items - rest, np.maximum(seeds, items))
     return np.sqrt(total / (S * N)), np.sqrt(seeds / (S * N))
 
 
