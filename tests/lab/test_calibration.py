@@ -92,7 +92,7 @@ def test_runs_drawn_from_the_published_ones_keep_the_level():
 
 def test_few_seeds_of_runs_that_fail_are_a_limit_and_five_hold_the_level():
     at = {(seeds, many): failed for seeds, many, *failed in families.fails(FEW, np.random.default_rng(0))}
-    assert float(at[2, 1][-1]) > 0.1 and float(at[3, 10][-1]) > 0.1, "the page's limit"
+    assert min(float(at[2, 1][-1]), float(at[3, 10][-1])) > 0.1, "the page's limit"
     for (seeds, many), failed in at.items():
         for share in map(float, failed) if seeds >= 5 else ():
             assert_level(share, 0.055, FEW, (seeds, many))
@@ -103,7 +103,7 @@ def test_few_seeds_of_runs_that_fail_are_a_limit_and_five_hold_the_level():
         assert np.abs(np.array(failed, float) - np.array(at[int(seeds), int(many)], float)).max() < 0.02
 
 
-@pytest.mark.parametrize("seeds, items", [(3, 2), (5, 2), (8, 2), (8, 3), (20, 4), (40, 8)])
+@pytest.mark.parametrize(("seeds", "items"), [(3, 2), (5, 2), (8, 2), (8, 3), (20, 4), (40, 8)])
 def test_the_level_holds_for_few_items(seeds, items):
     random = np.random.default_rng(seeds)
     for taste in (0.0, 0.3, 0.8, 3.0):

@@ -45,7 +45,7 @@ def adapters(tmp_path_factory):
         data.write_text("\n".join(map(json.dumps, records)))
         values = {
             "model": {"path": str(folder / "base")},
-            "method": {"name": "dual_lora", "r": 8},
+            "method": {"name": "dual_lora", "r": 8, "init_weights": "paper", "warmup_steps": 10},  # one fault is in it
             "data": {"train": str(data)},
             "train": {"steps": 100, "batch_size": 16, "learning_rate": 1e-2},
         }

@@ -114,7 +114,7 @@ def standard_errors(seeds: Table, items: Table, rest: Table, S: int, N: int) -> 
     seeds = np.where(seeds <= 1e-20 * (items + rest), rest, seeds)
     # MS_items of few items is often below MS_rest by luck, and then the items would have no part. With two items and
     # eight seeds 10 % of studies would have a false alarm by that: nothing is taken from it.
-    few = 2 * N <= max(S, 6)
+    few = max(S, 6) >= 2 * N
     total = seeds + items if few else np.maximum(seeds + items - rest, np.maximum(seeds, items))
     return np.sqrt(total / (S * N)), np.sqrt(seeds / (S * N))
 
