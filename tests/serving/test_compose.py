@@ -12,6 +12,7 @@ from peft.utils import save_and_load
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dual_lora import DualLoraConfig
 from dual_lora.serving.compose import ComposedWeights
 from dual_lora.serving.files import AdapterError, checkpoint_of
 from dual_lora.verify import numbers
@@ -147,6 +148,21 @@ def test_fewer_and_more_bits_are_served_as_peft_merges_them(kind, method, tmp_pa
     expected = peft.PeftModel.from_pretrained(small(), tmp_path / "adapter").merge_and_unload().state_dict()
     for key, weight in expected.items():
         torch.testing.assert_close(after[key], weight.float(), msg=key)
+
+
+@pytest.mark.parametrize("left", [0, 4])
+def test_an_adapter_of_a_warm_up_is_served(left, tmp_path):
+    """An ended one, of which no layer keeps the count, and one that acts at six tenths of its strength."""
+    trained(DualLoraConfig.paper(r=4, target_modules=TARGETS, warmup_steps=10), tmp_path)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    counted = {key: t * 0 + left if key.endswith("_left") else t for key, t in load_file(file).items()}
+    assert any(key.endswith("_left") for key in counted)
+    save_file(counted, file)
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    after = dict(ComposedWeights(tmp_path / "base", tmp_path / "adapter").stream(weights.items()))
+    expected = peft.PeftModel.from_pretrained(small(), tmp_path / "adapter").merge_and_unload().state_dict()
+    for key, weight in expected.items():
+        torch.testing.assert_close(after[key], weight, msg=key)
 
 
 def stored_as(kind, folder):

@@ -255,7 +255,9 @@ def _adapted(model: nn.Module, folder: Path, config: Any, files: Shapes, device:
         raise AdapterError(f"{folder} does not fit the base model: {first_line(error)}.") from error
     check_shapes(adapted, folder, files)
     loaded = get_peft_model_state_dict(adapted, save_embedding_layers=True)
-    wrong = sorted(n for n in files if loaded[n].is_floating_point() and not all_finite(loaded[n]))
+    wrong = sorted(
+        n for n in files.keys() & loaded.keys() if loaded[n].is_floating_point() and not all_finite(loaded[n])
+    )
     if wrong:
         raise AdapterError(f"{folder} holds NaN or infinite numbers, in {wrong[0]} and {len(wrong) - 1} more tensors.")
     return adapted.eval()

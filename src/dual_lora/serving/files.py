@@ -5,7 +5,7 @@ Does the one fit the other? Told by names and shapes, before anything is allocat
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any
@@ -173,6 +173,12 @@ def _largest(value: Any) -> int:
     return value if isinstance(value, int) else len(value) if isinstance(value, list) else 0
 
 
+def _is_count(name: str, known: Mapping[str, Any]) -> bool:
+    """Whether a tensor is the count of a warm-up, which a layer has read and, if it has ended, not kept."""
+    layer, _, kind = name.rpartition(".")
+    return kind == "dual_lora_left" and f"{layer}.dual_lora_A" in known
+
+
 def check_shapes(adapted: Any, folder: Path, files: Shapes) -> None:
     """Raise AdapterError unless a PEFT model's tensors are those of the files."""
     from peft import get_peft_model_state_dict
@@ -198,7 +204,7 @@ def check_shapes(adapted: Any, folder: Path, files: Shapes) -> None:
             f"{folder} lacks {missing[0]} and {len(missing) - 1} more tensors: it was not saved whole, or "
             "its base is another model."
         )
-    unknown = sorted(files.keys() - known.keys())
+    unknown = sorted(name for name in files.keys() - known.keys() if not _is_count(name, known))
     if unknown:
         raise AdapterError(
             f"{folder} has {unknown[0]} and {len(unknown) - 1} more tensors that the base model has no layer "
