@@ -26,6 +26,7 @@ from typing import Any
 
 from dual_lora.lab.report.columns import number
 from dual_lora.lab.results import last_state, mean_over_layers, with_sizes
+from dual_lora.lab.study.pooled import disagree
 
 ROOT = Path(__file__).parents[2]
 DECIMALS = {"accuracy": 4, "loss": 4}  # else 3
@@ -168,7 +169,7 @@ def _lies(question: str) -> str:
     q = _answer(question)
     inside = -q["margin"] < q["low"] and q["high"] < q["margin"]
     side = "better" if q["low"] > 0 else "worse" if q["high"] < 0 else "open"
-    apart = ", disagreeing" if (q.get("disagree_p") or 1) < 0.05 else ""
+    apart = ", disagreeing" if disagree(q.get("disagree_p")) else ""
     return f"{'inside the margin' if inside else 'beyond'}, {side}{apart}"
 
 

@@ -1,8 +1,10 @@
 """Patch diffusers' functions that save, load and offload an adapter, which know LoRA's names and modules only.
 
 Scripts hold these functions by name, often from before this package was imported. So the functions' code is replaced,
-not the name in their module. diffusers' files without metadata have no α, so α is saved next to the factors. In a file
-without both, α is that of `lora_alpha` = rank, as for LoRA.
+not the name in their module; only the one for offloading is replaced by its name, as diffusers alone calls it.
+
+diffusers' files without metadata have no α, so α is saved next to the factors. In a file without both, α is that of
+`lora_alpha` = rank, as for LoRA.
 """
 
 import re

@@ -22,11 +22,9 @@ ARGUMENTS = ("tokenizer_config.json", "special_tokens_map.json")  # of the token
 _NO_FILES = re.compile(
     r"(tokenizer_file|special_tokens_map_file|name_or_path|auto_map|chat_template|content|.*_(tokens?|side|class|type))"
 )
-# By these it would be sought in another place; and what transformers notes itself of where it lies, for which the
-# second kind of file would put something else.
-_SOUGHT, _NOTED = ("gguf_file", "cache_dir", "token", "proxies"), (
-    "name_or_path", "is_local", "local_files_only", "tokenizer_file",
-)  # fmt: skip
+_SOUGHT = ("gguf_file", "cache_dir", "token", "proxies")  # by these it would be sought in another place
+# What transformers notes itself of where it lies, for which the second of these files would put something else.
+_NOTED = ("name_or_path", "is_local", "local_files_only", "tokenizer_file")
 _LONGEST = 4096  # characters of a path
 _TEMPLATE = re.compile(r"[\w\-][\w.\-]{0,99}")
 MOST_TEMPLATES = 100
@@ -54,12 +52,14 @@ def check_tokenizer_arguments(model: str, revision: str | None = None) -> None:
         raise UserError(f"The folder {model}: {error}") from None
     for name, settings in every.items():
         _check_token_count(settings, f"{name} of {model}", of_model)
-        for key in _SOUGHT + _NOTED * (name == ARGUMENTS[1]):
-            if settings.get(key) or (key in settings and key in _NOTED):
-                raise UserError(
-                    f"{name} of {model} has {key} {settings[key]!r:.200}, by which the tokenizer would be sought in "
-                    f"another place. Nothing was read: remove {key}."
-                )
+        elsewhere = [key for key in _SOUGHT if settings.get(key)]
+        if name == ARGUMENTS[1]:
+            elsewhere += [key for key in _NOTED if key in settings]
+        for key in elsewhere:
+            raise UserError(
+                f"{name} of {model} has {key} {settings[key]!r:.200}, by which the tokenizer would be sought in "
+                f"another place. Nothing was read: remove {key}."
+            )
         for key, text in _texts_in(settings):
             if _is_outside(text, [model] + [HF_HUB_CACHE] * key.endswith("_file")):
                 raise UserError(

@@ -112,6 +112,11 @@ def disagreement(by_seed: Mapping[int, Sequence[tuple[float, int]]]) -> float | 
         return float(scipy_stats.alexandergovern(*several).pvalue) if len(several) > 1 else None
 
 
+def disagree(p: float | None) -> bool:
+    """Whether studies with this `disagree_p` are said to disagree."""
+    return p is not None and p < 0.05
+
+
 def _method_row(results: Results, name: str, method: str) -> MethodRow:
     found = [m for m in results["methods"] if m["method"] == method]
     if len(found) != 1:
@@ -164,18 +169,15 @@ def answered(questions: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {"questions": answers, "across": {"margins": mean, "low": low, "high": high, "of": len(drawn)}}
 
 
-def _apart(p: float | None) -> str:
-    return f"; its studies disagree, p {p:.2g}" if p is not None and p < 0.05 else ""
-
-
 def main(arguments: list[str]) -> int:
     """Write the answers next to the questions, and print them."""
     file = Path(arguments[0])
     found = answered(parse_yaml(file.read_text(encoding="utf-8"), str(file)), file.parent.parent / "studies")
     write_json(file.with_name("pooled.json"), found)
     for a in found["questions"]:
+        apart = f"; its studies disagree, p {a['disagree_p']:.2g}" if disagree(a["disagree_p"]) else ""
         print(f"{a['question']}: {a['metric']} {a['difference']:+.4f} [{a['low']:+.4f}, {a['high']:+.4f}], "
-              f"{a['seeds']} seeds, p {a['p']:.2g}{_apart(a['disagree_p'])}")  # fmt: skip
+              f"{a['seeds']} seeds, p {a['p']:.2g}{apart}")  # fmt: skip
     print(json.dumps(found["across"]))
     return 0
 

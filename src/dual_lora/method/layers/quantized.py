@@ -69,6 +69,10 @@ class QuantizedLinear(Linear):
         super().__setstate__(state)
         self._handle = self._new_handle()  # a copy has a weight of its own
 
+    @property
+    def _base_was_exchanged(self) -> bool:
+        return self.base_layer is not self._opened[0] and not self.merged_adapters
+
     @torch._dynamo.disable
     def _follow_base(self) -> None:
         """Read from another base layer, which a script has put in the first one's place: one that it quantised in
@@ -91,7 +95,7 @@ class QuantizedLinear(Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As for every layer; raises NotImplementedError where an exported graph would have to dequantise."""
-        if self.base_layer is not self._opened[0] and not self.merged_adapters:
+        if self._base_was_exchanged:
             self._follow_base()
             return type(self).forward(self, x, *args, **kwargs)
         if is_exporting() and not isinstance(self.quantization_backend, ForwardOnlyQuantizationBackend):
@@ -161,7 +165,7 @@ class QuantizedLinear(Linear):
         return {} if weight is None else {"weight": weight}
 
     def _write_merged(self, names: list[str], safe_merge: bool) -> None:
-        if self.base_layer is not self._opened[0] and not self.merged_adapters:
+        if self._base_was_exchanged:
             self._follow_base()
             type(self)._write_merged(self, names, safe_merge)
             return
