@@ -114,6 +114,10 @@ def test_a_label_that_is_none_is_named():
     rows = [{"text": t, "label": "ab"[i % 2], "other": t + "!"} for i, t in enumerate(TEXTS)]
     with pytest.raises(UserError, match="column 'other' has 4 different values in 4 records"):
         guess(records(*rows), {"text": "text", "label": "other"})
+    rows = [{"text": t, "topic": "ab"[i % 2]} for i, t in enumerate(TEXTS * 5)]
+    for named in ({"text": "text", "label": "text"}, {"label": "text"}):  # not exchanged for the topic
+        with pytest.raises(UserError, match="column 'text' is named as the label"):
+            guess(records(*rows), named)
     with pytest.raises(UserError, match="column 'labels' holds lists, expected one class"):
         guess(records(*({"text": t, "labels": ["a"]} for t in TEXTS)))
     with pytest.raises(UserError, match=r"column 'stars' holds numbers with a comma \('0,5'\)"):

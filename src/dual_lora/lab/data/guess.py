@@ -82,7 +82,13 @@ def guess(records: list[Record], given: Mapping[str, str] | None = None, options
         return labelled
     if found["prompt"] and found["answer"] and found["prompt"] != found["answer"]:
         return _guess_of("prompt", "causal", found, names, ("prompt", "answer"))
-    return _by_values(seen, names, found) or _refuse_unclear(names, options)
+    by_values = _by_values(seen, names, found)
+    if by_values and given.get("label", by_values.fields.get("label")) != by_values.fields.get("label"):
+        raise UserError(
+            f"The column {given['label']!r} is named as the label, and no other one is known to hold its text. Found "
+            f"{', '.join(names)}: name two of them ({options})."
+        )
+    return by_values or _refuse_unclear(names, options)
 
 
 def _pair(seen: list[Record], names: list[str], found: Mapping[str, str]) -> tuple[str, str]:
