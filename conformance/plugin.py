@@ -93,15 +93,14 @@ def _accept_loras_conventions(config_cls: type) -> None:
             start = options.pop("init_lora_weights")
             options["init_weights"] = True if start == "gaussian" else start
         rank = options.get("r", 8)
-        alpha = options.pop("lora_alpha", 8) if _conventions else None
         if "r_of_each_group" in _conventions:  # α/√(r r) is LoRA's α/r
+            alpha = options.pop("lora_alpha", 8)
             options.update(r=None, r1=rank, r2=rank, alpha=alpha)
             options["rank_pattern"] = {key: [r, r] for key, r in options.get("rank_pattern", {}).items()}
-        elif "scale_as_lora" in _conventions:  # the same with r = r1 + r2: half of α
-            options["alpha"] = alpha / 2
-            options["alpha_pattern"] = {key: alpha / 2 for key, alpha in options.get("alpha_pattern", {}).items()}
-        if "r_of_each_group" not in _conventions:
+        else:
             _split_odd_ranks(options)
+        if "default_alpha" in _conventions:
+            options.setdefault("lora_alpha", 8)
         original(self, *args, **options)
         if "r_of_each_group" in _conventions:
             vars(self).update(r=rank, lora_alpha=alpha)  # what the test wrote; the layers go by r1, r2 and alpha
