@@ -230,6 +230,7 @@ class DualLoraConfig(PeftConfig):
                     )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
+        lora_fields.note_alphas(self)
         self._complete = True
 
     def _check_start(self) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 from peft.utils import PeftType
 from torch import nn
 
+from .lora_fields import note_alphas
+
 READ = "_read_from_file"  # whether a configuration is that of a saved adapter, which names what it has
 
 
@@ -33,3 +35,4 @@ def target_fused_experts(config: Any, model: nn.Module) -> None:
         config.rank_pattern[pattern] = times * config.r1 if config.one_group else [times * config.r1, times * config.r2]
         if config.alpha is not None:  # the default follows each layer's ranks
             config.alpha_pattern[pattern] = times * config.alpha
+    note_alphas(config)
