@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import re
+import warnings
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from peft import (
 from tiny import Mlp, adapted, layer, layers, llama, points, train, trainable
 from torch import nn
 
-from dual_lora import DualLoraConfig
+from dual_lora import DualLoraConfig, DualLoraWarning
 from dual_lora.core.reference import Form
 from dual_lora.method.patterns import layer_options
 
@@ -393,3 +394,15 @@ def test_a_saved_configuration_may_have_loras_names(tmp_path):
     saved = json.loads(file.read_text())
     file.write_text(json.dumps(saved | {"lora_alpha": 32}))
     assert DualLoraConfig.from_pretrained(tmp_path).alpha == 64
+
+
+def test_a_number_that_is_entered_into_a_pattern_next_to_lora_alpha_is_warned_of():
+    """As PEFT's own code writes it. It counts as `alpha`, half of what LoRA makes of it."""
+    config = DualLoraConfig(r=4, lora_alpha=16, target_modules=["first", "second"], alpha_pattern={"second": 4})
+    config.alpha_pattern["first"] = 8
+    with pytest.warns(DualLoraWarning, match="count as `alpha`, 2 times LoRA's"):
+        get_peft_model(Mlp(), config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DualLoraWarning)
+        get_peft_model(Mlp(), config)  # once is enough
+        get_peft_model(Mlp(), DualLoraConfig(r=4, lora_alpha=16, target_modules=["first"], alpha_pattern={"first": 4}))

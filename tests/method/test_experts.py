@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from tiny import EXPERTS, GROUPED, MIXTURES, mixture
 from torch import nn
 
@@ -104,3 +105,38 @@ def test_what_cannot_be_raises_a_clear_error(field):
 def test_wrong_type_of_target_parameters():
     with pytest.raises(TypeError, match=r"`target_parameters` must be a list of strings or None\."):
         DualLoraConfig(target_parameters="mlp.experts.down_proj")
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "gate_proj", "up_proj", "down_proj"], "all-linear"])
+def test_names_of_before_mean_the_experts_as_with_lora(targets, tmp_path):
+    """transformers 5 has the experts' layers in one parameter. Under these names attention alone was adapted."""
+    base = mixture("qwen3")
+    found = []
+    for kind in (LoraConfig, DualLoraConfig):
+        model = get_peft_model(copy.deepcopy(base), kind(r=6, lora_alpha=12, target_modules=targets))
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+        found.append(
+            (set(layers), model.get_nb_trainable_parameters()[0], {m.scaling["default"] for m in layers.values()})
+        )
+    assert found[0] == found[1]
+    assert {"gate_up_proj", "down_proj"} <= set(wrappers(model))
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert again.state_dict().keys() == model.state_dict().keys()
+
+
+def test_a_saved_adapter_keeps_the_layers_that_it_was_trained_with(tmp_path):
+    base, names = mixture("qwen3"), {"q_proj", "gate_proj", "up_proj", "down_proj"}
+    model = get_peft_model(copy.deepcopy(base), DualLoraConfig(r=6, target_modules=["q_proj"]))
+    model.peft_config["default"].target_modules = names  # as versions before saved it
+    model.save_pretrained(tmp_path)
+    assert not wrappers(PeftModel.from_pretrained(base, tmp_path, is_trainable=True))
+
+
+@pytest.mark.parametrize("options", [{"r1": 3, "r2": 2}, {"r": 4, "direction_activation": "frozen", "lora_alpha": 8}])
+def test_two_fused_matrices_have_twice_the_rank_at_the_same_strength(options):
+    model = get_peft_model(mixture("qwen3"), DualLoraConfig(target_modules="all-linear", **options))
+    fused, plain = wrappers(model)["gate_up_proj"], wrappers(model)["down_proj"]
+    ours, theirs = fused.states["default"], plain.states["default"]
+    assert (ours.r1, ours.r2) == (2 * theirs.r1, 2 * theirs.r2)
+    assert fused.strength("default") == pytest.approx(plain.strength("default"))

@@ -12,6 +12,7 @@ from tiny import adapted, points
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.functional import dropout, mse_loss
+from torch.nn.utils import prune, weight_norm
 from torch.utils.flop_counter import FlopCounterMode
 
 from dual_lora import (
@@ -567,3 +568,21 @@ def test_casting_of_inputs_may_be_switched():
     model = adapted(init_weights=False)
     with disable_input_dtype_casting(model):
         assert torch.equal(model(points()), model(points()))
+
+
+@pytest.mark.parametrize(
+    "put", [lambda d: prune.l1_unstructured(d, "default", 0.3), lambda d: weight_norm(d, "default")]
+)
+def test_what_a_hook_computes_of_the_factors_is_computed_though_nobody_calls_their_dictionary(put):
+    """A pruned model that was loaded from its file acted as before the loading (LoRA's factors are called)."""
+    torch.manual_seed(0)
+    trained, fresh = (get_peft_model(nn.Sequential(nn.Linear(6, 5)), visible(target_modules=["0"])) for _ in range(2))
+    for model in (trained, fresh):
+        layer = model.base_model.model[0]
+        for factors in (layer.dual_lora_A, layer.dual_lora_B, layer.dual_lora_C, layer.dual_lora_D):
+            put(factors)
+    x = torch.randn(3, 6)
+    for _ in range(2):  # the second backward pass found the first one's graph
+        trained(x).sum().backward()
+    fresh.load_state_dict(trained.state_dict())
+    torch.testing.assert_close(fresh(x), trained(x))

@@ -10,6 +10,8 @@ from accelerate import cpu_offload
 from reference_layer import adapted, delta, expect, leaves
 from torch import nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.integrations.bitnet import AutoBitLinear
 
 from dual_lora import composed_weights
 from dual_lora.method import layer as layer_module
@@ -196,3 +198,38 @@ def test_a_quantised_weight_is_not_quantised_again_with_its_update():
     with torch.no_grad():
         expected = functional.linear(x, values + delta(layer, leaves(layer)), base.bias)
         torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["offline", "online"])
+def test_bitnet_s_own_scale_and_rounding_leave_the_update_alone(mode):
+    """In the weight's place ΔW was multiplied by the base's scale, or rounded to three values with W."""
+    torch.manual_seed(0)
+    base, x = AutoBitLinear(12, 5, online_quant=mode == "online"), torch.randn(4, 12)
+    if mode == "offline":
+        base.weight.data, base.weight_scale.data = (
+            base.weight.detach().mul(4).round().clamp(-1, 1),
+            torch.tensor([0.02]),
+        )
+    model, layer = adapted(base)
+    with torch.no_grad():
+        expected = layer.base_layer(x) + x @ delta(layer, leaves(layer)).T
+        torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="Cannot merge Dual LoRA into a BitNet layer"):
+        layer.merge()
+
+
+class NoProducts(TorchDispatchMode):
+    """Products give zero, as a fault that is planted, or another precision that is simulated."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        return result * 0 if "mm" in str(function) else result
+
+
+def test_a_mode_sees_the_product_of_an_adapted_layer():
+    torch.manual_seed(0)
+    model, _ = adapted(nn.Linear(12, 5, bias=False))
+    x = torch.randn(4, 12)
+    with torch.no_grad(), NoProducts():
+        assert not model(x).any()
+    assert model(x).any()

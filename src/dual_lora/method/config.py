@@ -14,6 +14,7 @@ from peft.utils import PeftType
 from ..core.reference import Form, Magnitude, Ste
 from . import lora_fields
 from .config_checks import PAPER_WARMUP, check_frozen, check_share, check_start, upgrade_format_1
+from .fused_experts import READ
 from .lora_fields import LORA_ALPHA, is_positive
 from .ranks import Rank, ranks_of, split_rank
 from .saved import check_file
@@ -229,6 +230,7 @@ class DualLoraConfig(PeftConfig):
                     )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
+        lora_fields.note_alphas(self)
         self._complete = True
 
     def _check_start(self) -> None:
@@ -275,6 +277,7 @@ class DualLoraConfig(PeftConfig):
         """As PeftConfig; raises ValueError if the adapter file next to the configuration was cut short."""
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         check_file(pretrained_model_name_or_path, subfolder)
+        vars(config)[READ] = True
         return config
 
     @classmethod

@@ -23,6 +23,7 @@ from .config import DualLoraConfig
 from .lora_names import LoraNames
 from .parallel import offloaded, sharded
 from .precision import FACTOR_DTYPES, Warned, in_fp32, mark_as_stored
+from .replaced import compute_attributes
 from .seeds import Keys, Seeds
 from .start import GAIN, STD, gain_of, give_signs_of_rank_one, std_of
 from .state import AdapterState
@@ -213,9 +214,12 @@ class FactorsLayer(Warmup, Strength, LoraNames, Seeds, nn.Module, BaseTunerLayer
     def _stored_factors(self, adapter: str) -> Factors:
         held: Any = self._modules
         A, B, C, D = (held["dual_lora_A"], held["dual_lora_B"], held["dual_lora_C"], held["dual_lora_D"])
-        if adapter in A._parameters:
-            A, B, C, D = A._parameters, B._parameters, C._parameters, D._parameters
-        # Otherwise FSDP1 has put views in their place, which are no parameters but attributes.
+        a, b, c, d = A._parameters, B._parameters, C._parameters, D._parameters
+        if adapter in a and adapter in b and (self.states[adapter].frozen or (adapter in c and adapter in d)):
+            A, B, C, D = a, b, c, d
+        else:  # they are no parameters but attributes: FSDP1's views, or what a pruning or a norm computes
+            for factors in (A, B, C, D):
+                compute_attributes(factors)
         if self.states[adapter].frozen:
             return Factors(A[adapter], B[adapter], *self._keys(adapter, A[adapter].device))
         return Factors(A[adapter], B[adapter], C[adapter], D[adapter])

@@ -4,6 +4,7 @@ Values that mean plain LoRA are accepted, so that a call of `LoraConfig(…)` wo
 that means another method raises ValueError: ignoring it would train something else than the user asked for.
 """
 
+import copy
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -60,13 +61,32 @@ def keep_units(config: Any, name: str, value: Any) -> None:
     if name == "alpha" and (value is None) != (config.alpha is None):
         unit = 1 / LORA_ALPHA if value is None else LORA_ALPHA
         vars(config)["alpha_pattern"] = scaled(config.alpha_pattern, unit)
-    elif name == "alpha_pattern" and config.alpha is not None and value != config.alpha_pattern:
+        note_alphas(config)
+    elif name == "alpha_pattern":
+        warn_of_alphas(config, value, config.alpha_pattern)
+        note_alphas(config, value)
+
+
+def note_alphas(config: Any, pattern: Any = None) -> None:
+    """Note the pattern whose unit is known, so that a number that is entered into it later shows."""
+    vars(config)["_noted_alphas"] = copy.copy(config.alpha_pattern if pattern is None else pattern)
+
+
+def warn_of_alphas(config: Any, pattern: Any, known: Any) -> None:
+    """Warn of a pattern that was written after the configuration was made, next to `alpha`."""
+    if config.alpha is not None and pattern != known:
         warn(
-            f"alpha_pattern={value!r} is written next to alpha={config.alpha:g} (lora_alpha="
+            f"alpha_pattern={pattern!r} is written next to alpha={config.alpha:g} (lora_alpha="
             f"{config.alpha / LORA_ALPHA:g}): its numbers count as `alpha`, {LORA_ALPHA:g} times LoRA's. Given "
             "together with `lora_alpha`, in one call, they count as LoRA's.",
             stacklevel=4,
         )
+
+
+def warn_of_entered(config: Any) -> None:
+    """Warn of numbers that were entered in place, as `config.alpha_pattern["q_proj"] = 16`, when layers are made."""
+    warn_of_alphas(config, config.alpha_pattern, vars(config).get("_noted_alphas", config.alpha_pattern))
+    note_alphas(config)
 
 
 def translate(options: dict[str, Any], own: set[str]) -> dict[str, Any]:

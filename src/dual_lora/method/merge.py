@@ -144,6 +144,11 @@ class MergeLayer(FactorsLayer):
                 "but computed from others (weight_norm, spectral_norm or another parametrisation). Remove that first: "
                 "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight'), or remove_weight_norm(layer)."
             )
+        if is_bitnet(self.get_base_layer()):
+            raise ValueError(
+                "Cannot merge Dual LoRA into a BitNet layer, which would round the sum to three values or scale it, so "
+                "that most of the update is lost. Serve the adapter unmerged."
+            )
         if is_foreign_tensor(weight):
             raise ValueError(
                 f"Cannot merge Dual LoRA into a {type(weight).__name__}, which was put in the weight's place after the "
@@ -214,6 +219,12 @@ def is_foreign_tensor(weight: Any) -> bool:
     if weight is None or type(weight) in _TORCH_TYPES or torch.compiler.is_dynamo_compiling():
         return False
     return type(weight).__module__.partition(".")[0] != "torch"
+
+
+def is_bitnet(base: Any) -> bool:
+    """Whether a layer is transformers' BitNet: its forward rounds the weight to three values, or multiplies what a
+    rounded one gives by its scale. In the weight's place ΔW would be rounded and scaled too, which leaves little."""
+    return hasattr(base, "online_quant")
 
 
 def _refuse_while_merged(layer: MergeLayer, state: dict[str, Tensor], prefix: str, *_: Any) -> None:

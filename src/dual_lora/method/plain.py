@@ -9,14 +9,17 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from .merge import is_foreign_tensor
 
-_OF_ALL_MODULES = (
+_OF_ALL_MODULES = _PRE, _POST, _BACK_PRE, _BACK = (
     *(nn.modules.module._global_forward_pre_hooks, nn.modules.module._global_forward_hooks),
     *(nn.modules.module._global_backward_pre_hooks, nn.modules.module._global_backward_hooks),
 )
 _number_of_modes = torch._C._len_torch_function_stack
+_number_of_dispatch_modes = torch._C._len_torch_dispatch_stack
+_is_dynamo = torch.compiler.is_dynamo_compiling
 
 
 def own(*forwards: Any) -> tuple[Any, ...]:
@@ -44,7 +47,9 @@ def is_replaced(function: str) -> bool:
         return True
     if torch.compiler.is_compiling():
         return False
-    modes = map(torch._C._get_function_stack_at, range(_number_of_modes()))
+    modes = [torch._C._get_function_stack_at(k) for k in range(_number_of_modes())]
+    if _number_of_dispatch_modes():  # which see our operators in place of the product
+        modes += _get_current_dispatch_mode_stack()
     return any(not type(mode).__module__.startswith("torch.") for mode in modes)  # torch's own set a default device
 
 
@@ -59,10 +64,14 @@ def is_plain(base: Any, forwards: tuple[Any, ...], reads_foreign_tensors: bool =
         and (reads_foreign_tensors or not is_foreign_tensor(base._parameters.get("weight")))
         and "forward" not in base.__dict__  # accelerate's hooks sit there
         and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
-        and not (any(_OF_ALL_MODULES) and _somebody_hooks_all())
+        and not ((_PRE or _POST or _BACK_PRE or _BACK) and _somebody_hooks_all())
         and (
             not function
-            or (_FUNCTIONS[function] is _OWN_FUNCTIONS[function] and not _number_of_modes())
+            or (
+                _FUNCTIONS[function] is _OWN_FUNCTIONS[function]
+                and not _number_of_modes()
+                and (_is_dynamo() or not _number_of_dispatch_modes())
+            )
             or not is_replaced(function)
         )
     )

@@ -71,6 +71,13 @@ def turn(module: nn.Module) -> AbstractContextManager[Any]:
         return _locks.setdefault(module, threading.RLock())
 
 
+def compute_attributes(holder: nn.Module) -> None:
+    """Compute what prunings and norms of torch.nn.utils compute before each call of a module that nobody calls."""
+    for hook in holder._forward_pre_hooks.values():
+        if type(hook).__module__.startswith("torch.nn.utils."):
+            hook(holder, ())
+
+
 def _slot(module: nn.Module, name: str, value: Any) -> tuple[dict[str, Any], str, Any]:
     """Return the dictionary in which Python finds `module.<name>`, the key in it, and the value to put there."""
     parametrizations = getattr(module, "parametrizations", {})
