@@ -148,6 +148,14 @@ def test_broken_files(text, message, tmp_path):
         read_recipe(path)
 
 
+@pytest.mark.parametrize(
+    "origin", ["a paper", [1], {"settings": "x"}, {"settings": {"a": 3}}, {"settings": {"a": ["b"]}, "sources": 3}]
+)
+def test_an_origin_of_another_shape_is_said(origin, tiny_values, write_recipe):
+    with pytest.raises(UserError, match="origin"):
+        read_recipe(write_recipe(tiny_values | {"origin": origin}), {"train": {"seed": 3}})
+
+
 def test_missing_recipe_suggests_a_shipped_one():
     with pytest.raises(UserError, match=r"There is no recipe 'boolq-smolm2'\. Did you mean 'boolq-smollm2'"):
         read_recipe("boolq-smolm2")

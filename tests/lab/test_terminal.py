@@ -49,6 +49,20 @@ def test_what_is_shown():
     assert shown("שלום \u200fעולם, می\u200cروم") == "שלום \u200fעולם, می\u200cروم"
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+def test_a_letter_that_the_terminal_has_not_ends_no_command(encoding, monkeypatch):
+    said = "é − 漢 \U0001f600 \ud800"
+    stream = io.TextIOWrapper(io.BytesIO(), encoding, errors="strict")
+    monkeypatch.setattr(sys, "stdout", stream)
+    with guarded():
+        print(json.dumps({"said": said}, ensure_ascii=False))
+        Console().print(said)
+    stream.flush()
+    written = stream.buffer.getvalue().decode(encoding).splitlines()
+    assert json.loads(written[0]) == {"said": said}
+    assert len(written) == 2
+
+
 @pytest.mark.parametrize("colours", [False, True], ids=["file", "terminal"])
 def test_every_part_of_a_card(colours):
     screen = Console(

@@ -88,7 +88,8 @@ class Request:
     """Starlette's: what is received, in parts of 100,000 bytes. scope["form"]: the files that the body stands for."""
 
     def __init__(self, scope=None, receive=None, body=b"", headers=()):
-        self.scope, self.headers, self.body_parts, self.taken = scope or {}, dict(headers), [body], 0
+        self.scope, self.body_parts, self.taken = scope or {}, [body], 0
+        self.headers = {"content-type": "application/json", **dict(headers)}
         self.receive = receive or self._receive
 
     async def _receive(self):

@@ -106,8 +106,12 @@ FORMED = b'--edge\r\nContent-Disposition: form-data; name="model"\r\n\r\nb\r\n--
         (FORM, FORMED),
         (b"application/x-www-form-urlencoded", b"model=b"),
         (b"application/json", gzip.compress(b'{"model": "b"}')),
+        *((kind, b'{"model": "b"}') for kind in (b"text/plain", b"text/plain;application/json", FORM, b"")),
     ],
-    ids=["cut", "list", "null", "text", "deep", "no text", "digits", "form", "encoded form", "packed"],
+    ids=[
+        *("cut", "list", "null", "text", "deep", "no text", "digits", "form", "encoded form", "packed"),
+        *("a page's text", "a page's other text", "a page's form", "a page's bytes"),
+    ],
 )
 def test_what_is_no_object_of_json_is_refused_while_adapters_have_names(kind, body, server):
     status, said = asyncio.run(server.ask(body, kind=kind))
@@ -142,8 +146,7 @@ def test_an_object_without_a_name_has_the_servers_own_adapter(body, server):
         (b"application/json", []),
         (b"application/json; x=multipart/", []),
         (b"application/json", [(b"Content-Type", FORM), (b"Content-Encoding", b"gzip")]),
-        (FORM, [(b"transfer-encoding", b"chunked")]),
-        (b"", []),
+        (b"Application/JSON ; charset=utf-8", [(b"transfer-encoding", b"chunked")]),
     ],
 )
 def test_the_route_reads_what_was_read_here(kind, more, body, server):

@@ -121,6 +121,19 @@ def test_a_request_that_is_too_large_is_not_read(method, path, most, tmp_path, m
     assert engine.asked == []
 
 
+@pytest.mark.parametrize(
+    "kind", ["text/plain;charset=UTF-8", "application/x-www-form-urlencoded", "multipart/form-data", ""]
+)
+@pytest.mark.parametrize(("path", "body"), [("adapter", b'{"adapter": null}'), ("adapters", b'{"limit_bytes": 1}')])
+def test_a_web_page_in_a_browser_swaps_nothing(path, body, kind, tmp_path):
+    """A browser sends these kinds for any page, to a server on the user's own machine too; JSON it asks for first."""
+    endpoint, engine, _ = started(tmp_path)
+    page = Request(body=body, headers={"content-type": kind, "origin": "https://elsewhere.example"})
+    status, said = asked(endpoint, "POST", path=path, request=page)
+    assert (status, page.taken, engine.asked, endpoint.served.limit_bytes) == (415, 0, [], 0)
+    assert "application/json" in said
+
+
 def test_two_swaps_at_once_come_one_after_the_other(tmp_path):
     endpoint, engine, other = started(tmp_path)
     before, routes = main_of(endpoint), routes_of(endpoint)

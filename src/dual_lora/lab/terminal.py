@@ -6,6 +6,8 @@ the clipboard or hide a line. Such characters are written as ``\\u001b``; colour
 
 from __future__ import annotations
 
+import codecs
+import json
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,6 +33,16 @@ def shown(text: str) -> str:
     return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
+def _written_out(error: UnicodeError) -> tuple[str, int]:
+    """Replace what an encoding has no sign for."""
+    assert isinstance(error, UnicodeEncodeError)
+    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
+
+
+WRITTEN_OUT = "dual_lora.written_out"
+codecs.register_error(WRITTEN_OUT, _written_out)
+
+
 class Console(rich.console.Console):
     """rich's console, for which square brackets are no markup and control characters are text."""
 
@@ -43,20 +55,41 @@ class Console(rich.console.Console):
             yield Segment(text if control else shown(text), style, control)
 
 
-class _Shown:
-    """A stream for whatever else prints: our own lines, Python's warnings, the libraries' logs."""
+class _Stream:
+    """A stream whose `write` does something else. All but that is the other stream's."""
 
-    def __init__(self, stream: TextIO):
-        self.rich_proxied_file = stream  # where rich writes, whose codes are its own
+    def __init__(self, stream: Any):
+        self.rich_proxied_file = stream
 
     def write(self, text: str) -> int:
-        return self.rich_proxied_file.write(shown(text))
+        raise NotImplementedError
 
     def writelines(self, lines: Iterable[str]) -> None:
         self.write("".join(lines))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.rich_proxied_file, name)
+
+
+class _Written(_Stream):
+    """What the stream's encoding has no sign for is written as JSON writes it: Windows' pipes and some terminals know
+    few letters."""
+
+    def write(self, text: str) -> int:
+        encoding = getattr(self.rich_proxied_file, "encoding", None) or "utf-8"
+        self.rich_proxied_file.write(text.encode(encoding, WRITTEN_OUT).decode(encoding))
+        return len(text)
+
+
+class _Shown(_Stream):
+    """For whatever else prints: our own lines, Python's warnings, the libraries' logs. rich writes to the stream
+    below, because its codes are its own."""
+
+    def __init__(self, stream: TextIO):
+        super().__init__(_Written(stream))
+
+    def write(self, text: str) -> int:
+        return int(self.rich_proxied_file.write(shown(text)))
 
 
 def figures(title: str, left: Sequence[str], right: Sequence[str], rows: Iterable[Sequence[Any]], **more: Any) -> Table:
@@ -83,7 +116,8 @@ def printed(table: blocks.Table) -> Table:
 
 @contextmanager
 def guarded() -> Iterator[None]:
-    """Make standard output and error show control characters while a command runs. Also a decorator."""
+    """Make standard output and error show control characters, and those that their encoding has not, while a command
+    runs. Also a decorator."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = _Shown(sys.stdout), _Shown(sys.stderr)  # type: ignore[assignment]
     try:

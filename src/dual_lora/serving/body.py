@@ -26,12 +26,21 @@ class Asked:
     body: bytes
 
 
-def read_body(body: bytes) -> Asked:
-    """A JSON object, or nothing. Raises Unclear for all else, and for values, a nesting or numbers without an end."""
+def is_json(kind: str) -> bool:
+    """Whether a request's Content-Type says JSON. A browser sends no such request for a page of another server, unless
+    the server has agreed; a text or a form it sends unasked."""
+    return kind.partition(";")[0].strip().lower() == "application/json"
+
+
+def read_body(body: bytes, kind: str) -> Asked:
+    """A JSON object, or nothing. Raises Unclear for all else, and for values, a nesting or numbers without an end.
+
+    kind: what the request says that its body is (Content-Type).
+    """
     if not body:
         return Asked("", False, b"")
     try:
-        said = bounded_json(body, MOST_VALUES)
+        said = bounded_json(body, MOST_VALUES) if is_json(kind) else None
         whole = json.dumps(said).encode()
     except OverflowError as error:
         raise Unclear(
@@ -42,7 +51,7 @@ def read_body(body: bytes) -> Asked:
     if not isinstance(said, dict):
         raise Unclear(
             "While adapters have names here, the body of a request has to be a JSON object that is not nested too "
-            "deeply. For forms, as of sound, serve one adapter."
+            "deeply, and its Content-Type application/json. For forms, as of sound, serve one adapter."
         )
     model = said.get("model")
     return Asked(model if isinstance(model, str) else "", bool(said.get("background")), whole)

@@ -53,7 +53,8 @@ class ByName:
         if len(whole) > LARGEST:
             await _refuse(send, 413, f"The request's body is longer than {LARGEST:,} bytes, which are read at most.")
             return
-        asked = functools.cache(functools.partial(read_body, whole))  # read only where adapters have names
+        # Read only where adapters have names.
+        asked = functools.cache(functools.partial(read_body, whole, _content_type(scope)))
         try:
             await self._enter_turn(asked)
         except Unclear as error:
@@ -108,6 +109,12 @@ def _has_key(scope: Message, keys: Collection[str]) -> bool:
     told = hashlib.sha256(given.decode("latin-1").encode()).digest()  # as vLLM reads it
     same = [hmac.compare_digest(told, hashlib.sha256(key.encode()).digest()) for key in keys]
     return kind.lower() == b"bearer" and any(same)
+
+
+def _content_type(scope: Message) -> str:
+    """What a request says that its body is: the first such header, as Starlette reads it."""
+    said = (value for name, value in scope["headers"] if name.lower() == b"content-type")
+    return next(said, b"").decode("latin-1")
 
 
 def _has_route(scope: Message) -> bool:

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .body import is_json
 from .by_name import ByName
 from .files import FILES, AdapterError
 from .served import ServedAdapters
@@ -173,6 +174,8 @@ class _Routes:
         return type(request)(request.scope, receive)
 
     async def _json_of(self, request: Any) -> Any:
+        if not is_json(request.headers.get("content-type", "")):  # else any web page could have a browser send it
+            raise self.error(415, "The request's Content-Type is not application/json.")
         try:
             return json.loads(await self._limited(request, JSON_BYTES).body())
         except (ValueError, RecursionError) as error:

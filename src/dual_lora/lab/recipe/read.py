@@ -10,6 +10,7 @@ from dual_lora.lab.errors import UserError, suggest
 from dual_lora.lab.read import parse_yaml, read_yaml_text
 from dual_lora.lab.recipe.families import family, member_text
 from dual_lora.lab.recipe.schema import IN_WORDS, Recipe
+from dual_lora.lab.recipe.section import Origin
 
 FAMILIES = "paper"  # the folder of recipes that are written as families
 
@@ -96,13 +97,16 @@ def problems(error: ValidationError) -> str:
 
 def _with_updated_origin(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     """Move settings that the user has changed, in the recipe's origin, from their source to the user."""
-    settings = (values.get("origin") or {}).get("settings")
-    if not settings or "origin" in overrides:
+    try:
+        origin = Origin.model_validate(values.get("origin") or {})
+    except ValidationError:  # the recipe's own check says what is wrong
+        return values
+    if not origin.settings or "origin" in overrides:
         return values
     changed = {f"{part}.{key}" for part, over in overrides.items() if isinstance(over, dict) for key in over}
-    kept = {name: [s for s in given if s not in changed] for name, given in settings.items()}
+    kept = {name: [s for s in given if s not in changed] for name, given in origin.settings.items()}
     more = {"yours": sorted(changed)} if changed else {}
-    sources = values["origin"].get("sources", {}) | ({"yours": "ours: set by you"} if changed else {})
+    sources = origin.sources | ({"yours": "ours: set by you"} if changed else {})
     return {**values, "origin": {**values["origin"], "sources": sources, "settings": kept | more}}
 
 
