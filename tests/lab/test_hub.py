@@ -1,9 +1,9 @@
 """A run's card says nothing of this machine, and `push` uploads known files to a hub, and no other."""
 
+import ast
 import base64
 import contextlib
 import hashlib
-import ast
 import json
 import os
 import re
