@@ -69,8 +69,8 @@ def test_faults_have_their_names(tuned, merged, tiny_encoder, tmp_path):
 
 def test_records_that_are_elsewhere_are_said_to_be(tuned, merged, tmp_path):
     run = shutil.copytree(tuned, tmp_path / "run")
-    recipe = run / "recipe.yaml"
-    recipe.write_text(re.sub(r"train: .*train\.tsv", "train: gone.tsv", recipe.read_text()))
+    note = run / "adapter" / "lab.json"
+    note.write_text(re.sub(r'"[^"]*train\.tsv"', '"gone.tsv"', note.read_text()))
     with pytest.raises(UserError, match=r"the run's own, gone\.tsv, were not found"):
         verify(run, against=str(merged))
 
