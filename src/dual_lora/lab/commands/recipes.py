@@ -101,6 +101,9 @@ def init(
     text: Annotated[
         str | None, Parameter(help="Column of the text to classify. [default: by the column's name]")
     ] = None,
+    text_pair: Annotated[
+        str | None, Parameter(help="Column of a second text, which is compared with the first.")
+    ] = None,
     label: Annotated[str | None, Parameter(help="Column of the class or number.")] = None,
     prompt: Annotated[str | None, Parameter(help="Column of the prompt.")] = None,
     answer: Annotated[str | None, Parameter(help="Column of the answer.")] = None,
@@ -125,7 +128,7 @@ def init(
     if to.exists():
         raise UserError(f"{to} exists already: give another name.")
     records = read_joined(data, columns)
-    named = {"text": text, "label": label, "prompt": prompt, "answer": answer}
+    named = {"text": text, "text_pair": text_pair, "label": label, "prompt": prompt, "answer": answer}
     found = guess(records, {ours: theirs for ours, theirs in named.items() if theirs}, INIT_OPTIONS)
     check_here(base)
     records = as_trained(records, data, found)

@@ -30,6 +30,14 @@ NAMES = {
 FIRST_OF_PAIR = ("sentence1", "premise", "text1")
 NUMBERED = re.compile(r"(.*?[^\W\d])(_?)(1|2|(?<=_)[ab])")  # question1 and question2, text_a and text_b
 SECOND = {"1": "2", "a": "b"}
+# What a person can name of a format, the second text of a pair among it.
+HOLDS: dict[str, tuple[str, ...]] = {
+    "text": ("text", "text_pair", "label"),
+    "prompt": ("prompt", "answer"),
+    "instruction": ("instruction", "input", "output", "answer"),
+    "document": ("text",),
+    "chat": ("messages",),
+}
 COMMA = re.compile(r"[-+]?\d+,\d+")  # a number, as many languages write it
 # How a person names the columns: of `recipes init`, of a command without such options, and of those with a recipe's.
 INIT_OPTIONS = "--text and --label, or --prompt and --answer"
@@ -64,10 +72,27 @@ def guess(records: list[Record], given: Mapping[str, str] | None = None, options
     for ours, theirs in given.items():
         if theirs not in names:
             raise UserError(f"There is no column {theirs!r} for {ours}: found {', '.join(names)}.")
+        if others := sorted(other for other in given if other != ours and given[other] == theirs):
+            raise UserError(
+                f"The column {theirs!r} is named as the {' and as the '.join(sorted([ours, *others]))}: name another "
+                "column for one of them."
+            )
+    found = _likeliest(seen, names, given, options)
+    for ours, theirs in given.items():
+        if ours not in HOLDS.get(found.format, ()):
+            raise UserError(
+                f"The column {theirs!r} is named as the {ours}, and the others look like records of the format "
+                f"{found.format}, which have none. Name the columns of one task ({options})."
+            )
+    return found
+
+
+def _likeliest(seen: list[Record], names: list[str], given: dict[str, str], options: str) -> Guess:
     if names == ["line"]:
         facts = all("||" in str(record.values["line"]) for record in seen)
         return Guess("facts" if facts else "document", "causal", {}, names)
-    found = {ours: _first_known(names, known) for ours, known in NAMES.items()} | given
+    others = [name for name in names if name not in given.values()]
+    found = {ours: _first_known(others, known) for ours, known in NAMES.items()} | given
     if found["messages"] and isinstance(seen[0].values.get(found["messages"]), list):
         return _guess_of("chat", "causal", found, names, ("messages",))
     if not given and {"chosen", "rejected"} <= set(names):
@@ -75,14 +100,16 @@ def guess(records: list[Record], given: Mapping[str, str] | None = None, options
     if not given and {"instruction", "output"} <= set(names):
         return _guess_of("instruction", "causal", found, names, ("instruction", "output"))
     first, second = _pair(seen, names, found)
-    if second and "text" not in given:
+    if given.get("text_pair") == first:
+        first, second = second, first
+    if second and "text" not in given and given.get("text_pair", second) == second:
         found |= {"text": first, "text_pair": second}
     labelled = _labelled(seen, found, names, given)
     if labelled is not None:
         return labelled
     if found["prompt"] and found["answer"] and found["prompt"] != found["answer"]:
         return _guess_of("prompt", "causal", found, names, ("prompt", "answer"))
-    by_values = _by_values(seen, names, found)
+    by_values = _by_values(seen, names, found, given)
     if by_values and given.get("label", by_values.fields.get("label")) != by_values.fields.get("label"):
         raise UserError(
             f"The column {given['label']!r} is named as the label, and no other one is known to hold its text. Found "
@@ -143,13 +170,16 @@ def _check_label(name: str, values: list[Any], given: bool) -> None:
         )
 
 
-def _by_values(seen: list[Record], names: list[str], found: Mapping[str, str]) -> Guess | None:
+def _by_values(
+    seen: list[Record], names: list[str], found: Mapping[str, str], given: Mapping[str, str]
+) -> Guess | None:
     """Guess from the values of columns whose names say nothing: the longest texts, one of few values or another text.
 
     found: ours: theirs, columns whose names say that they hold texts. Values that repeat in another one are classes.
     """
     text, pair = found["text"], found["text_pair"]
-    texts = [name for name in names if all(isinstance(value, str) for value in _values(seen, name))]
+    free = [name for name in names if name != given.get("text_pair")]
+    texts = [name for name in free if all(isinstance(value, str) for value in _values(seen, name))]
     longest = text if text in texts else max(texts, key=lambda name: sum(map(len, _values(seen, name))), default="")
     if longest:
         for name in names:

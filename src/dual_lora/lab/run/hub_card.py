@@ -121,7 +121,7 @@ def _body(
             licence=licence,
             base=base,
             link=base and f"[{base}](https://huggingface.co/{base})",
-            local=_local(recipe.model.path),
+            package=_package(recipe.model.path),
             adapter=name != "full",
             kind={"full": "all weights", "dual_lora": DUAL_LORA}.get(name, cell(name)),
             method=name,
@@ -165,10 +165,10 @@ def _results(folder: RunFolder) -> list[dict[str, Any]]:
     return found
 
 
-def _local(path: str) -> str:
-    """In words, a base that is not on the hub. A package is public, and a folder's name is nobody's business."""
+def _package(path: str) -> str:
+    """The package that holds the base, or "". A package is public, and a folder's name is nobody's business."""
     package = re.fullmatch(r"package:([\w.-]+)", path)
-    return f"the model in the Python package `{package[1]}`" if package else "a local model"
+    return package[1] if package else ""
 
 
 def known_base(card: ModelCard | None, recipe: Recipe, given: str | None) -> str | None:

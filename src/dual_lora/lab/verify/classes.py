@@ -30,11 +30,12 @@ def find_texts(tuned: Tuned, prompts: str | None) -> tuple[list[Probe], str]:
         examples, where = read_questions(prompts, data, "classification")[1], prompts
     else:
         examples, where = own_records(data, "text")
+        where = where or (f"the run's own, {data.train}, were not found" if data.train else "no records of the run")
     chosen = random.Random(0).sample(examples, min(len(examples), ASKED))
     longest = min(data.max_length, LONGEST)
     rows = [tuned.tokenizer(*e.text, truncation=True, max_length=longest).input_ids for e in chosen]
     places = tuple(range(1, len(tuned.classes) + 1))
     found: list[Probe] = [ClassProbe(tuple(ids), places) for ids in rows if len(ids) > 1]
     if not found:
-        raise UserError(f"There is no text to ask ({where or 'no records of the run'}): give some by --prompts FILE.")
+        raise UserError(f"There is no text to ask ({where}): give some by --prompts FILE.")
     return found, where
