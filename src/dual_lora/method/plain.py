@@ -50,7 +50,8 @@ def is_replaced(function: str) -> bool:
     modes = [torch._C._get_function_stack_at(k) for k in range(_number_of_modes())]
     if _number_of_dispatch_modes():  # which see our operators in place of the product
         modes += _get_current_dispatch_mode_stack()
-    return any(not type(mode).__module__.startswith("torch.") for mode in modes)  # torch's own set a default device
+    # Torch's own set a default device, and ours counts memory.
+    return any(not type(mode).__module__.startswith(("torch.", "dual_lora.")) for mode in modes)
 
 
 def is_plain(base: Any, forwards: tuple[Any, ...], reads_foreign_tensors: bool = False, function: str = "") -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 
 from ...core.compose_op import Composed, dual_lora_weight, recompose_in_backward, track_composed
 from ...core.reference import Adapter
@@ -173,7 +174,7 @@ class ParamWrapper(DualLoraLayer):
         for name in ROUTING_ARGUMENTS:
             value = arguments.get(name)
             if isinstance(value, Tensor) and not value.is_floating_point():
-                return value
+                return None if is_fake(value) else value  # an estimate has no values, and counts all
         return None
 
     def extra_repr(self) -> str:
