@@ -261,7 +261,9 @@ def _sizes(model: Any, blocks: list[nn.Module], trained: Sequence[Tensor]) -> di
     block = max(blocks, key=lambda block: bytes_of(block.parameters()), default=None)
     adapted = {n.removesuffix(".base_layer") for n, _ in model.named_modules() if n.endswith(".base_layer")}
     base_layers = [
-        m.get_base_layer().weight for n, m in model.named_modules() if n in adapted and hasattr(m, "get_base_layer")
+        getattr(m.get_base_layer(), getattr(m, "parameter_name", "weight"))
+        for n, m in model.named_modules()
+        if n in adapted and hasattr(m, "get_base_layer")
     ]
     return {
         "weights": bytes_of(frozen),
