@@ -4,9 +4,10 @@ import pytest
 import torch
 from formula import FORMS, expected, make_case, name_of, operator, reference, run, truth
 from numerics import assert_close, assert_relative_rule
-from operands import Rows, operator_by_rows
+from operands import Rows, gaussian, operator_by_rows
+from torch._subclasses import FakeTensorMode
 
-from dual_lora.core import blocked, tile
+from dual_lora.core import blocked, compose_op, tile
 from dual_lora.core.op import dual_lora_linear
 from dual_lora.core.reference import Adapter, Factors, Form, delta_weight
 
@@ -251,3 +252,18 @@ def test_every_device_has_an_implementation(name, key):
     from dual_lora.core import compose_op, embedding_op  # noqa: F401 - they define the operators
 
     assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"dual_lora::{name}", key)
+
+
+def test_without_data_only_the_composed_weight_is_composed_again(monkeypatch):
+    """An estimate's tensors have no addresses, by which x and a second weight were taken for the last one."""
+    with FakeTensorMode():
+        x, W, _, factors = gaussian()
+        adapters = [Adapter(factors, torch.ones(()), Form())]
+        both = [compose_op.Composed(compose_op.dual_lora_weight(W, adapters), W, adapters) for _ in range(2)]
+        again = []
+        compose = compose_op.dual_lora_weight
+        monkeypatch.setattr(compose_op, "dual_lora_weight", lambda *a, **k: again.append(a) or compose(*a, **k))
+        with compose_op.recompose_in_backward(*both):
+            y = sum((x.exp() @ c.result.T).sum() for c in both)
+        y.backward()
+    assert len(again) == 2

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import dispatch
 from .reference import Adapter, parts_of
-from .traced import is_traced, is_transformed, version
+from .traced import is_traced, is_transformed, memory, version
 
 _ADAPTERS = "Tensor[] factors, Tensor[] scales, Tensor[] mean_squares, int[] forms, Tensor? loss_scale, Tensor? routed"
 torch.library.define("dual_lora::weight", f"(Tensor? weight, {_ADAPTERS}, ScalarType dtype) -> Tensor")
@@ -121,7 +121,7 @@ def _versions(c: Composed | _Recipe) -> list[int]:
 def _track(composed: Sequence[Composed]) -> None:
     for c in composed:
         recipe = _Recipe(*c[1:], c.result.dtype, _versions(c))
-        _active.recipes[c.result.untyped_storage().data_ptr()] = weakref.ref(c.result), recipe
+        _active.recipes[memory(c.result)] = weakref.ref(c.result), recipe
 
 
 def _hooks_are_set() -> bool:
@@ -131,7 +131,7 @@ def _hooks_are_set() -> bool:
 
 
 def _pack(tensor: Tensor) -> _Kept | _Recipe:
-    alive, recipe = _active.recipes.get(tensor.untyped_storage().data_ptr(), (None, None))
+    alive, recipe = _active.recipes.get(memory(tensor), (None, None))
     if alive is None or alive() is None or recipe.dtype != tensor.dtype:
         return _Kept(tensor, version(tensor))
     return recipe._replace(size=tensor.size(), stride=tensor.stride(), offset=tensor.storage_offset())

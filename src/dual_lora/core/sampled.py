@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import dispatch, tokens
 from .tokens import EXACT
+from .traced import memory
 
 torch.library.define(
     "dual_lora::sampled_gradient",
@@ -200,12 +201,12 @@ class SampledProducts(TorchFunctionMode):
     def add(self, composed: Tensor) -> None:
         """Sample the products with this weight, or with views of it."""
         if not self._idle:
-            self._alive[composed.untyped_storage().data_ptr()] = weakref.ref(composed)
+            self._alive[memory(composed)] = weakref.ref(composed)
 
     def _is_ours(self, weight: Any) -> bool:
         if not isinstance(weight, Tensor) or weight.layout != torch.strided or not weight.requires_grad:
             return False
-        known = self._alive.get(weight.untyped_storage().data_ptr())
+        known = self._alive.get(memory(weight))
         return known is not None and known() is not None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

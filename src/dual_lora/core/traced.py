@@ -1,4 +1,4 @@
-"""Whether what runs now becomes a graph, and whether a tensor was written to."""
+"""Whether what runs now becomes a graph, whether a tensor was written to, and which tensors share their memory."""
 
 import torch
 from torch import Tensor
@@ -23,3 +23,11 @@ def is_transformed() -> bool:
 def version(tensor: Tensor) -> int:
     """Return a tensor's version counter, which writes raise; 0 for one that was made in inference mode."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def memory(tensor: Tensor) -> int:
+    """Return a number that a tensor and its views share, and no other tensor while one of them lives.
+
+    It is not the address, which is 0 for all tensors without data, such as those of an estimate.
+    """
+    return int(tensor.untyped_storage()._cdata)
