@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from dual_lora import DualLoraConfig, composed_weights
+from dual_lora.method import cache as cache_module
 from dual_lora.method import layer as layer_module
 from dual_lora.method.cache import ComposedWeights
 
@@ -366,10 +367,56 @@ def test_copies_have_their_own_entries(model):
     torch.testing.assert_close(run(model), truth(model), rtol=1e-5, atol=1e-6)
 
 
-def test_writes_through_data_are_not_seen_until_cleared(model):
+def through_data(model):
+    layer(model).dual_lora_B["default"].data.mul_(2)
+
+
+def through_numpy(model):
+    layer(model).dual_lora_C["default"].detach().numpy()[:] *= -1
+
+
+def through_the_optimizers_function(model):
+    B = layer(model).dual_lora_B["default"]
+    states = [[torch.ones_like(B)] for _ in range(3)]
+    numbers = {"lr": 1.0, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.0, "eps": 1e-8}
+    step = [torch.ones(())]
+    torch._fused_adamw_([B], *states, [], step, amsgrad=False, maximize=False, **numbers)
+
+
+def through_the_base_weight(model):
+    layer(model).get_base_layer().weight.data.add_(1)
+
+
+def through_the_scale(model):
+    layer(model).dual_lora_scale["default"].data.mul_(2)
+
+
+WRITES = [through_data, through_numpy, through_the_optimizers_function, through_the_base_weight, through_the_scale]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("write", WRITES, ids=lambda f: f.__name__)
+def test_writes_without_a_version_are_seen_on_a_cpu(model, write, mode):
+    before = run(model, mode=mode)
+    versions = [p._version for p in model.parameters()]
+    write(model)
+    assert [p._version for p in model.parameters()] == versions, "this write is seen without a look at the values"
+    after = run(model, mode=mode)
+    assert not torch.allclose(after, before, atol=1e-3), "the write has no effect"
+    torch.testing.assert_close(after, truth(model), rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """No value is compared there, as reading one waits for the device."""
+    monkeypatch.setattr(cache_module, "COMPARED", 0)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_writes_through_data_are_not_seen_on_a_gpu_until_cleared(model):
     """The documented limit: `.data` raises no version counter."""
     before = run(model)
-    layer(model).dual_lora_B["default"].data.mul_(2)
+    through_data(model)
     assert torch.equal(run(model), before)
     composed_weights.clear()
     after = run(model)
@@ -377,6 +424,7 @@ def test_writes_through_data_are_not_seen_until_cleared(model):
     torch.testing.assert_close(after, truth(model), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.usefixtures("as_on_a_gpu")
 @pytest.mark.parametrize("rows", [1, 20], ids=["kept", "too many rows to keep"])
 def test_a_sequence_is_composed_for_anew(model, compositions, rows):
     """An average of weights that is put in place through `.data` after one evaluation, and evaluated itself."""
