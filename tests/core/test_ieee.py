@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dual_lora import Adapter, Factors, Form, dual_lora_linear
+from dual_lora.core import ieee
 from dual_lora.core.ieee import ieee_fp32, wants_tf32
 
 CUDA, CPU = torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)
@@ -82,3 +83,23 @@ def test_the_choice_is_put_back_by_the_last_thread():
         thread.join()
         assert torch.get_float32_matmul_precision() == "highest", "the other thread took it away"
     assert torch.get_float32_matmul_precision() == "high"
+
+
+def test_a_thread_that_comes_while_another_one_switches_does_not_take_its_choice_for_the_users(monkeypatch):
+    """It would compute without a block of its own, and the other thread would put the user's choice back meanwhile."""
+    torch.set_float32_matmul_precision("high")
+    switch, seen = ieee._switch, []
+
+    def comes():
+        seen.append((torch.get_float32_matmul_precision(), ieee.ieee_fp32() is ieee._NOTHING))
+
+    def switches():
+        undo = switch()
+        comes()
+        return lambda: (comes(), undo(), comes())
+
+    monkeypatch.setattr(ieee, "_switch", switches)
+    with ieee.ieee_fp32():
+        comes()
+    comes()
+    assert seen == [("highest", False)] * 3 + [("high", False)] * 2

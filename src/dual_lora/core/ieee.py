@@ -34,18 +34,20 @@ def ieee_fp32() -> AbstractContextManager[None]:
 @contextmanager
 def _in_ieee_fp32() -> Iterator[None]:
     global _depth, _undo
+    # A thread that asks without the lock must not take "highest" for the user's choice: so `_depth` is above 0 before the
+    # switch and until after the restoration.
     with _lock:
-        if not _depth:
-            _undo = _switch()
         _depth += 1
+        if _depth == 1:
+            _undo = _switch()
     try:
         yield
     finally:
         with _lock:
-            _depth -= 1
-            if not _depth and _undo is not None:
+            if _depth == 1 and _undo is not None:
                 _undo()
                 _undo = None
+            _depth -= 1
 
 
 def wants_tf32() -> bool:
