@@ -34,8 +34,8 @@ def ieee_fp32() -> AbstractContextManager[None]:
 @contextmanager
 def _in_ieee_fp32() -> Iterator[None]:
     global _depth, _undo
-    # A thread that asks without the lock must not take "highest" for the user's choice: so `_depth` is above 0 before the
-    # switch and until after the restoration.
+    # A thread that asks without the lock must not take "highest" for the user's choice. So `_depth` is above 0 before
+    # the switch and until after the restoration.
     with _lock:
         _depth += 1
         if _depth == 1:
