@@ -127,6 +127,19 @@ def test_verdicts_on_different_runs_are_counted():
     assert int(facts.quoted("count/repeated")) >= 3, "e2e-again-estimators has those of e2e-again"
 
 
+def test_a_range_leaves_out_times_of_which_nobody_knows_whether_they_compare(monkeypatch):
+    known = facts.quoted("range/language model/studies")
+    real = facts.study
+
+    def doubted(name):
+        said = {note for note in real(name)["notes"] if note.startswith("How many runs went side by side was not")}
+        return {**real(name), "notes": [note for note in real(name)["notes"] if note not in said]}
+
+    assert any(doubted(name) != real(name) for name in ("methods-e2e", "methods-cola"))
+    monkeypatch.setattr(facts, "study", doubted)
+    assert int(facts.quoted("range/language model/studies")) == int(known) + 1
+
+
 def test_a_range_holds_every_study_of_its_model():
     low, high = map(float, facts.quoted("range/encoder/time").split(" to "))
     for name in ("quick", "methods-encoder", "longer-cola"):
