@@ -157,6 +157,12 @@ def test_a_range_holds_every_study_of_its_model():
         facts.quoted("range/encodr/time")
 
 
+def test_studies_whose_seeds_have_training_sets_of_their_own_are_named():
+    own = {name for name in facts._names() if facts.study(name)["study"].get("subsets", "one") == "own"}
+    said = evidence.pages()[QUESTIONS.parent / "settings.md"].partition("In most studies")[2].partition("|")[0]
+    assert set(re.findall(r"`([a-z-]+)`", said)) == own
+
+
 def test_searches_that_ended_at_an_end_of_their_rates_are_named():
     """A verdict on such a method is one on the rates that were tried, and the page is all that most people read."""
     listed, text = facts.quoted("ends"), evidence.pages()[QUESTIONS]
