@@ -35,6 +35,7 @@ MODELS = {  # MiniLM's and SmolLM2's tasks
     "encoder": ("sst2", "cola"),
     "language model": ("e2e", "arc-easy", "boolq", "20 steps", "60 steps"),
 }
+_NO_TIMES = re.compile(r"[Tt]imes and speeds (are not|may not be) comparable")
 _END = re.compile(r"(.+) on \S+ did best with the (smallest|largest) train\.learning_rate tried")
 
 
@@ -142,10 +143,8 @@ def _range(model: str, field: str) -> str:
     pairs = {}
     for name in _published():
         results = study(name)
-        busy = any(note.startswith("Times and speeds are not comparable") for note in results["notes"])
-        if (
-            busy or results["study"].get("cost") is False
-        ):  # which was registered without: other programs ran at the same time
+        busy = any(_NO_TIMES.search(note) for note in results["notes"])
+        if busy or results["study"].get("cost") is False:  # registered without: other programs ran at the same time
             continue
         for task in MODELS[model]:
             methods = {m["method"]: m for m in study(name)["methods"] if m["task"] == task}

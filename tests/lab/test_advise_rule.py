@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from dual_lora.lab.advise import advice
-from dual_lora.lab.advise.pace import needed_records, with_seeds
+from dual_lora.lab.advise.pace import LOOK_LEVEL, LOOKS, Pace, Work, needed_records, settling_length, with_seeds
 from dual_lora.lab.advise.rule import QUICKER, SAYS_NOTHING, Recommendation, Rival, Why, recommend
 from dual_lora.lab.study import statistics as stats
 from dual_lora.lab.study.metrics import usual_reach
@@ -193,3 +195,25 @@ def test_scores_of_right_and_wrong_answers_that_agree_rule_nothing_out_either(me
     right = np.ones((5, items))
     assert of_table(right, right, margin=0.03, metric=metric)[0].use is None
     assert of_table(np.ones((5, 4000)), np.ones((5, 4000)), margin=0.03, metric=metric)[0].use == "LoRA"
+
+
+def test_the_records_that_the_page_asks_for_are_what_a_look_needs():
+    """Of two methods that agree with LoRA on all records, at a look's level; and with the usual spread."""
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "advise.md").read_text(encoding="utf-8")
+    least, usual = (int(n.replace(",", "")) for n in re.findall(r"(?:at least|some) ([\d,]+) (?:test )?records", page))
+
+    def ruled_out(items):
+        about = {"margin": MARGIN, "reach": usual_reach("accuracy"), "confidence": 1 - LOOK_LEVEL}
+        right = np.ones((LOOKS[-1], items))
+        pairs = judge([compare_pair(right, right, names=(name, "LoRA"), **about) for name in "ab"], LOOK_LEVEL)
+        rows = map(dataclasses.asdict, pairs)
+        return all(Rival(r["candidate"], r["verdict"], 0.0, advice.upper(r), MARGIN).ruled_out for r in rows)
+
+    assert ruled_out(least)
+    assert not ruled_out(int(0.9 * least))
+
+    def settled(items):
+        return settling_length(Work((Pace(1.0, 0.1, 0.01),) * 3, 50, items, 100), "accuracy", MARGIN)
+
+    assert settled(usual).seeds == LOOKS[-1]
+    assert settled(int(0.8 * usual)) is None

@@ -75,7 +75,8 @@ def test_the_level_holds_where_few_answers_differ():
 
 
 def test_a_single_search_makes_more_of_two_equal_methods_than_their_settings_do():
-    rows = list(calibration.tuning(4000, calibration.committed(), np.random.default_rng(0)))
+    designs = calibration.DESIGNS | calibration.TWO
+    rows = list(calibration.tuning(4000, calibration.committed(), np.random.default_rng(0), designs))
     at = {row[:3]: row[3:] for row in rows}
     other, alarm, alike = at["dual_lora", "one search, one seed", 5]
     assert 0.10 < other < 0.22
@@ -83,6 +84,24 @@ def test_a_single_search_makes_more_of_two_equal_methods_than_their_settings_do(
     assert alike < 0.05 + 0.012
     assert at["dual_lora", "one search, mean of five seeds", 5][1] < 0.05 + 0.012
     assert at["dual_lora", "a search for every final seed", 8][1] < 0.05 + 0.012
+    page = calibration.PAGE.read_text(encoding="utf-8").partition("<!-- tuning -->")[2].partition("<!-- end -->")[0]
+    written = [line.strip("| ").split(" | ") for line in page.strip().splitlines()[2:]]
+    assert list(dict.fromkeys(row[1] for row in written)) == calibration.TUNED
+    for curve, design, seeds, *shares in written:
+        assert np.abs(np.array(shares, float) - np.array(at[curve, design, int(seeds)])).max() < 0.03
+
+
+def test_more_tuning_seeds_do_not_help_where_validation_and_test_disagree():
+    text = calibration.PAGE.read_text(encoding="utf-8")
+    eight, five, each = (
+        int(share) / 100
+        for share in re.search(r"in (\d+) % of.*\((\d+) % with five\).*wrong in (\d+) %", text).groups()
+    )
+    random = np.random.default_rng(0)
+    for tuning in (2, 5):
+        assert abs(families.searched(20_000, random, 8, tuning) - eight) < 0.015
+        assert abs(families.searched(20_000, random, 5, tuning) - five) < 0.015
+    assert_level(families.searched(20_000, random, 8, 1, each=True), each, 20_000, "a search for every final seed")
 
 
 def test_runs_drawn_from_the_published_ones_keep_the_level():

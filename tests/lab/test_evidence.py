@@ -127,6 +127,19 @@ def test_verdicts_on_different_runs_are_counted():
     assert int(facts.quoted("count/repeated")) >= 3, "e2e-again-estimators has those of e2e-again"
 
 
+def test_a_range_leaves_out_times_of_which_nobody_knows_whether_they_compare(monkeypatch):
+    known = facts.quoted("range/language model/studies")
+    real = facts.study
+
+    def doubted(name):
+        said = {note for note in real(name)["notes"] if note.startswith("How many runs went side by side was not")}
+        return {**real(name), "notes": [note for note in real(name)["notes"] if note not in said]}
+
+    assert any(doubted(name) != real(name) for name in ("methods-e2e", "methods-cola"))
+    monkeypatch.setattr(facts, "study", doubted)
+    assert int(facts.quoted("range/language model/studies")) == int(known) + 1
+
+
 def test_a_range_holds_every_study_of_its_model():
     low, high = map(float, facts.quoted("range/encoder/time").split(" to "))
     for name in ("quick", "methods-encoder", "longer-cola"):
@@ -142,6 +155,12 @@ def test_a_range_holds_every_study_of_its_model():
     assert facts.quoted("range/language model/time") != facts.quoted("range/encoder/time")
     with pytest.raises(ValueError, match="leads nowhere"):
         facts.quoted("range/encodr/time")
+
+
+def test_studies_whose_seeds_have_training_sets_of_their_own_are_named():
+    own = {name for name in facts._names() if facts.study(name)["study"].get("subsets", "one") == "own"}
+    said = evidence.pages()[QUESTIONS.parent / "settings.md"].partition("In most studies")[2].partition("|")[0]
+    assert set(re.findall(r"`([a-z-]+)`", said)) == own
 
 
 def test_searches_that_ended_at_an_end_of_their_rates_are_named():

@@ -564,6 +564,24 @@ def test_items_that_are_there_several_times_are_named(tmp_path):
     assert not any("copies of others" in note for note in notes(np.round(again)))  # few values agree by chance
 
 
+def test_right_answers_that_are_all_there_twice_are_named(tmp_path):
+    """As right and wrong answers agree by chance, copies of a few items can not be told from others."""
+    random = np.random.default_rng(0)
+    right = (random.random((2, 4, 60)) < random.random(60)).astype(float)
+
+    def notes(tables):
+        rows = [[m, s, i, x] for m, own in zip("ab", tables.tolist(), strict=True) for s, row in enumerate(own)
+                for i, x in enumerate(row)]  # fmt: skip
+        return judge(write_table(tmp_path / "s.csv", rows))["notes"]
+
+    twice = np.concatenate([right, right], -1)
+    assert any("On task each item seems to be there 2 times" in note for note in notes(twice[..., ::-1]))
+    assert not any("seems to be there" in note for note in notes(right))
+    assert not any("seems to be there" in note for note in notes(twice[..., :-1]))
+    few = np.repeat(right[:, :2, :2], 20, -1)  # four rows of answers: all twenty times by chance
+    assert not any("seems to be there" in note for note in notes(few))
+
+
 def test_documents_that_are_there_several_times_are_named(tmp_path):
     """Right and wrong answers agree by chance; the harness's hash of a document does not."""
     for method in ("lora", "mine"):

@@ -45,6 +45,17 @@ def test_one_study_alone_is_its_own_comparison(tmp_path):
     assert (turned.difference, turned.low) == pytest.approx((-answer.difference, -answer.high))
 
 
+def test_runs_of_other_seeds_are_no_pairs(tmp_path):
+    one = study(tmp_path, "one", {"a": 0.5, "b": 0.7})
+    other = json.loads(json.dumps(one))
+    other["methods"][1]["seeds"].pop()
+    with pytest.raises(UserError, match="no run has its pair"):
+        pooled("q", [(other, "b", "a")])
+    one["methods"][0]["seeds"].reverse()  # the same seeds, out of order: they were paired by their place
+    with pytest.raises(UserError, match="one: b and a have other seeds"):
+        pooled("q", [(one, "b", "a")])
+
+
 def test_a_run_that_two_studies_share_counts_once(tmp_path):
     one, other = (study(tmp_path, name, {"a": 0.5, "b": 0.7}) for name in ("one", "other"))
     alone, twice = pooled("q", [(one, "b", "a")]), pooled("q", [(one, "b", "a"), (other, "b", "a")])

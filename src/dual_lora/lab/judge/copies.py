@@ -1,6 +1,8 @@
 """Scores that are others' to the last digit: models evaluated again and copied runs are no further seeds, records that
 are there several times no further items, and one method under two names is not two."""
 
+import math
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -12,6 +14,7 @@ from dual_lora.lab.study.job import task_name
 
 ENOUGH = 20  # items: answers to as many do not agree by chance in every method
 ENOUGH_WHOLE = 3  # the same of scores of whole test sets
+ENOUGH_PATTERNS = 14  # of scores over runs: by luck as many come a multiple of k times in one file of 2^14
 MANY = 0.05  # the share of copies among the items from which on they are named
 
 
@@ -78,13 +81,28 @@ def one_under_several_names(paired: dict[Scenario, dict[str, Runs]]) -> Iterator
 
 
 def repeated_items(paired: dict[Scenario, dict[str, Runs]]) -> Iterator[str]:
-    """Tasks of which many items have another one's scores in every run. Of measured scores only: answers that are right
-    or wrong agree by chance."""
+    """Tasks of which many items have another one's scores in every run.
+
+    Of measured scores each such item counts. Answers that are right or wrong agree by chance: they show copies only
+    where every item is there as many times.
+    """
     for scenario, own in paired.items():
         columns = np.concatenate([runs.table for runs in own.values()]).T
         ordered = np.sort(columns, axis=1)
         measured = columns[(np.diff(ordered, axis=1) != 0).all(1)] if columns.shape[1] >= ENOUGH_WHOLE else columns[:0]
-        yield from copies_of_items(task_name(*scenario), (row.tobytes() for row in measured), len(columns))
+        found = list(copies_of_items(task_name(*scenario), (row.tobytes() for row in measured), len(columns)))
+        yield from found or _every_item_again(task_name(*scenario), columns)
+
+
+def _every_item_again(task: str, columns: NDArray[np.float64]) -> Iterator[str]:
+    """A note where each pattern of scores over the runs, [items, runs], comes a multiple of k times."""
+    counts = Counter(row.tobytes() for row in columns)
+    times = math.gcd(*counts.values())
+    if times > 1 and len(counts) >= ENOUGH_PATTERNS:
+        yield (
+            f"On {task} each item seems to be there {times} times: {len(counts)} different rows of scores over "
+            f"the runs all come a multiple of {times} times. Leave the copies out: they make every verdict too sure."
+        )
 
 
 def copies_of_items(task: str, prints: Iterable[bytes | str], items: int) -> Iterator[str]:

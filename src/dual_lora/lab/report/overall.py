@@ -118,8 +118,9 @@ def _ranks(scores: dict[str, dict[str, list[float]]]) -> list[Block]:
     found = aggregates.ranks(scores)
     rows = [{"method": name, "mean_rank": rank} for name, rank in found.mean.items()]
     groups = "; ".join(" and ".join(group) for group in found.groups) or "none"
+    few = f" On {len(scores)} tasks no ranks can lie that far apart." if found.critical > len(found.mean) - 1 else ""
     note = (
         f"By the means over the seeds, 1 is best. Two methods differ whose ranks are {found.critical:.2f} apart or "
-        f"more (Nemenyi; Friedman's test that none differ: p = {found.p:.2g}). Not told apart: {groups}."
+        f"more (Nemenyi; Friedman's test that none differ: p = {found.p:.2g}). Not told apart: {groups}.{few}"
     )
     return [Table("Mean ranks", columns("method mean_rank"), rows, note)]

@@ -71,6 +71,8 @@ def pooled(question: str, asked: Sequence[tuple[Results, str, str]], margin: flo
         name = results["study"]["name"]
         two = [_method_row(results, name, m) for m in (candidate, reference)]
         kinds.add((two[0]["task"], two[0]["metric"]))
+        if len(seeds := {tuple(run["seed"] for run in method["seeds"]) for method in two}) > 1:
+            raise UserError(f"{name}: {candidate} and {reference} have other seeds, {seeds}: no run has its pair.")
         sign, known = metrics.direction(two[0]["better"]), len(by_seed)
         for a, b in zip(two[0]["seeds"], two[1]["seeds"], strict=True):
             if a["score"] is None or b["score"] is None:
