@@ -16,6 +16,8 @@ from dual_lora.method import cache as cache_module
 from dual_lora.method import layer as layer_module
 from dual_lora.method.cache import ComposedWeights
 
+DECODED = layer_module.DECODED_TOKENS["cpu"]
+
 
 @pytest.fixture(autouse=True)
 def _nothing_kept():
@@ -112,7 +114,7 @@ def test_a_layer_without_sequences_goes_by_those_with_sequences(model, compositi
     kept = len(compositions)
     run(model, points())
     assert len(compositions) == kept
-    run(model, points(layer_module.DECODED_TOKENS + 1).unsqueeze(0))
+    run(model, points(DECODED + 1).unsqueeze(0))
     run(model, points())
     assert composed_weights.bytes_held == 0
 
@@ -408,8 +410,9 @@ def test_writes_without_a_version_are_seen_on_a_cpu(model, write, mode):
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """No value is compared there, as reading one waits for the device."""
+    """No value is compared there, as reading one waits for the device, and one token alone is decoding."""
     monkeypatch.setattr(cache_module, "COMPARED", 0)
+    monkeypatch.setattr(layer_module, "DECODED_TOKENS", {})
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
@@ -424,19 +427,42 @@ def test_writes_through_data_are_not_seen_on_a_gpu_until_cleared(model):
     torch.testing.assert_close(after, truth(model), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.usefixtures("as_on_a_gpu")
 @pytest.mark.parametrize("rows", [1, 20], ids=["kept", "too many rows to keep"])
-def test_a_sequence_is_composed_for_anew(model, compositions, rows):
+def test_a_sequence_is_composed_for_anew(model, compositions, rows, monkeypatch):
     """An average of weights that is put in place through `.data` after one evaluation, and evaluated itself."""
+    monkeypatch.setattr(cache_module, "COMPARED", 0)
     token = tokens(1)
-    sequence = points()[:1].expand(rows, layer_module.DECODED_TOKENS + 1, -1).contiguous()
+    sequence = points()[:1].expand(rows, DECODED + 1, -1).contiguous()
     before = run(model, token)
-    run(model, token.expand(-1, layer_module.DECODED_TOKENS, -1))
+    run(model, token.expand(-1, DECODED, -1))
     assert len(compositions) == 2, "a few tokens at once are decoding"
-    layer(model).dual_lora_B["default"].data.mul_(2)
-    assert torch.equal(run(model, token), before), "the documented limit"
+    through_data(model)
+    assert torch.equal(run(model, token), before), "the limit of a GPU"
     torch.testing.assert_close(run(model, sequence), truth(model, sequence), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(run(model, token), truth(model, token), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("tokens", [2, DECODED])
+def test_on_a_gpu_more_than_one_token_is_a_sequence(model, compositions, tokens):
+    sequence = points()[:tokens].unsqueeze(0)
+    for _ in range(2):
+        torch.testing.assert_close(run(model, sequence), truth(model, sequence), rtol=1e-5, atol=1e-6)
+        assert not compositions
+        through_data(model)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_on_a_gpu_a_layer_of_one_token_next_to_one_of_a_sequence_is_composed_for_anew(model):
+    """As the class token of a vision model, or the time step of a diffusion transformer, under an average's weights."""
+    one, other = layers(model).values()
+    alone, sequence = tokens(1), torch.randn(1, 5, other.in_features)
+    for _ in range(2):
+        with torch.no_grad():
+            y = one(alone)
+            other(sequence)
+        torch.testing.assert_close(y, one(alone).detach(), rtol=1e-5, atol=1e-6)
+        through_data(model)
 
 
 def test_threads_may_add_and_drop_while_others_count(monkeypatch):

@@ -11,8 +11,8 @@ factors, `train()`, loading, merging and adapter changes, and (linear layers) wh
 Writes to the same memory past autograd raise no version counter: `param.data.mul_()` (as weight averages do), a write
 through `param.detach().numpy()` or to a vector whose parts are the parameters, `torch.distributed.broadcast(param)`. On
 a CPU the first `COMPARED` bytes of each tensor show them. On a GPU reading those would wait for the device, so nothing
-is kept where such writes are usual: a model whose inputs are no sequences, or longer ones than `DECODED_TOKENS`, has
-its weights composed in every pass. Only between two steps of decoding call `composed_weights.clear()` there.
+is kept where such writes are usual: where the inputs of a layer are no sequences, or have more than one token, or some
+layer of the model has had such an input since. Only between two steps of decoding call `composed_weights.clear()`.
 """
 
 import threading

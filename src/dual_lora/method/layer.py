@@ -33,9 +33,15 @@ from .scaler import loss_scale
 
 # Up to so many rows of x, composing the weight costs more than its product, and decoding keeps the composed weight.
 CACHED_ROWS = 256
-# Up to so many tokens of a sequence at once are decoding (one token, or some that a draft model proposes). More are a
-# prompt or an evaluation: then the weight is composed again, because a write to it may have gone unnoticed.
-DECODED_TOKENS = 16
+# Up to so many tokens of a sequence at once are decoding, by the device's type: some that a draft model proposes, and
+# elsewhere one. More are a prompt or an evaluation: then all weights of the model are composed again, because a write
+# to them may have gone unnoticed.
+DECODED_TOKENS = {"cpu": 16}
+
+
+def _is_decoded(x: Tensor) -> bool:
+    """Whether an input [batch, tokens, features] has so few tokens a sequence that the model decodes."""
+    return x.shape[1] <= DECODED_TOKENS.get(x.device.type, 1)
 
 
 class DualLoraLayer(MergeLayer):
@@ -88,7 +94,8 @@ class DualLoraLayer(MergeLayer):
         if torch.is_grad_enabled() or is_traced() or torch._C._len_torch_dispatch_stack():  # make_fx, fake tensors
             return False
         if x is not None and x.dim() == 3:
-            self.warned.decoding = x.shape[1] <= DECODED_TOKENS
+            self.warned.decoding = _is_decoded(x)
+            self.warned.longer += not self.warned.decoding
         if not self.warned.decoding or sharded.is_gathered(self):
             return False
         return not self.training or (x is not None and x.dim() == 3 and x.shape[1] == 1)
@@ -99,7 +106,7 @@ class DualLoraLayer(MergeLayer):
         """Return the cached composed weight; call `make` if there is none for this `weight` and these adapters."""
         own = [t for n in chosen for t in (*self._stored_factors(n), self.dual_lora_scale[n])]
         counts = [self.left(n) for n in chosen if self.states[n].warmup]
-        return composed_weights.get(self, [weight, *own, *counts], (tuple(chosen), dtype), make)
+        return composed_weights.get(self, [weight, *own, *counts], (tuple(chosen), dtype, self.warned.longer), make)
 
     def _composed(
         self, weight: Tensor | None, chosen: Adapters, operand: Tensor, keeps: bool = True, dtype: Any = None
@@ -291,7 +298,7 @@ class Linear(MapLayer):
         keeps = source is not None and self._may_keep(x) and x.numel() <= CACHED_ROWS * self.in_features
         # A prompt, an evaluation or a training step begins. (Not in a graph, which would depend on the lengths.)
         begins = not torch.compiler.is_compiling() and (
-            (x.ndim == 3 and x.shape[1] > DECODED_TOKENS) or (self.training and not keeps)
+            (x.ndim == 3 and not _is_decoded(x)) or (self.training and not keeps)
         )
         if begins:
             composed_weights.drop(self)
