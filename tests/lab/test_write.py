@@ -176,6 +176,20 @@ def test_what_killed_writers_left_is_removed(tmp_path):
     assert names(tmp_path) == sorted([other, mine, f".out.{'aa' * 8}.part", "elsewhere"])
 
 
+def test_what_a_killed_writer_of_one_file_left_is_removed(call, tmp_path):
+    """By the same command, once it is old: no lock says whether somebody writes a page, a recipe or a card."""
+    table, out = tmp_path / "scores.csv", tmp_path / "judged"
+    table.write_text("method,seed,score\n" + "".join(f"{m},{s},0.{s}\n" for m in "ab" for s in range(3)))
+    out.mkdir()
+    left = [f".{name}.{'0a' * 8}.part" for name in ("results.json", "report.html", "other.json")]
+    fresh = f".report.html.{'0b' * 8}.part"
+    for name in (*left, fresh):
+        (out / name).write_text("half")
+        os.utime(out / name, None if name == fresh else (0, 0))
+    call("judge", table, "--out", out)
+    assert names(out) == sorted([left[2], fresh, "report.html", "results.json"])
+
+
 def test_what_a_killed_writer_left_in_a_study_is_removed(tmp_path):
     """A file among its runs when it is old: another study may be writing there."""
     from dual_lora.lab.study.folder import StudyFolder
