@@ -229,7 +229,7 @@ def remove_remains(folder: Path, name: str | None = None, after: float = 0) -> N
     for left in folder.glob(f".{glob.escape(name) if name else '*'}.{'[0-9a-f]' * 16}.part"):
         with suppress(OSError):
             state = left.lstat()
-            if time.time() - state.st_mtime < after:
+            if abs(time.time() - state.st_mtime) < after:  # the time of day may have been set back since
                 continue
             if stat.S_ISDIR(state.st_mode):
                 shutil.rmtree(left, ignore_errors=True)
