@@ -169,7 +169,7 @@ def test_overwrite_refuses_a_run_that_holds_anything_else(name, copied, tiny_lm,
     recipe, before = build_recipe(values(tiny_lm, questions)), state(copied)
     with pytest.raises(UserError, match=r"this program has not written(.|\n)*Nothing was removed"):
         run(recipe, copied, overwrite=True, progress=False)
-    with pytest.raises(UserError, match=r"is not empty: give another --out\."):  # and suggests no flag
+    with pytest.raises(UserError, match=r"is not empty: give --resume to go on, or another --out\."):
         run(recipe, copied, progress=False)
     assert state(copied) == before
 

@@ -383,6 +383,7 @@ def test_a_record_s_names_are_text_in_the_card(copy):
     assert "<script>" not in text
     assert "[mine]" not in text
     assert "](http://evil)" not in text.replace("\\](http", "")
+    assert "(http://evil)" not in text.partition("---\n\n")[2], "an address that a hub makes a link of"
     (copy / "record.json").write_text(json.dumps(record | {"rows_at_once": EVIL}))
     with pytest.raises(UserError, match="damaged"):
         hub_card.write_card(RunFolder(copy), recipe_of_run(copy))

@@ -3,6 +3,7 @@
 import json
 import os
 import threading
+import time
 
 import pytest
 
@@ -169,11 +170,27 @@ def test_what_killed_writers_left_is_removed(tmp_path):
     for name in (left, other, mine):
         (tmp_path / name).mkdir()
         (tmp_path / name / "weights").write_text("half")
+    os.utime(tmp_path / left, (ahead := time.time() + 1e6, ahead))  # the time of day was set back since
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / f".out.{'aa' * 8}.part").symlink_to(tmp_path / "elsewhere")
     with held(tmp_path / "out"):
         assert not (tmp_path / left).exists()
     assert names(tmp_path) == sorted([other, mine, f".out.{'aa' * 8}.part", "elsewhere"])
+
+
+def test_what_a_killed_writer_of_one_file_left_is_removed(call, tmp_path):
+    """By the same command, once it is old: no lock says whether somebody writes a page, a recipe or a card."""
+    table, out = tmp_path / "scores.csv", tmp_path / "judged"
+    table.write_text("method,seed,score\n" + "".join(f"{m},{s},0.{s}\n" for m in "ab" for s in range(3)))
+    out.mkdir()
+    left = [f".{name}.{'0a' * 8}.part" for name in ("results.json", "report.html", "other.json")]
+    fresh = f".report.html.{'0b' * 8}.part"
+    for name in (*left, fresh):
+        (out / name).write_text("half")
+        ahead = time.time() + 1e6
+        os.utime(out / name, None if name == fresh else (0, 0) if name == left[0] else (ahead, ahead))
+    call("judge", table, "--out", out)
+    assert names(out) == sorted([left[2], fresh, "report.html", "results.json"])
 
 
 def test_what_a_killed_writer_left_in_a_study_is_removed(tmp_path):

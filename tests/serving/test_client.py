@@ -11,6 +11,8 @@ import peft
 import pytest
 from adapters import METHODS, small
 
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.verify.endpoint import Endpoint
 from dual_lora.serving import client
 from dual_lora.serving.client import AdapterServer, ServerError
 from dual_lora.serving.http_request import send_request
@@ -120,21 +122,53 @@ def test_no_other_address_is_asked(status, monkeypatch):
     assert asked == []
 
 
-def test_a_server_that_never_ends_its_head_keeps_no_thread():
-    """http.client reads on as long as "100 Continue" comes, with nobody waiting for it any more."""
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n"
+
+
+@contextlib.contextmanager
+def going_on(head, piece):
+    """A server that never ends its answer; yields its address."""
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def go_on():
             connection, _ = server.accept()
-            with contextlib.suppress(OSError):
-                while True:
-                    connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+            with contextlib.suppress(OSError), connection:
+                connection.recv(1 << 16)
+                connection.sendall(head)
+                while piece:
+                    connection.sendall(piece)
 
         threading.Thread(target=go_on, daemon=True).start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.mark.parametrize(("head", "piece"), [(b"", b"HTTP/1.1 100 Continue\r\n\r\n"), (CHUNKED, b"A: b\r\n" * 1000)])
+def test_a_server_that_never_ends_its_head_or_its_trailers_keeps_no_thread(head, piece):
+    """http.client reads on as long as they come, with nobody waiting for it any more."""
+    with going_on(head, piece) as address:
         before = set(threading.enumerate())
         with pytest.raises(TimeoutError):
-            send_request(urllib.request.Request(f"http://127.0.0.1:{server.getsockname()[1]}"), 0.5, 100)
+            send_request(urllib.request.Request(address), 0.5, 100)
         started = set(threading.enumerate()) - before
         for thread in started:
             thread.join(10)
         assert not [thread for thread in started if thread.is_alive()]
+
+
+def test_a_server_that_speaks_no_http_sends_no_codes():
+    with going_on(b"\x1b[2J\x1b]0;mine\x07\r\n", b"") as address, pytest.raises(ServerError) as raised:
+        AdapterServer(address, "m", timeout=5).complete([[1, 2]], 2)
+    assert str(raised.value).isprintable()
+    assert raised.value.__suppress_context__
+
+
+def test_no_error_shows_the_key(monkeypatch):
+    """http.client shows the header that it refuses."""
+    monkeypatch.setenv("OPENAI_API_KEY", "secret\nmore")
+    with pytest.raises(ServerError, match="key in OPENAI_API_KEY") as raised:
+        AdapterServer("http://127.0.0.1:1/v1", "m").complete([[1, 2]], 2)
+    assert "secret" not in str(raised.value)
+    monkeypatch.delenv("DUAL_LORA_API_KEY", raising=False)
+    with pytest.raises(UserError, match="key in OPENAI_API_KEY") as refused:
+        Endpoint("http://127.0.0.1:1/v1", "m", timeout=1)._post("/completions", {})
+    assert "secret" not in str(refused.value)

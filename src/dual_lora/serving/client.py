@@ -6,7 +6,6 @@ Only the address that the caller names is contacted. Full weights never travel: 
 import http.client
 import json
 import math
-import os
 import tempfile
 import urllib.parse
 import urllib.request
@@ -18,7 +17,7 @@ from typing import Any
 
 from .body import bounded_json
 from .files import FILES
-from .http_request import send_request
+from .http_request import authorization, on_one_line, send_request
 from .vllm_endpoint import NAMES_ROUTE, ROUTE
 
 KEY_VARIABLE = "OPENAI_API_KEY"
@@ -99,11 +98,9 @@ class AdapterServer:
         return done
 
     def _request(self, method: str, path: str, body: bytes, kind: str) -> Any:
-        headers = {"Content-Type": kind}
-        if os.environ.get(KEY_VARIABLE):
-            headers["Authorization"] = f"Bearer {os.environ[KEY_VARIABLE]}"
-        request = urllib.request.Request(self.url + path, body, headers, method=method)
         try:
+            headers = {"Content-Type": kind, **authorization(KEY_VARIABLE)}
+            request = urllib.request.Request(self.url + path, body, headers, method=method)
             reply = send_request(request, self.timeout, LARGEST)
             if reply.status < 300:
                 return bounded_json(reply.body, MOST_VALUES)
@@ -114,7 +111,7 @@ class AdapterServer:
                 f"{self.url}{path} cannot be asked: it answers with more than {MOST_VALUES:,} values"
             ) from error
         except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
-            raise ServerError(f"{self.url}{path} cannot be asked: {error}") from error
+            raise ServerError(f"{self.url}{path} cannot be asked: {on_one_line(str(error)[:SAID])}") from None
         if reply.is_redirect:
             raise ServerError(f"{self.url}{path} sends on to another address, which is not followed: name that one.")
         hint = " Was it started with VLLM_PLUGINS=dual_lora and --load-format dual_lora?" if reply.status == 404 else ""

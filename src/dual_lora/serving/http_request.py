@@ -3,6 +3,7 @@ followed."""
 
 import contextlib
 import http.client
+import os
 import socket
 import threading
 import time
@@ -35,15 +36,36 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def _recording_connections(connections: list[http.client.HTTPConnection]) -> list[urllib.request.BaseHandler]:
-    """Return handlers that append each connection that they open to `connections`."""
+def authorization(*variables: str) -> dict[str, str]:
+    """The header with the key out of the first of these environment variables that is set; {} without one.
+
+    Raises ValueError for a key that cannot stand in a header. http.client's own error would show the key.
+    """
+    name = next((name for name in variables if os.environ.get(name)), None)
+    if name is None:
+        return {}
+    key = os.environ[name].strip()
+    if max(key, default="") > "\xff" or not key.isprintable():
+        raise ValueError(f"the key in {name} holds characters that cannot be sent")
+    return {"Authorization": f"Bearer {key}"}
+
+
+def on_one_line(text: str) -> str:
+    """A server's words without control characters, which a terminal would obey."""
+    return "".join(c if c.isprintable() else " " for c in text).strip()
+
+
+def _recording_sockets(sockets: list[socket.socket]) -> list[urllib.request.BaseHandler]:
+    """Return handlers that append the socket of each connection that they open to `sockets`. The connection itself lets
+    go of it when the head of an answer is there."""
 
     def open_as(kind: type[http.client.HTTPConnection]) -> Callable[..., http.client.HTTPConnection]:
-        def opened(*args: Any, **options: Any) -> http.client.HTTPConnection:
-            connections.append(kind(*args, **options))
-            return connections[-1]
+        class Recording(kind):  # type: ignore[valid-type,misc]
+            def connect(self) -> None:
+                super().connect()
+                sockets.append(self.sock)
 
-        return opened
+        return Recording
 
     class Plain(urllib.request.HTTPHandler):
         def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
@@ -62,13 +84,13 @@ def send_request(request: urllib.request.Request, seconds: float, largest: int) 
     Raises TimeoutError where all of it takes longer than `seconds`, OSError and http.client.HTTPException where the
     server cannot be reached or speaks no HTTP.
     """
-    deadline, connections = time.monotonic() + seconds, list[http.client.HTTPConnection]()
+    deadline, sockets = time.monotonic() + seconds, list[socket.socket]()
     try:
-        return _with_deadline(seconds, lambda: _open_and_read(request, seconds, largest, deadline, connections))
+        return _with_deadline(seconds, lambda: _open_and_read(request, seconds, largest, deadline, sockets))
     except TimeoutError:
-        for connection in connections:  # its reader would wait on for a server that never ends its "100 Continue"
-            with contextlib.suppress(OSError, AttributeError):
-                connection.sock.shutdown(socket.SHUT_RDWR)
+        for opened in sockets:  # its reader would go on where a server ends neither its "100 Continue" nor its trailers
+            with contextlib.suppress(OSError):
+                opened.shutdown(socket.SHUT_RDWR)
         raise
 
 
@@ -77,9 +99,9 @@ def _open_and_read(
     seconds: float,
     largest: int,
     deadline: float,
-    connections: list[http.client.HTTPConnection],
+    sockets: list[socket.socket],
 ) -> Response:
-    opener = urllib.request.build_opener(_NoRedirect, *_recording_connections(connections))
+    opener = urllib.request.build_opener(_NoRedirect, *_recording_sockets(sockets))
     try:
         reply = opener.open(request, timeout=seconds)
     except urllib.error.HTTPError as error:

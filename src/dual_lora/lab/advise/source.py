@@ -9,7 +9,7 @@ from dual_lora.lab.data.guess import guess
 from dual_lora.lab.data.records import read_joined
 from dual_lora.lab.data.starter import as_trained, read_starter, run_name, starter
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.files.write import write_atomically
+from dual_lora.lab.files.write import write_output
 from dual_lora.lab.read import regular
 from dual_lora.lab.recipe.read import read_recipe
 
@@ -56,5 +56,5 @@ def _write_once(path: Path, text: str) -> str:
                 return str(path)
         raise UserError(f"{path} is there and differs from what these options make: give its name, or move it.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, text)
+    write_output(path, text)
     return str(path)

@@ -10,7 +10,7 @@ from dual_lora.lab.commands.card import facts_card, figures_table, finish, size
 from dual_lora.lab.commands.parameters import Json
 from dual_lora.lab.commands.plain import PLAIN_FLAGS
 from dual_lora.lab.errors import UserError, suggest
-from dual_lora.lab.files.write import json_text, write_atomically
+from dual_lora.lab.files.write import json_text, write_output
 from dual_lora.lab.recipe.families import family, marked_yaml, marks_of
 from dual_lora.lab.recipe.read import FAMILIES, LISTING, read_recipe, recipe_text, shipped_recipes
 from dual_lora.lab.recipe.schema import Recipe
@@ -87,7 +87,7 @@ def copy(name: str, to: Path | None = None) -> None:
         target = target / f"{name}.yaml"
     if target.exists():
         raise UserError(f"{target} exists already: give another name.")
-    write_atomically(target, recipe_text(name))
+    write_output(target, recipe_text(name))
     finish({"file": str(target)}, f"{target} — run it with: dual-lora train {quote(str(target))}", False)
 
 
@@ -134,7 +134,7 @@ def init(
     records = as_trained(records, data, found)
     written = starter(to, run_name(to.stem), base, data, test, found, records, columns, whole=0.98)
     recipe = read_starter(written, to)
-    write_atomically(to, written)
+    write_output(to, written)
     facts = {
         "task": f"train a {HEADS[found.head]}" + (f" of {len(found.classes)} classes" if found.classes else ""),
         "columns": ", ".join(meanings(found.names, recipe.data)),

@@ -83,7 +83,8 @@ class RunFolder:
         if filled and not resume:
             others = files_in(self.path, OWN)[1] if ours else [self.recipe]
             if not overwrite:
-                hint = "" if others else "--resume to go on, --overwrite to start from the beginning, or "
+                overwriting = "" if others else "--overwrite to start from the beginning, "
+                hint = f"--resume to go on, {overwriting}or " if ours else ""
                 raise UserError(f"The output folder {self.path} is not empty: give {hint}another --out.")
             if others and self.is_run:
                 raise UserError(not_ours(self.path, others[0]))

@@ -23,6 +23,7 @@ from dual_lora.lab.errors import UserError
 from dual_lora.lab.read import read_object
 
 WHOLE = "complete.json"  # written last into a folder: the names and sizes of its files
+OLD = 3600.0  # seconds: nobody writes a single file for so long
 REMAINS = tuple(f"**/.*.{'?' * 16}.part{inside}" for inside in ("", "/**/*"))  # globs of what a killed writer leaves
 
 
@@ -80,6 +81,12 @@ def write_atomically(path: Path, content: str | bytes, mode: int = 0o666) -> Non
         os.fsync(file.fileno())
 
 
+def write_output(path: Path, content: str | bytes) -> None:
+    """A file that no lock holds. What killed commands have left of it is removed, once nobody can be writing it."""
+    remove_remains(path.parent, path.name, after=OLD)
+    write_atomically(path, content)
+
+
 def write_folder_atomically(target: Path, write: Callable[[Path], object], listed: bool = False) -> None:
     """``write(folder)`` fills a folder next to ``target``, which then takes its place. listed: see `mark_whole`.
 
@@ -113,9 +120,14 @@ def json_text(value: Any, indent: int | None = None) -> str:
     return json.dumps(finite(value), indent=indent, ensure_ascii=False)
 
 
+def text_of_json(value: Any) -> str:
+    """A whole file of JSON."""
+    return json_text(value, indent=1) + "\n"
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a value as JSON, whole or not at all."""
-    write_atomically(path, json_text(value, indent=1) + "\n")
+    write_atomically(path, text_of_json(value))
 
 
 def mark_whole(folder: Path) -> None:
@@ -128,10 +140,10 @@ def mark_whole(folder: Path) -> None:
 def write_listed(file: Path, content: str) -> None:
     """Write a file anew into a folder that has a list: ours before, or not there, it is ours in its new size too."""
     ours = listed_in(file.parent).get(file, not file.exists())
-    write_atomically(file, content)
+    write_output(file, content)
     if ours and (file.parent / WHOLE).is_file():
         known = read_object(file.parent / WHOLE)
-        write_json(file.parent / WHOLE, known | {file.name: file.stat().st_size})
+        write_output(file.parent / WHOLE, text_of_json(known | {file.name: file.stat().st_size}))
 
 
 def listed_in(folder: Path) -> dict[Path, bool]:
@@ -217,7 +229,7 @@ def remove_remains(folder: Path, name: str | None = None, after: float = 0) -> N
     for left in folder.glob(f".{glob.escape(name) if name else '*'}.{'[0-9a-f]' * 16}.part"):
         with suppress(OSError):
             state = left.lstat()
-            if time.time() - state.st_mtime < after:
+            if abs(time.time() - state.st_mtime) < after:  # the time of day may have been set back since
                 continue
             if stat.S_ISDIR(state.st_mode):
                 shutil.rmtree(left, ignore_errors=True)

@@ -28,7 +28,7 @@ import numpy as np
 from scipy import stats
 
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.files.write import write_atomically
+from dual_lora.lab.files.write import write_output
 from dual_lora.lab.judge.objects import objects_of
 from dual_lora.lab.read import opened, parse_json
 from dual_lora.lab.report.blocks import Axis, Block, Chart, Page, Section, Table, Text, View
@@ -167,7 +167,7 @@ def _checked_run(experiment: str, day: str, accuracy: Any, settings: str) -> Run
 def extract(runs: Iterable[Run], file: Path) -> None:
     """Write the results as a small table."""
     lines = [",".join(COLUMNS), *(f"{r.experiment},{r.date},{r.accuracy:.6g},{r.settings}" for r in runs)]
-    write_atomically(file, "\n".join(lines) + "\n")
+    write_output(file, "\n".join(lines) + "\n")
 
 
 def standing(runs: Sequence[Run], level: float = 0.05) -> Standing:
@@ -289,5 +289,5 @@ def write_page(source: Path, out: Path) -> Standing:
     out.mkdir(parents=True, exist_ok=True)
     extract(runs, out / "results.csv")
     origin = f"https://github.com/huggingface/peft, {RESULTS}, {len(runs)} results until {max(r.date for r in runs)}"
-    write_atomically(out / "index.html", page_of(found, origin))
+    write_output(out / "index.html", page_of(found, origin))
     return found

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.files.write import write_atomically
+from dual_lora.lab.files.write import write_output
 from dual_lora.lab.judge.scores import Score, Scores, number, seed_number
 from dual_lora.lab.module_command import run_module
 from dual_lora.lab.read import parse_json, read_json, unlinked
@@ -43,9 +43,9 @@ def pack(study: Path, out: Path) -> int:
         raise UserError(f"{study} lacks the scores of a run ({error}): they lie in the folder of its runs.") from None
     out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(found, separators=(",", ":"), sort_keys=True)
-    write_atomically(out / PACKED, gzip.compress(text.encode(), mtime=0))
+    write_output(out / PACKED, gzip.compress(text.encode(), mtime=0))
     if out.resolve() != study.resolve():
-        write_atomically(out / "results.json", (study / "results.json").read_text(encoding="utf-8"))
+        write_output(out / "results.json", (study / "results.json").read_text(encoding="utf-8"))
     return len(found)
 
 

@@ -6,14 +6,13 @@ The page has the same lines with it and saves those of the rows that a reader ha
 import re
 from pathlib import Path
 
-from dual_lora.lab.files.write import write_atomically
+from dual_lora.lab.files.write import write_output
 from dual_lora.lab.report.blocks import Page, Table
-from dual_lora.lab.run.results_file import FORMULA
+from dual_lora.lab.run.results_file import FORMULA, as_markdown
 
 FORMS = {"csv": "CSV", "md": "Markdown", "tex": "LaTeX"}
 # What a line begins with, what stands between its cells, and what it ends with.
 _LINE = {"csv": ('"', '","', '"\r\n'), "md": ("| ", " | ", " |\n"), "tex": ("  ", " & ", " \\\\\n")}
-_MARKDOWN = re.compile(r"[\\`*_\[\]<>|!~:@&]|www(?=\.)")
 _LATEX = {
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "−": "$-$", "±": r"$\pm$",
     "×": r"$\times$", "Δ": r"$\Delta$", "‖": r"$\|$", "λ": r"$\lambda$", "₀": "$_0$", "⊙": r"$\odot$", "✓": "", "✗": "",
@@ -27,7 +26,7 @@ def _safe(text: str, kind: str) -> str:
     if kind == "csv":
         return "'" * bool(FORMULA.match(text)) + text.replace('"', '""')
     if kind == "md":
-        return _MARKDOWN.sub(lambda f: "www\\" if f[0] == "www" else f"\\{f[0]}", re.sub(r"[\r\n]", " ", text))
+        return as_markdown(re.sub(r"[\r\n]", " ", text))
     return "".join(_LATEX.get(sign, sign) for sign in text)
 
 
@@ -61,5 +60,5 @@ def export(page: Page, folder: Path) -> list[Path]:
     for table in (b for s in page.sections for b in s.blocks if isinstance(b, Table)):
         for kind in FORMS:
             files.append(folder / f"{table.id}.{kind}")
-            write_atomically(files[-1], written(table, kind).encode("utf-8", "replace").decode())
+            write_output(files[-1], written(table, kind).encode("utf-8", "replace").decode())
     return files

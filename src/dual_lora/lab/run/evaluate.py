@@ -16,7 +16,7 @@ from dual_lora.lab.data.formats import Example
 from dual_lora.lab.data.records import read_records
 from dual_lora.lab.errors import NotFinite, UserError
 from dual_lora.lab.files.folder import RunFolder
-from dual_lora.lab.files.write import json_text, write_atomically, write_json
+from dual_lora.lab.files.write import json_text, text_of_json, write_output
 from dual_lora.lab.model.load import quiet
 from dual_lora.lab.model.opened import Tuned, open_tuned
 from dual_lora.lab.model.weights import folder_digest
@@ -200,9 +200,9 @@ def write_result(result: EvalResult, folder: Path) -> Path:
     """Write items.jsonl with every item and result.json with the figures; returns the latter's path."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = "".join(json_text(item) + "\n" for item in result.items)
-    write_atomically(folder / "items.jsonl", lines)
+    write_output(folder / "items.jsonl", lines)
     result.file = str(folder / "result.json")
-    write_json(folder / "result.json", result.summary())
+    write_output(folder / "result.json", text_of_json(result.summary()))
     return folder / "result.json"
 
 

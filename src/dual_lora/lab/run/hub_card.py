@@ -28,6 +28,7 @@ from dual_lora.lab.model.weights import folder_digest, weights_changed
 from dual_lora.lab.read import parse_yaml, read_object, read_yaml_text
 from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.results import read_evaluation
+from dual_lora.lab.run.results_file import as_markdown
 from dual_lora.lab.terminal import duration, size
 
 BEGIN, END = "<!-- dual-lora card: `dual-lora card` writes what stands between these marks -->", "<!-- end of card -->"
@@ -277,8 +278,8 @@ def without_private_paths(text: object) -> str:
 
 
 def cell(text: object) -> str:
-    """Return a text as one cell of a Markdown table, with the special characters of Markdown and HTML escaped."""
-    return re.sub(r"([\\|<>`*_\[\]!#])", r"\\\1", " ".join(without_private_paths(text).split()))
+    """Return a text as one cell of a Markdown table."""
+    return as_markdown(" ".join(without_private_paths(text).split()))
 
 
 def source_name(source: str) -> str:

@@ -15,6 +15,14 @@ from dual_lora.lab.read import delimiter_of
 MOST_CELLS = 10_000_000  # of a table of results, the empty ones among them
 FORMULA = re.compile(r"[ \n]*[=+\-@\t\r＝＋－＠]")  # a spreadsheet takes what begins so for one
 
+# Markdown's and HTML's signs, and by what addresses become links of themselves.
+_MARKDOWN = re.compile(r"[\\`*_\[\]<>|!#~@&]|:(?=//)|www(?=\.)")
+
+
+def as_markdown(text: str) -> str:
+    """A text that stays one in Markdown, in a table as well: no link, no picture."""
+    return _MARKDOWN.sub(lambda f: "www\\" if f[0] == "www" else f"\\{f[0]}", text)
+
 
 def check_out(out: Path, overwrite: bool) -> None:
     """Raise UserError where the results cannot be written. Needs no library."""

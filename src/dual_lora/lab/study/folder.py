@@ -26,7 +26,7 @@ from pydantic import BaseModel
 
 from dual_lora.lab import yaml_text
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.files.write import hold, remove_remains, write_atomically, write_json
+from dual_lora.lab.files.write import OLD, hold, remove_remains, write_atomically, write_json
 from dual_lora.lab.model.weights import is_other_base, other_settings, short_digest, tensor_digests, warn_of_doubt
 from dual_lora.lab.read import read_json, unlinked
 from dual_lora.lab.study.job import Job, Kind, Settings, read_outcome, run_file
@@ -34,7 +34,6 @@ from dual_lora.lab.study.read import values_in
 
 Plain = dict[str, Any]
 WEIGHTS = " weights"  # ends the name of a base's print among the recipes
-OLD = 3600.0  # seconds: nobody writes a file of runs for so long
 LONGER = {"seeds", "overrides", "methods"}  # what makes a study longer: seeds, steps, and ramps that follow from them
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import http.client
 import json
 import math
-import os
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from torch import Tensor
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.verify.logprobs import SPACES, Probe
 from dual_lora.serving.body import bounded_json
-from dual_lora.serving.http_request import Response, send_request
+from dual_lora.serving.http_request import Response, authorization, on_one_line, send_request
 
 TOKENS = ("DUAL_LORA_API_KEY", "OPENAI_API_KEY")  # environment variables, the first that is set counts
 LARGEST = 32 << 20  # bytes of an answer that are read
@@ -156,9 +155,10 @@ class Endpoint:
 
     def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        token = next((os.environ[name] for name in TOKENS if os.environ.get(name)), None)
-        if token:
-            headers["Authorization"] = f"Bearer {token}"
+        try:
+            headers |= authorization(*TOKENS)
+        except ValueError as error:
+            raise UserError(f"{self.url} cannot be asked: {error}.") from None
         request = urllib.request.Request(
             self.url + path, json.dumps({"model": self.model, **body}).encode(), headers, method="POST"
         )
@@ -169,8 +169,6 @@ class Endpoint:
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
             raise UserError(f"{self.url} cannot be reached: {_clean(str(reason) or type(error).__name__)}.") from None
-        except UnicodeError:
-            raise UserError(f"The token in the environment ({' or '.join(TOKENS)}) cannot be sent.") from None
         if reply.status >= 300:
             raise _Refused(self._error_text(path, reply), reply.status)
         if len(reply.body) > LARGEST:
@@ -298,4 +296,4 @@ def _is_echo(told: list[Entry], length: int) -> bool:
 
 def _clean(text: str) -> str:
     """A server's words as one line without control characters."""
-    return "".join(c if c.isprintable() else " " for c in text).strip()[:300].rstrip(".")
+    return on_one_line(text)[:300].rstrip(".")
