@@ -98,6 +98,9 @@ def test_the_card_says_it(values, write_recipe, call, tmp_path):
     recipe = SimpleNamespace(train=SimpleNamespace(patience=1, keep_best=False))
     note = _early_stop_note(recipe, SimpleNamespace(stopped_early=True))
     assert note == ", ended by a validation without a lower loss"
+    keeps = SimpleNamespace(train=SimpleNamespace(patience=1, keep_best=True))
+    stopped = SimpleNamespace(stopped_early=False, state="interrupted", best_step=30)
+    assert _early_stop_note(keeps, stopped) == ", lowest validation loss at step 30", "nothing is saved yet"
 
 
 def test_a_validation_in_the_warm_up_does_not_count(values, tmp_path):

@@ -14,6 +14,7 @@ from dual_lora.lab.data.encode import Prompter
 from dual_lora.lab.data.examples import load_split
 from dual_lora.lab.data.formats import Example, turn
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.files.write import hold
 from dual_lora.lab.model.generate import ends_of, generate, texts_of
 from dual_lora.lab.model.load import load_model
 from dual_lora.lab.model.opened import open_tuned
@@ -165,6 +166,12 @@ def test_wrong_tasks_and_folders(lm_values, encoder_values, tmp_path, tiny_lm):
         evaluate(str(tiny_lm), texts.data, EvaluateSection(), progress=False)
     (tmp_path / "run").mkdir()
     (tmp_path / "run/recipe.yaml").write_text("")
+    with pytest.raises(UserError, match="is not finished"):
+        open_tuned(tmp_path / "run")
+    held = hold(tmp_path / "run/.lock", "")
+    with pytest.raises(UserError, match="is still in training"):
+        open_tuned(tmp_path / "run")
+    held.release()
     with pytest.raises(UserError, match="is not finished"):
         open_tuned(tmp_path / "run")
 

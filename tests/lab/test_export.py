@@ -312,7 +312,10 @@ def test_command(call, trained, tmp_path):
     ("options", "message"),
     [
         (["--to", "lora"], "--rank 64 for every layer, or --energy 0.9"),
-        (["--to", "lora", "--rank", "2", "--energy", "0.5"], "--rank 64 for every layer, or --energy 0.9"),
+        (["--to", "lora", "--rank", "2", "--energy", "0.5"], "--rank 2 or --energy 0.5, not both"),
+        (["--to", "lora", "--energy", "1.9"], "--energy is 1.9, expected a share above 0 and up to 1"),
+        (["--to", "mlx-lora", "--rank", "-3"], "--rank is -3, expected a whole number of at least 1"),
+        (["--to", "gguf-lora", "--rank", "2"], "expected a file name that ends in .gguf"),
         (["--to", "merged", "--rank", "2"], "--rank has no meaning for --to merged"),
         (["--to", "lora", "--rank", "2", "--outtype", "f16"], "--outtype has no meaning for --to lora"),
     ],

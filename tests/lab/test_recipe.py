@@ -163,6 +163,12 @@ def test_missing_recipe_suggests_a_shipped_one():
         read_recipe("nowhere/r.yaml")
 
 
+def test_a_missing_recipe_file_suggests_its_neighbour(tmp_path):
+    (tmp_path / "mine.yaml").write_text("")
+    with pytest.raises(UserError, match=r"no recipe file .*miine\.yaml\. Did you mean 'mine\.yaml'\?"):
+        read_recipe(tmp_path / "miine.yaml")
+
+
 def test_a_field_with_a_point_is_shown_as_a_file_writes_it():
     with pytest.raises(UserError, match=r"unknown field 'train\.epochs': it is written train: \{epochs: …\} here"):
         build_recipe({"model": {"path": "x"}, "train.epochs": 1})

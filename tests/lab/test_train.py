@@ -225,13 +225,14 @@ def test_a_checkpoint_without_all_its_bytes_is_passed_over(lm_values, tmp_path, 
     assert (folder.checkpoints / "checkpoint-2" / WHOLE).is_file()
 
 
-def test_output_folder_is_never_overwritten_unasked(lm_values, tmp_path):
+def test_output_folder_is_never_overwritten_unasked(lm_values, tmp_path, capsys):
     recipe = build_recipe(lm_values)
     run(recipe, tmp_path / "run", progress=False)
     before = (tmp_path / "run/record.json").read_bytes()
     with pytest.raises(UserError, match=r"not empty.*--resume.*--overwrite"):
         run(recipe, tmp_path / "run", progress=False)
-    assert run(recipe, tmp_path / "run", resume=True, progress=False).state == "finished"
+    assert run(recipe, tmp_path / "run", resume=True).state == "finished"
+    assert "nothing was trained now" in " ".join(capsys.readouterr().err.split())
     assert (tmp_path / "run/record.json").read_bytes() == before
     run(recipe, tmp_path / "run", overwrite=True, progress=False)
     assert (tmp_path / "run/record.json").read_bytes() != before

@@ -400,3 +400,15 @@ def test_a_look_at_a_part_of_a_study_is_corrected_for_all_of_it(tmp_path):
     assert "p values are corrected for the 3 comparisons still to come as well." in part["notes"]
     assert part["false_alarm"] < 0.05 / 2
     assert rejudge(part)["comparisons"][0]["p_holm"] == c["p_holm"]
+
+
+def test_an_interval_without_a_width_says_why_it_decides_nothing():
+    same = np.tile([1.0, 0.0], (2, 40))
+    (few,) = verdicts.judge([verdicts.compare_pair(same, same, margin=0.02, reach=1.0, task="t", metric="accuracy")])
+    assert few.verdict is verdicts.Verdict.INCONCLUSIVE
+    assert "Both scored the same with every seed and on every item, so the interval has no width" in few.sentence
+    assert "with 80 items" in few.sentence
+    many = np.tile([1.0, 0.0], (2, 400))
+    (enough,) = verdicts.judge([verdicts.compare_pair(many, many, margin=0.02, reach=1.0, task="t", metric="accuracy")])
+    assert enough.verdict is verdicts.Verdict.EQUIVALENT
+    assert enough.note == ""

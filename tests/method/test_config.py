@@ -223,7 +223,7 @@ def test_a_value_that_means_another_method_raises_a_clear_error(option, meaning,
         "file": lambda: DualLoraConfig(**saved),
         "later": lambda: setattr(DualLoraConfig(r=8), name, option[name]),
     }
-    with pytest.raises(ValueError, match=rf"{name}=.*{re.escape(meaning)}.*another method than Dual LoRA"):
+    with pytest.raises(ValueError, match=rf"{name}=.*{re.escape(meaning)}.*Dual LoRA does not have it"):
         ways[source]()
 
 

@@ -8,9 +8,10 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from inspect import signature
 from typing import Any
 
-from cyclopts import App, CycloptsError, Group
+from cyclopts import App, Argument, CycloptsError, Group, MissingArgumentError, UnknownOptionError, UnusedCliTokensError
 from rich.text import Text
 
 import dual_lora
@@ -243,13 +244,56 @@ def _with_new_option_names(given: Iterable[str], names: dict[str, str]) -> list[
 
 
 def _usage_error(error: CycloptsError, command: str | None) -> str:
-    """Cyclopts' sentence; for a flag that other trainers have, with ours."""
-    option = next((a.partition("=")[0] for a in str(error).split() if a.startswith("--")), "").rstrip(".")
-    if command == "train" and str(error).startswith("Unknown option") and option in ELSEWHERE:
+    """Cyclopts' sentence; ours for a flag that other trainers have, and for arguments that are left over."""
+    said = str(error)
+    option = next((a.partition("=")[0] for a in said.split() if a.startswith("--")), "").rstrip(".")
+    if command == "train" and said.startswith("Unknown option") and option in ELSEWHERE:
         return f"Unknown option: {option}. Did you mean {ELSEWHERE[option]}?"
-    if option.startswith("--method.") and "requires an argument" in str(error):
+    if option.startswith("--method.") and isinstance(error, MissingArgumentError):
         return f"{option} needs a value, such as {option} true: it is a field of the method's configuration."
-    return str(error)
+    called = " ".join(["dual-lora", *(error.command_chain or [])])
+    if isinstance(error, UnusedCliTokensError):
+        return _left_over(error, called)
+    if isinstance(error, MissingArgumentError) and error.argument:
+        return _missing(error, error.argument, called)
+    if isinstance(error, UnknownOptionError) and "Did you mean" not in said:
+        return f"{said} `{called} --help-all` lists all options."
+    return said
+
+
+def _missing(error: MissingArgumentError, argument: Argument, called: str) -> str:
+    """Say what a place or an option is for that was left out, or an option that was given without its value."""
+    text = str(argument.parameter.help or "").split("[default")[0].strip().rstrip(".")
+    meant = f" ({text})" if text else ""
+    if error.keyword:
+        return f"{error.keyword} needs a value{meant}. `{called} --help` shows all options."
+    places = _places(error)
+    name = argument.field_info.name
+    usage = " ".join([called, *places.values()]) + ("" if name in places else f" {argument.name} …")
+    return f"{places.get(name, argument.name)} is missing{meant}. Expected `{usage}` and options."
+
+
+def _places(error: CycloptsError) -> dict[str, str]:
+    """The parameters of the command that need no option, by their names, as its help writes them."""
+    parameters = signature(error.target).parameters.values() if error.target else []
+    return {
+        p.name: p.name.upper() if p.default is p.empty else f"[{p.name.upper()}]"
+        for p in parameters
+        if p.kind != p.KEYWORD_ONLY
+    }
+
+
+def _left_over(error: UnusedCliTokensError, called: str) -> str:
+    """Say which arguments no option and no place takes, and which option comes just before them."""
+    unused, given = list(error.unused_tokens or []), list(error.root_input_tokens or [])
+    rest = given[: -len(unused)] if given[-len(unused) :] == unused else []
+    option = next((token for token in reversed(rest) if token.startswith("-")), None)
+    usage = " ".join([called, *_places(error).values()])
+    after = f" The option before, {option}, takes no more." if option else ""
+    return (
+        f"Too many arguments: {', '.join(map(repr, unused))}, expected `{usage}` and options.{after} "
+        f"`{called} --help` lists the options."
+    )
 
 
 def _warn(message: Warning | str, *_: Any, **__: Any) -> None:

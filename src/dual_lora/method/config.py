@@ -91,7 +91,9 @@ class DualLoraConfig(PeftConfig):
     )
     init_gain: float | None = field(
         default=None,
-        metadata={"help": "A is drawn so many times as wide as LoRA's. Default: 1.5; in embeddings, with 'aligned' 1."},
+        metadata={
+            "help": "Width of A's random start, in times LoRA's. Default: 1.5; in embeddings and with 'aligned' 1."
+        },
     )
     warmup_steps: int | float | None = field(
         default=None,
@@ -112,9 +114,9 @@ class DualLoraConfig(PeftConfig):
     direction_activation: Direction = field(
         default="sign",
         metadata={
-            "help": "'sign' (the method), 'identity' (ablation without Sign) or 'frozen': fixed random signs S₀, "
-            "drawn from a seed, instead of Sign(D C). Then there is no C and D, all of r is in B A, and the scale is "
-            "LoRA's, `lora_alpha`/r: ΔW = α/(2r) · m(B A) ⊙ S₀."
+            "help": "'sign' (the method), 'identity' (ablation without Sign) or 'frozen'. Frozen: Sign(D C) is "
+            "replaced by random signs S₀ that never change. There is no C and D then, so all of r is in B A, and "
+            "ΔW = `lora_alpha`/r · m(B A) ⊙ S₀, where m is `magnitude_activation`."
         },
     )
     direction_seed: int = field(
@@ -124,8 +126,8 @@ class DualLoraConfig(PeftConfig):
     plain_rank: int = field(
         default=0,
         metadata={
-            "help": "With frozen signs: the part of r that is a plain product, as in LoRA. ΔW is the sum of both: "
-            "α/(2r) · (B₀A₀ + m(B₁A₁) ⊙ S₀)."
+            "help": "With frozen signs: how much of r is a plain product, as in LoRA. ΔW is the sum of both, "
+            "`lora_alpha`/r · (B₀A₀ + m(B₁A₁) ⊙ S₀)."
         },
     )
     token_sampling: Sampling = field(

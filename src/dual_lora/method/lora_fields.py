@@ -144,6 +144,6 @@ def _set(result: dict[str, Any], ours: str, value: Any, theirs: str, given: Any)
 
 def _other_method_message(name: str, value: Any, meaning: str) -> str:
     return (
-        f"{name}={value!r} asks for {meaning}, which is another method than Dual LoRA. Leave it out to train Dual "
-        "LoRA, or keep LoraConfig."
+        f"{name}={value!r} asks for {meaning}. That belongs to LoRA, and Dual LoRA does not have it: leave it out, or "
+        "keep LoraConfig."
     )

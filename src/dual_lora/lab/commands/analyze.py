@@ -47,7 +47,11 @@ def analyze(
     ] = "ends",
     gradients: Annotated[bool, Parameter(help="Compute gradients at every state.", negative="--no-gradients")] = True,
     held_out: Annotated[
-        int, Parameter(help="Records to measure each group's contribution; 0: do not measure it.")
+        int,
+        Parameter(
+            help="Records that were not trained on, to measure how much the loss changes if a group of factors "
+            "(A and B, C and D) is set back to its start; 0: do not measure it."
+        ),
     ] = 64,
     device: Device = None,
     json: Json = False,

@@ -98,18 +98,20 @@ def export(
     for name in options:
         if name not in OPTIONS[to]:
             raise UserError(f"--{name} has no meaning for --to {to}.")
-    if "energy" in OPTIONS[to] and (rank is None) == (energy is None):
-        raise UserError("Say how much of the update to keep: --rank 64 for every layer, or --energy 0.9.")
+    if "energy" in OPTIONS[to]:
+        _check_kept(rank, energy)
+    if to.startswith("gguf") and out.suffix != ".gguf":
+        raise UserError(f"The output is {out}, expected a file name that ends in .gguf.")
     options |= {"base": base, "dtype": dtype}
     check_source(source)
-    from dual_lora.lab.model.device import use_device
-
-    use_device(device)
     if to == "merged":
-        return merge(source, out, json=json, **options)
-    from dual_lora.lab.export import export as adapters
-    from dual_lora.lab.export import gguf
+        return merge(source, out, device=device, json=json, **options)
+    with stage(f"exporting {source} to {out} ({to})"):
+        from dual_lora.lab.export import export as adapters
+        from dual_lora.lab.export import gguf
+        from dual_lora.lab.model.device import use_device
 
+        use_device(device)
     if to == "gguf":
         result = gguf.export_gguf(source, out, **options)
         return finish(asdict(result), _gguf_card(result), json)
@@ -121,6 +123,20 @@ def export(
     keep = options.pop("rank", None) if energy is None else float(options.pop("energy"))
     exported = convert[to](source, out, keep, **options)
     finish(asdict(exported), _card(exported), json)
+
+
+def _check_kept(rank: int | None, energy: float | None) -> None:
+    """Raise UserError unless one of the two says how much of the update a LoRA keeps, before a model is loaded."""
+    if rank is None and energy is None:
+        raise UserError("Say how much of the update to keep: --rank 64 for every layer, or --energy 0.9.")
+    if rank is not None and energy is not None:
+        raise UserError(
+            f"Give --rank {rank} or --energy {energy:g}, not both: each says how much of the update to keep."
+        )
+    if rank is not None and rank < 1:
+        raise UserError(f"--rank is {rank}, expected a whole number of at least 1.")
+    if energy is not None and not 0 < energy <= 1:
+        raise UserError(f"--energy is {energy:g}, expected a share above 0 and up to 1, e.g. 0.9.")
 
 
 def _gguf_card(result: GgufResult) -> Any:

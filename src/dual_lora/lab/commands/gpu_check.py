@@ -18,11 +18,11 @@ def gpu_check(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Try the GPU kernels: the path chosen and why, every launch against fp64, signs, determinism, graphs, times.
+    """Test the GPU kernels on this machine: are they used, are their results right, and how fast are they?
 
-    Without a GPU it prints which path would be chosen, compiles the kernels ahead of time and runs them in Triton's
-    interpreter (a minute or two). Exit code 1 if a kernel is wrong, 2 if none could be tried. docs/how-to/gpu.md says
-    what each line means.
+    Without a GPU the command prints whether named cards would use them, compiles them, and runs them in Triton's
+    interpreter (a minute or two). Exit status 1 if a kernel is wrong, 2 if none could be tested. docs/how-to/gpu.md
+    says what each line of the output means.
 
     Example: `dual-lora gpu-check --json > gpu-check.json`
     """

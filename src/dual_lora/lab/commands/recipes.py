@@ -15,6 +15,8 @@ from dual_lora.lab.recipe.families import family, marked_yaml, marks_of
 from dual_lora.lab.recipe.read import FAMILIES, LISTING, read_recipe, recipe_text, shipped_recipes
 from dual_lora.lab.recipe.schema import Recipe
 
+Name = Annotated[str, Parameter(help="Recipe file, or the name of a shipped recipe.")]
+
 app = App(
     name="recipes",
     help="Begin a recipe for your own data; list, show and copy the shipped ones. "
@@ -63,7 +65,7 @@ app.command(list_recipes, name="list")
 
 
 @app.command
-def show(name: str, *, full: Annotated[bool, Parameter(help="Write out every default.")] = False) -> None:
+def show(name: Name, *, full: Annotated[bool, Parameter(help="Write out every default.")] = False) -> None:
     """Print a recipe; for the paper's experiments also the source of every setting.
 
     Example: `dual-lora recipes show boolq-smollm2 --full`
@@ -80,8 +82,16 @@ def show(name: str, *, full: Annotated[bool, Parameter(help="Write out every def
 
 
 @app.command
-def copy(name: str, to: Path | None = None) -> None:
-    """Copy a recipe, to change it. Example: `dual-lora recipes copy boolq-smollm2 mine.yaml`"""
+def copy(
+    name: Name,
+    to: Annotated[
+        Path | None, Parameter(help="File to write, or a folder for it. [default: NAME.yaml]", show_default=False)
+    ] = None,
+) -> None:
+    """Copy a recipe, to change it.
+
+    Example: `dual-lora recipes copy boolq-smollm2 mine.yaml`
+    """
     target = to or Path(f"{name}.yaml")
     if target.is_dir():
         target = target / f"{name}.yaml"
@@ -149,7 +159,7 @@ def init(
 
 @app.command
 def check(
-    name: str,
+    name: Name,
     *,
     classes: Annotated[
         int, Parameter(help="Number of classes of a classification head; the command does not read the data.")

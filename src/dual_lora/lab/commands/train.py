@@ -94,9 +94,11 @@ def _early_stop_note(recipe: Recipe, result: RunResult) -> str:
     count = recipe.train.patience
     validations = "a validation" if count == 1 else f"{count} validations"
     ended = f", ended by {validations} without a lower loss" if result.stopped_early else ""
-    return ended + (
-        f", weights of step {result.best_step} saved" if recipe.train.keep_best and result.best_step else ""
-    )
+    if not (recipe.train.keep_best and result.best_step):
+        return ended
+    if result.state != "finished":  # no adapter is there yet
+        return f"{ended}, lowest validation loss at step {result.best_step}"
+    return f"{ended}, weights of step {result.best_step} saved"
 
 
 def _train_limit_note(recipe: Recipe, result: RunResult) -> str:

@@ -23,7 +23,7 @@ from shlex import quote
 from typing import Any
 
 from dual_lora.lab.errors import UserError, suggest
-from dual_lora.lab.files.write import REMAINS, WHOLE, hold, listed_in, remove_remains, sync
+from dual_lora.lab.files.write import REMAINS, WHOLE, hold, is_held, listed_in, remove_remains, sync
 from dual_lora.lab.read import has_second_name, read_object
 
 LOCK = ".lock"
@@ -150,6 +150,10 @@ def run_at(path: str | Path) -> RunFolder:
 def result_of(folder: RunFolder) -> Path:
     """The finished adapter or model of a run. Raises UserError where there is none yet."""
     if folder.result is None:
+        if is_held(folder.path / LOCK):
+            raise UserError(
+                f"The run {folder.path} is still in training: another process writes into it. Wait until it has ended."
+            )
         raise UserError(f"The run {folder.path} is not finished: `{folder.resume_command}` goes on with it.")
     return folder.result
 

@@ -254,6 +254,21 @@ def hold(file: Path, busy: str, seconds: float = 0) -> Any:
     return lock
 
 
+def is_held(file: Path) -> bool:
+    """Whether a process that lives holds this lock (see `hold`). Nothing is made where there is none."""
+    from filelock import FileLock, Timeout
+
+    if not (os.path.lexists(file) and stat.S_ISREG((state := file.lstat()).st_mode) and state.st_nlink == 1):
+        return False
+    try:
+        with FileLock(file).acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError:  # a folder that may not be written
+        return False
+
+
 def sync(*paths: Path) -> None:
     """Have files and folders reach the disk."""
     for path in paths:

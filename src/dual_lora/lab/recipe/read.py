@@ -63,7 +63,9 @@ def _recipe_file(source: str | Path) -> Path:
     if str(source) in shipped:
         return shipped[str(source)]
     if path.suffix in {".yaml", ".yml"} or "/" in str(source):
-        raise UserError(f"There is no recipe file {source}. {LISTING}")
+        beside = [file.name for file in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        near = suggest(path.name, beside)
+        raise UserError(f"There is no recipe file {source}.{near if near.startswith(' Did') else f' {LISTING}'}")
     raise UserError(f"There is no recipe {str(source)!r}.{suggest(str(source), shipped, LISTING)}")
 
 

@@ -55,6 +55,15 @@ def check_longer(folder: RunFolder, steps: int, start: int, method: Mapping[str,
             )
 
 
+def already_finished(folder: RunFolder, steps: int, recipe: Recipe) -> str:
+    """Say that a run has nothing left to go on with, and how it gets longer."""
+    now = f"--train.steps {steps}" if recipe.train.steps is not None else f"--train.epochs {recipe.train.epochs:g}"
+    return (
+        f"The run {folder.path} was finished before, so nothing was trained now; what follows is its result. To make "
+        f"it longer, give more than {now}."
+    )
+
+
 class Longer(TrainerCallback):
     """A callback that sets the learning rate to the longer run's, and says so."""
 

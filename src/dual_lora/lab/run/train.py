@@ -90,6 +90,8 @@ def run(
                 and not longer.has_other_length(recipe, before)
                 and (before_us := finished_result(folder))
             ):
+                if progress and main:
+                    console.print(longer.already_finished(folder, before_us.steps, recipe), soft_wrap=True)
                 return before_us
         config = method_config(recipe.method, recipe.model.head, steps=10**6, fresh=[])  # with any number of steps
         recipe = precision.with_device_precision(recipe)

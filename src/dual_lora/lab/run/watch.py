@@ -87,7 +87,7 @@ class Watch(TrainerCallback):
             raise NotFinite(f"The loss became {loss} at step {step}.")
         self._since = self._since[0] + loss, self._since[1] + 1
         rate = (self.tokens[step] - self.tokens[self._first]) / self.seconds()
-        self.bar.to(step, f"loss {loss:.4f} · {rate:,.0f} tokens/s")
+        self.bar.to(step, f"batch loss {loss:.4f} · {rate:,.0f} tokens/s")
         self._look_at_threads()
         if step >= state.max_steps:
             control.should_log = True  # the loss of the end is known however rarely it is logged

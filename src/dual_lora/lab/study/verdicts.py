@@ -207,12 +207,24 @@ def judge(comparisons: Sequence[Comparison], level: float = 0.05, missing: int =
     return judged
 
 
+def _unvaried(c: Comparison) -> str:
+    """Say why an interval without a width decides nothing."""
+    if c.spread.error > 0:
+        return ""
+    few = (
+        f"; with {c.items:,} items that happens by chance too often to show equivalence"
+        if c.margin and c.items > 1
+        else ""
+    )
+    return f"Both scored the same with every seed and on every item, so the interval has no width{few}."
+
+
 def _verdict(c: Comparison, significant: bool, same: bool) -> tuple[Verdict, str]:
     sign = "better" if c.difference > 0 else "worse"
     if same:
         return Verdict.EQUIVALENT, f"Significantly {sign}, but by less than the margin." if significant else ""
     if not significant:
-        return (Verdict.NOT_SIGNIFICANT if c.margin is None else Verdict.INCONCLUSIVE), ""
+        return (Verdict.NOT_SIGNIFICANT if c.margin is None else Verdict.INCONCLUSIVE), _unvaried(c)
     if c.margin is not None and abs(c.difference) < c.margin:
         return Verdict.UNCLEAR, f"The estimate is {sign} by less than the margin of ±{c.margin:.3g}."
     return (Verdict.BETTER if c.difference > 0 else Verdict.WORSE), ""
