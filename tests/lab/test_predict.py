@@ -81,6 +81,12 @@ def test_labels_with_probabilities(classifier, sentences, call, tmp_path, suffix
     assert not list(tmp_path.glob("*.unfinished"))
 
 
+def test_classes_that_are_numbers_stand_apart_from_their_counts(classifier, sentences, call, tmp_path):
+    code, said, _ = call("predict", classifier, sentences, "--out", tmp_path / "labelled.csv")
+    assert code == 0
+    assert "0: 10 · 1: 10" in said
+
+
 def test_probabilities_are_those_of_the_model_alone(classifier, sentences, call, tmp_path):
     """Whatever stands in the same batch."""
     for size in (1, 7):

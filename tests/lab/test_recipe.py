@@ -71,13 +71,34 @@ def test_another_method_does_not_inherit_settings():
     [({"name": "lora"}, "r: 16"), ({"name": "lora", "r": 16}, ""), ({"r": 4}, ""), ({"name": "full"}, "")],
 )
 def test_settings_that_another_method_does_not_take_over_are_named(given, dropped, write_recipe):
-    from dual_lora.lab.commands.train import _chosen
+    from dual_lora.lab.commands.train import _chosen, _warn_of_dropped
 
     path = str(write_recipe({**MINIMAL, "method": {"name": "dual_lora", "r": 16}}))
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        _chosen(path, {"method": given}, None, False)
+        _warn_of_dropped(path, {"method": given}, _chosen(path, {"method": given}, None, False))
     assert [f"does not take over the recipe's {dropped}." in str(one.message) for one in seen] == [True] * bool(dropped)
+
+
+def test_a_name_that_is_no_methods_is_said_before_its_settings(write_recipe, recwarn):
+    from dual_lora.lab.commands.train import _chosen, _warn_of_dropped
+
+    path = str(write_recipe({**MINIMAL, "method": {"name": "dual_lora", "r": 16}}))
+    given = {"method": {"name": "lorra"}}
+    with pytest.raises(UserError, match="There is no method 'lorra'"):
+        _warn_of_dropped(path, given, _chosen(path, given, None, False))
+    assert not [one for one in recwarn if "take over" in str(one.message)]
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [("prompt_tuning", "num_virtual_tokens"), ("p_tuning", "num_virtual_tokens"), ("adaption_prompt", "adapter_len")],
+)
+def test_a_size_that_a_method_leaves_open_is_asked_for(name, field):
+    from dual_lora.lab.model.methods import method_config
+
+    with pytest.raises(UserError, match=f"method {name} needs {field}.*--method.{field} [0-9]+"):
+        method_config({"name": name}, "causal", 10, [])
 
 
 @pytest.mark.parametrize("written", [{"name": "dual_lora", "r": 64}, {"r": 64}])

@@ -72,6 +72,12 @@ def records(*rows):
             "classification",
             {"text": "Nachricht", "label": "Art"},
         ),
+        (  # dates repeat as classes do
+            [{"Data": f"{i % 2 + 1}.1.2027", "Treść": t, "Pilność (1-6)": i % 3} for i, t in enumerate(TEXTS * 6)],
+            "text",
+            "classification",
+            {"text": "Treść", "label": "Pilność (1-6)"},
+        ),
         ([{"Kommentar": t} for t in TEXTS], "document", "causal", {"text": "Kommentar"}),
     ],
     ids=[
@@ -89,7 +95,7 @@ def records(*rows):
             "unnamed",
             "pairs",
         ),
-        *("few", "dated", "alone"),
+        *("few", "dated", "dates repeat", "alone"),
     ],
 )
 def test_the_task_is_guessed_from_the_columns(rows, form, head, fields):
@@ -122,6 +128,17 @@ def test_a_label_that_is_none_is_named():
         guess(records(*({"text": t, "labels": ["a"]} for t in TEXTS)))
     with pytest.raises(UserError, match=r"column 'stars' holds numbers with a comma \('0,5'\)"):
         guess(records(*({"text": t, "stars": f"{i},5"} for i, t in enumerate(TEXTS))))
+
+
+def test_a_named_label_needs_no_name_for_the_text():
+    """A text that is found where nothing is named is also found where the label is."""
+    rows = [{"Kanal": "xy"[i % 2], "Treść": t, "Pilność": i % 3} for i, t in enumerate(TEXTS * 6)]
+    found = guess(records(*rows))
+    assert (found.fields, found.rivals) == ({"text": "Treść", "label": "Kanal"}, ["Pilność"])
+    found = guess(records(*rows), {"label": "Pilność"})
+    assert (found.fields, found.classes, found.rivals) == ({"text": "Treść", "label": "Pilność"}, ["0", "1", "2"], [])
+    with pytest.raises(UserError, match="column 'Nr' has 24 different values in 24 records"):
+        guess(records(*({**row, "Nr": f"n{i}"} for i, row in enumerate(rows))), {"label": "Nr"})
 
 
 def test_the_second_text_is_named():

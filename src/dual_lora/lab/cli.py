@@ -71,6 +71,16 @@ ELSEWHERE = {
     "--dropout": "--method.dropout",
     "--target-modules": "--method.target_modules",
     "--seed": "--train.seed",
+    "--bf16": "--model.dtype",
+    "--train.lr": "--train.learning-rate",
+    "--train.bs": "--train.batch-size",
+    "--data.file": "--data.train",
+    "--data.path": "--data.train",
+    "--data.text": "--data.fields.text",
+    "--data.label": "--data.fields.label",
+    "--dataset-name": "--data.train",
+    "--output-dir": "--out",
+    "--train.output-dir": "--out",
 }
 # Earlier spellings, which still work: one thing has one name in all commands.
 RENAMED = {
@@ -247,8 +257,8 @@ def _usage_error(error: CycloptsError, command: str | None) -> str:
     """Cyclopts' sentence; ours for a flag that other trainers have, and for arguments that are left over."""
     said = str(error)
     option = next((a.partition("=")[0] for a in said.split() if a.startswith("--")), "").rstrip(".")
-    if command == "train" and said.startswith("Unknown option") and option in ELSEWHERE:
-        return f"Unknown option: {option}. Did you mean {ELSEWHERE[option]}?"
+    if command == "train" and said.startswith("Unknown option") and (ours := ELSEWHERE.get(option.replace("_", "-"))):
+        return f"Unknown option: {option}. Did you mean {ours}?"
     if option.startswith("--method.") and isinstance(error, MissingArgumentError):
         return f"{option} needs a value, such as {option} true: it is a field of the method's configuration."
     called = " ".join(["dual-lora", *(error.command_chain or [])])

@@ -94,7 +94,7 @@ def predict(
         first = next(example.where for example in examples if is_blank(example))
         facts["empty"] = f"{result.empty:,} without a text, whose results mean nothing; the first: {first}"
     if result.counts:
-        facts["labels"] = " · ".join(f"{name} {count:,}" for name, count in result.counts.items())
+        facts["labels"] = " · ".join(f"{name}: {count:,}" for name, count in result.counts.items())
     if result.answered:
         share = result.agree / result.answered
         facts["agree"] = f"{result.agree:,} of {result.answered:,} with the record's own answer ({share:.1%})"

@@ -148,13 +148,14 @@ def init(
     facts = {
         "task": f"train a {HEADS[found.head]}" + (f" of {len(found.classes)} classes" if found.classes else ""),
         "columns": ", ".join(meanings(found.names, recipe.data)),
+        "or": ", ".join(f"--label {quote(name)}" for name in found.rivals),
         "records": f"{len(records):,}, {recipe.data.holdout:,} of them held out for validation"
         if recipe.data.holdout
         else f"{len(records):,}, too few to hold any out for validation",
         "next": f"dual-lora check-data {quote(str(to))}\ndual-lora train {quote(str(to))}",
     }
     result = {"file": str(to), "format": found.format, "head": found.head, "fields": found.fields}
-    finish(result, facts_card(str(to), facts), json)
+    finish(result, facts_card(str(to), {name: fact for name, fact in facts.items() if fact}), json)
 
 
 @app.command

@@ -67,6 +67,8 @@ def train(
         from dual_lora.lab.run.train import run
 
         use_device(device)
+        if recipe is not None:
+            _warn_of_dropped(recipe, flag_values(given), chosen)
 
     looks = _analysis_callbacks(chosen, folder, analyze_every)
     result = run(chosen, folder, resume=resume, overwrite=overwrite, callbacks=looks, report_to=report_to)
@@ -137,6 +139,9 @@ def _warn_of_dropped(source: str, overrides: dict[str, Any], chosen: Recipe) -> 
         return
     dropped = {key: value for key, value in before.items() if key != "name" and key not in chosen.method}
     if dropped:
+        from dual_lora.lab.model.methods import method_fields
+
+        method_fields(str(chosen.method["name"]))  # raises UserError for a name that is no method's
         given = ", ".join(f"{key}: {value}" for key, value in dropped.items())
         warn(
             f"method {chosen.method['name']} does not take over the recipe's {given}. What you do not set yourself "
@@ -147,9 +152,7 @@ def _warn_of_dropped(source: str, overrides: dict[str, Any], chosen: Recipe) -> 
 
 def _chosen(source: str | None, overrides: dict[str, Any], out: Path | None, resume: bool) -> Recipe:
     if source is not None:
-        chosen = read_recipe(source, overrides)
-        _warn_of_dropped(source, overrides, chosen)
-        return chosen
+        return read_recipe(source, overrides)
     if resume:
         if out is None:
             raise UserError("--resume needs --out, the folder of the run, or the recipe that it was made with.")

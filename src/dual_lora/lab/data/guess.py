@@ -47,13 +47,17 @@ RECIPE_OPTIONS = "--data.fields.text and --data.fields.label, or --data.fields.p
 
 @dataclass(frozen=True)
 class Guess:
-    """format, head and fields: as a recipe has them. names: of the columns. classes: of a classification."""
+    """format, head and fields: as a recipe has them. names: of the columns. classes: of a classification.
+
+    rivals: columns that could be the label just as well, where its values alone chose it.
+    """
 
     format: str
     head: Head
     fields: dict[str, str] = field(default_factory=dict)  # ours: theirs
     names: list[str] = field(default_factory=list)
     classes: list[str] = field(default_factory=list)
+    rivals: list[str] = field(default_factory=list)
 
 
 def guess(records: list[Record], given: Mapping[str, str] | None = None, options: str = OTHER_COMMAND) -> Guess:
@@ -104,6 +108,8 @@ def _likeliest(seen: list[Record], names: list[str], given: dict[str, str], opti
         first, second = second, first
     if second and "text" not in given and given.get("text_pair", second) == second:
         found |= {"text": first, "text_pair": second}
+    if given.get("label") and not (found["text"] or found["prompt"]):
+        found["text"] = _longest(seen, [n for n in others if n != found["text_pair"] and _sentences(seen, n)])
     labelled = _labelled(seen, found, names, given)
     if labelled is not None:
         return labelled
@@ -178,21 +184,36 @@ def _by_values(
     found: ours: theirs, columns whose names say that they hold texts. Values that repeat in another one are classes.
     """
     text, pair = found["text"], found["text_pair"]
-    free = [name for name in names if name != given.get("text_pair")]
-    texts = [name for name in free if all(isinstance(value, str) for value in _values(seen, name))]
-    longest = text if text in texts else max(texts, key=lambda name: sum(map(len, _values(seen, name))), default="")
+    texts = [name for name in names if name != given.get("text_pair") and _all_texts(seen, name)]
+    longest = text if text in texts else _longest(seen, texts)
     if longest:
-        for name in names:
-            head, classes = _kind_of(_values(seen, name))
-            few = len(classes) * 5 <= len(seen) or (text == longest and len(names) == 2 and len(classes) < len(seen))
-            if name not in (longest, pair) and head == "classification" and few:
-                used = ("text", "label", *(("text_pair",) if pair not in ("", longest) else ()))
-                return _guess_of("text", head, {**found, "text": longest, "label": name}, names, used, classes)
+        free = [name for name in names if name not in (longest, pair) and not _dates(seen, name)]
+        kinds = {name: _kind_of(_values(seen, name)) for name in free}
+        most = len(seen) - 1 if text == longest and len(names) == 2 else len(seen) // 5
+        labels = [n for n, (head, classes) in kinds.items() if head == "classification" and len(classes) <= most]
+        if labels:
+            used = ("text", "label", *(("text_pair",) if pair not in ("", longest) else ()))
+            fields, (head, classes) = {**found, "text": longest, "label": labels[0]}, kinds[labels[0]]
+            return _guess_of("text", head, fields, names, used, classes, labels[1:])
         if len(names) == 2 and len(texts) == 2 and not marks_records(seen, names[0]):
             return _guess_of("prompt", "causal", {"prompt": names[0], "answer": names[1]}, names, ("prompt", "answer"))
         if names == texts == [longest]:
             return _guess_of("document", "causal", {"text": longest}, names, ("text",))
     return None
+
+
+def _all_texts(seen: list[Record], name: str) -> bool:
+    return all(isinstance(value, str) for value in _values(seen, name))
+
+
+def _longest(seen: list[Record], names: list[str]) -> str:
+    """The column with the most characters; empty where there is none."""
+    return max(names, key=lambda name: sum(len(str(value)) for value in _values(seen, name)), default="")
+
+
+def _dates(seen: list[Record], name: str) -> bool:
+    values = _values(seen, name)
+    return bool(values) and all(DATE.fullmatch(str(value).strip()) for value in values)
 
 
 def marks_records(records: list[Record], name: str) -> bool:
@@ -222,9 +243,11 @@ def _guess_of(
     names: list[str],
     used: Iterable[str],
     classes: list[str] | None = None,
+    rivals: list[str] | None = None,
 ) -> Guess:
     assert set(used) <= set(FIELDS)
-    return Guess(form, head, {ours: found[ours] for ours in used if found[ours] != ours}, names, classes or [])
+    fields = {ours: found[ours] for ours in used if found[ours] != ours}
+    return Guess(form, head, fields, names, classes or [], rivals or [])
 
 
 def _first_known(names: list[str], known: Iterable[str]) -> str:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from dual_lora.lab.recipe.schema import ModelSection
 
 RAMP_SHARE = 0.1  # of the optimizer steps, for a method with warm-up whose recipe leaves it out
+# Fields that PEFT leaves None, with an example.
+NEEDED = {"num_virtual_tokens": 20, "adapter_len": 10, "adapter_layers": 2}
 
 
 def method_names() -> list[str]:
@@ -92,8 +94,18 @@ def method_config(method: dict[str, Any], head: str, steps: int, fresh: list[str
         config = factory(task_type="CAUSAL_LM" if head == "causal" else "SEQ_CLS", **settings)
     except Exception as error:  # PEFT checks little, and what is of another kind fails anywhere
         raise UserError(f"method {method['name']}: {described(error, ValueError, TypeError)}") from error
+    _check_needed(str(method["name"]), config)
     config._fused = fused  # type: ignore[attr-defined]
     return config
+
+
+def _check_needed(name: str, config: PeftConfig) -> None:
+    """Raises UserError where the method has no size of its own: PEFT leaves it None, and fails in its arithmetic."""
+    if missing := [field for field in NEEDED if getattr(config, field, 0) is None]:
+        raise UserError(
+            f"method {name} needs {' and '.join(missing)}, to which PEFT gives no value: set it in the recipe's "
+            f"method, or by {' '.join(f'--method.{field} {NEEDED[field]}' for field in missing)}."
+        )
 
 
 def fuse_if_requested(model: Any, config: PeftConfig) -> Any:
