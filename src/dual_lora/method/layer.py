@@ -94,7 +94,7 @@ class DualLoraLayer(MergeLayer):
         if torch.is_grad_enabled() or is_traced() or torch._C._len_torch_dispatch_stack():  # make_fx, fake tensors
             return False
         if x is not None and x.dim() == 3:
-            self.warned.decoding = _is_decoded(x)
+            self.warned.decoding, self.warned.several = _is_decoded(x), x.shape[1] > 1
             self.warned.longer += not self.warned.decoding
         if not self.warned.decoding or sharded.is_gathered(self):
             return False
@@ -106,7 +106,8 @@ class DualLoraLayer(MergeLayer):
         """Return the cached composed weight; call `make` if there is none for this `weight` and these adapters."""
         own = [t for n in chosen for t in (*self._stored_factors(n), self.dual_lora_scale[n])]
         counts = [self.left(n) for n in chosen if self.states[n].warmup]
-        return composed_weights.get(self, [weight, *own, *counts], (tuple(chosen), dtype, self.warned.longer), make)
+        extra = tuple(chosen), dtype, self.warned.longer
+        return composed_weights.get(self, [weight, *own, *counts], extra, make, wholly=self.warned.several)
 
     def _composed(
         self, weight: Tensor | None, chosen: Adapters, operand: Tensor, keeps: bool = True, dtype: Any = None
