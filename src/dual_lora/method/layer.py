@@ -25,7 +25,7 @@ from ..core.traced import is_traced
 from .cache import composed_weights
 from .config import DualLoraConfig
 from .factors import Adapters
-from .merge import MergeLayer, is_bitnet, is_foreign_tensor
+from .merge import MergeLayer, is_foreign_tensor, rounds_its_weight
 from .parallel import sharded
 from .plain import is_plain, is_replaced, own
 from .replaced import original, replaced, turn
@@ -166,7 +166,7 @@ class MapLayer(DualLoraLayer):
         weight: Any = self.base_layer._parameters.get("weight")
         if weight is None or weight.is_meta or not weight.numel() or sharded.is_sharded(weight):  # offloaded, ZeRO-3
             return False
-        if is_bitnet(self.base_layer):
+        if rounds_its_weight(self.base_layer):
             return False
         if "_diffusers_hook" in vars(self.base_layer):  # which may load the weight only once the layer is called
             return False

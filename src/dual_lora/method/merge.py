@@ -214,6 +214,13 @@ def is_bitnet(base: Any) -> bool:
     return hasattr(base, "online_quant")
 
 
+def rounds_its_weight(base: Any) -> bool:
+    """Whether a layer's forward rounds its weight: BitNet, or simulated quantisation, whose part for the weight torch,
+    torchao and others call `weight_fake_quant`, `weight_fake_quantizer`, `weight_quantizer`. With W, ΔW would be
+    rounded too, or lost beyond the range that was seen."""
+    return is_bitnet(base) or any("weight" in name and "quant" in name for name in base._modules)
+
+
 def _refuse_while_merged(layer: MergeLayer, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
     """Before load_state_dict(): raise RuntimeError for a base weight that the next unmerge would overwrite, and for
     factors that are merged already."""
