@@ -413,7 +413,7 @@ def test_writes_without_a_version_are_seen_on_a_cpu(model, write, mode):
 def test_a_write_to_a_part_is_seen_where_several_tokens_come(of_base):
     """Attention heads are set to zero one after the other through `.data`; the first bytes stay as they were."""
     base = torch.nn.Sequential(torch.nn.Linear(64, 64))
-    model = get_peft_model(base, DualLoraConfig(r=8, target_modules=["0"], init_weights=False)).eval()
+    model = get_peft_model(base, DualLoraConfig(r=32, target_modules=["0"], init_weights=False)).eval()
     layer, x = model.base_model.model[0], torch.randn(1, 8, 64)
     with torch.no_grad():
         before = model(x)
