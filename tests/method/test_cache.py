@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from peft import get_peft_model
 from tiny import Mlp, adapted, layer, layers, points, train
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -38,8 +39,8 @@ def compositions(monkeypatch):
     made = []
     real = composed_weights.get
 
-    def get(layer, sources, extra, make):
-        return real(layer, sources, extra, lambda: made.append(layer) or make())
+    def get(layer, sources, extra, make, **options):
+        return real(layer, sources, extra, lambda: made.append(layer) or make(), **options)
 
     monkeypatch.setattr(composed_weights, "get", get)
     return made
@@ -406,6 +407,22 @@ def test_writes_without_a_version_are_seen_on_a_cpu(model, write, mode):
     after = run(model, mode=mode)
     assert not torch.allclose(after, before, atol=1e-3), "the write has no effect"
     torch.testing.assert_close(after, truth(model), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("of_base", [True, False], ids=["a head of the base", "a factor's last row"])
+def test_a_write_to_a_part_is_seen_where_several_tokens_come(of_base):
+    """Attention heads are set to zero one after the other through `.data`; the first bytes stay as they were."""
+    base = torch.nn.Sequential(torch.nn.Linear(64, 64))
+    model = get_peft_model(base, DualLoraConfig(r=32, target_modules=["0"], init_weights=False)).eval()
+    layer, x = model.base_model.model[0], torch.randn(1, 8, 64)
+    with torch.no_grad():
+        before = model(x)
+        part = layer.base_layer.weight.data[48:] if of_base else layer.dual_lora_A["default"].data[-1]
+        part.mul_(-3)
+        after = model(x)
+        composed_weights.clear()
+        torch.testing.assert_close(after, model(x), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(after, before, atol=1e-3), "the write has no effect"
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import torch
 from accelerate import cpu_offload
 from reference_layer import adapted, delta, expect, leaves
 from torch import nn
+from torch.ao.nn import qat
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.integrations.bitnet import AutoBitLinear
@@ -216,6 +217,26 @@ def test_bitnet_s_own_scale_and_rounding_leave_the_update_alone(mode):
         torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="Cannot merge Dual LoRA into a BitNet layer"):
         layer.merge()
+
+
+QCONFIG = torch.ao.quantization.get_default_qat_qconfig("fbgemm")
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_simulated_quantisation_rounds_the_base_alone(kind):
+    """Quantisation-aware training: LoRA's update is added to what the rounded weight gives. With W it was rounded."""
+    torch.manual_seed(0)
+    base = qat.Linear(12, 5, qconfig=QCONFIG) if kind == "linear" else qat.Conv1d(12, 5, 1, qconfig=QCONFIG)
+    x = torch.randn(4, 12) if kind == "linear" else torch.randn(4, 12, 3)
+    base(x)
+    base.apply(torch.ao.quantization.disable_observer)
+    model, layer = adapted(base)
+    with torch.no_grad():
+        update = layer.get_delta_weight("default")
+        added = functional.linear(x, update) if kind == "linear" else functional.conv1d(x, update)
+        torch.testing.assert_close(model(x), layer.base_layer(x) + added, atol=1e-5, rtol=1e-5)
+    model(x).sum().backward()
+    assert layer.dual_lora_B["default"].grad.abs().sum() > 0
 
 
 class NoProducts(TorchDispatchMode):

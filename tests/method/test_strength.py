@@ -188,3 +188,9 @@ def test_what_is_made_in_inference_mode_is_like_any_other(cast, whole):
         torch.testing.assert_close(model(x), unmerged, rtol=2e-2, atol=2e-2)
         model.unmerge_adapter()
     assert not changed(model, before)
+
+
+def test_writing_lora_s_alpha_of_a_layer_says_what_to_write_instead():
+    module = next(iter(layers(adapted()).values()))
+    with pytest.raises(TypeError, match="set_scale"):
+        module.lora_alpha["default"] = 3

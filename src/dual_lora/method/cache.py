@@ -10,8 +10,9 @@ factors, `train()`, loading, merging and adapter changes, and (linear layers) wh
 
 Writes to the same memory past autograd raise no version counter: `param.data.mul_()` (as weight averages do), a write
 through `param.detach().numpy()` or to a vector whose parts are the parameters, `torch.distributed.broadcast(param)`. On
-a CPU the first `COMPARED` bytes of each tensor show them. On a GPU reading those would wait for the device, so nothing
-is kept where such writes are usual: where the inputs of a layer are no sequences, or have more than one token, or some
+a CPU the first `COMPARED` bytes of each tensor show them, and with several tokens at once a number of all bytes: who
+sets one attention head after the other to zero writes elsewhere. On a GPU that would wait for it, so nothing is kept
+where such writes are usual: where the inputs of a layer are no sequences, or have more than one token, or some
 layer of the model has had such an input since. Only between two steps of decoding call `composed_weights.clear()`.
 """
 
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.hooks import RemovableHandle
 
+from .fingerprint import fingerprint
 from .precision import Warned
 
 COMPARED = 1024  # bytes of each tensor that are compared in every pass, in some 0.3 µs a tensor
@@ -47,6 +49,11 @@ def _begin(tensor: Tensor) -> tuple[int, bytes]:
     return address, string_at(address, min(COMPARED, storage.nbytes() + storage.data_ptr() - address) if address else 0)
 
 
+def _whole(tensor: Tensor) -> int:
+    """Return a number of all bytes of a tensor; 0 where `_begin` says enough, or cannot say anything."""
+    return fingerprint(tensor) if _begin(tensor)[1] and tensor.nbytes > COMPARED else 0
+
+
 def _is_unwatched(tensor: Tensor) -> bool:
     """Whether writes to a tensor may go unnoticed: made in inference mode, offloaded, or shared between processes."""
     try:
@@ -59,13 +66,16 @@ class _Entry(NamedTuple):
     states: list[tuple[Any, ...]]
     storages: list[StorageWeakRef]  # weakly held, a freed storage's address does not come back
     begins: list[tuple[int, bytes]]  # which show writes that no version counter does
+    wholes: list[int]  # which show them wherever they are
     extra: tuple[Any, ...]
     weight: Tensor
     hooks: list[RemovableHandle]
 
-    def is_of(self, sources: list[Tensor], extra: tuple[Any, ...]) -> bool:
+    def is_of(self, sources: list[Tensor], extra: tuple[Any, ...], wholly: bool) -> bool:
         """Whether the tensors are those of this entry, with the values that it was composed from."""
         if self.extra != extra or self.states != [_state(t) for t in sources]:
+            return False
+        if wholly and self.wholes != [_whole(t) for t in sources]:
             return False
         return all([string_at(address, len(begin)) == begin for address, begin in self.begins])  # a list is faster
 
@@ -86,13 +96,21 @@ class ComposedWeights:
             return sum(entry.weight.nbytes for entry in self._entries.values())
 
     def get(
-        self, layer: nn.Module, sources: list[Tensor], extra: tuple[Any, ...], make: Callable[[], Tensor]
+        self,
+        layer: nn.Module,
+        sources: list[Tensor],
+        extra: tuple[Any, ...],
+        make: Callable[[], Tensor],
+        wholly: bool = True,
     ) -> Tensor:
-        """Return the layer's composed weight [O, I]; calls `make` unless the cached one has the same sources."""
+        """Return the layer's composed weight [O, I]; calls `make` unless the cached one has the same sources.
+
+        wholly: whether all bytes of the sources are looked at, and not their first ones alone.
+        """
         if any(_is_unwatched(t) for t in sources):
             return make()
         kept = self._entries.get(layer)
-        if kept is not None and kept.is_of(sources, extra):
+        if kept is not None and kept.is_of(sources, extra, wholly):
             return kept.weight
         self.drop(layer)
         weight = make()
@@ -104,6 +122,7 @@ class ComposedWeights:
                     [_state(t) for t in sources],
                     [StorageWeakRef(t.untyped_storage()) for t in sources],
                     [_begin(t) for t in sources],
+                    [_whole(t) for t in sources],
                     extra,
                     weight,
                     [t.register_post_accumulate_grad_hook(forget) for t in sources if t.requires_grad and t.is_leaf],

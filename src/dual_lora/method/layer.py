@@ -25,7 +25,7 @@ from ..core.traced import is_traced
 from .cache import composed_weights
 from .config import DualLoraConfig
 from .factors import Adapters
-from .merge import MergeLayer, is_bitnet, is_foreign_tensor
+from .merge import MergeLayer, is_foreign_tensor, rounds_its_weight
 from .parallel import sharded
 from .plain import is_plain, is_replaced, own
 from .replaced import original, replaced, turn
@@ -94,7 +94,7 @@ class DualLoraLayer(MergeLayer):
         if torch.is_grad_enabled() or is_traced() or torch._C._len_torch_dispatch_stack():  # make_fx, fake tensors
             return False
         if x is not None and x.dim() == 3:
-            self.warned.decoding = _is_decoded(x)
+            self.warned.decoding, self.warned.several = _is_decoded(x), x.shape[1] > 1
             self.warned.longer += not self.warned.decoding
         if not self.warned.decoding or sharded.is_gathered(self):
             return False
@@ -106,7 +106,8 @@ class DualLoraLayer(MergeLayer):
         """Return the cached composed weight; call `make` if there is none for this `weight` and these adapters."""
         own = [t for n in chosen for t in (*self._stored_factors(n), self.dual_lora_scale[n])]
         counts = [self.left(n) for n in chosen if self.states[n].warmup]
-        return composed_weights.get(self, [weight, *own, *counts], (tuple(chosen), dtype, self.warned.longer), make)
+        extra = tuple(chosen), dtype, self.warned.longer
+        return composed_weights.get(self, [weight, *own, *counts], extra, make, wholly=self.warned.several)
 
     def _composed(
         self, weight: Tensor | None, chosen: Adapters, operand: Tensor, keeps: bool = True, dtype: Any = None
@@ -165,7 +166,7 @@ class MapLayer(DualLoraLayer):
         weight: Any = self.base_layer._parameters.get("weight")
         if weight is None or weight.is_meta or not weight.numel() or sharded.is_sharded(weight):  # offloaded, ZeRO-3
             return False
-        if is_bitnet(self.base_layer):
+        if rounds_its_weight(self.base_layer):
             return False
         if "_diffusers_hook" in vars(self.base_layer):  # which may load the weight only once the layer is called
             return False

@@ -18,6 +18,13 @@ class _View(Mapping[str, Any]):
     def __getitem__(self, adapter: str) -> Any:
         return self._read(self._states[adapter])
 
+    def __setitem__(self, adapter: str, value: Any) -> None:
+        raise TypeError(
+            "This number of a Dual LoRA layer tells how its adapter was made, and writing it changes nothing (nor does "
+            "it in LoRA). To change the strength: layer.set_scale(adapter, factor), or layer.scaling[adapter] = "
+            "lora_alpha / r."
+        )
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._states)
 

@@ -13,12 +13,12 @@ from ..core.compose_op import dual_lora_weight
 from ..core.reference import Adapter
 from .cache import composed_weights
 from .factors import FactorsLayer
+from .fingerprint import fingerprint
 from .parallel import sharded
 from .precision import Warned, warn_of_rounded
 from .scaler import loss_scale
 
 _TORCH_TYPES = nn.Parameter, Tensor
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class MergeLayer(FactorsLayer):
@@ -201,19 +201,6 @@ def _kept(parameter: Any) -> Tensor:
     return parameter.data if parameter.is_inference() else parameter.data.clone()
 
 
-def fingerprint(weight: Any) -> int:
-    """A number of a weight's bits and their places, which other bits hardly have: no version counter tells a write
-    through `.data`, nor what was written before a copy was made."""
-    weight = sharded.local(weight).detach()
-    if weight.is_meta or not weight.numel():
-        return 0
-    rows, size = weight.contiguous().flatten(1), weight.dtype.itemsize
-    whole = (rows.shape[1] * size) % 8 == (rows.storage_offset() * size) % 8 == 0
-    bits = rows.view(torch.int64 if whole else _BITS[size])  # eight bytes at a time take a twentieth of the time
-    sums = bits.sum(0, dtype=torch.int64), bits.sum(1, dtype=torch.int64)
-    return sum(int((s * torch.arange(1, len(s) + 1, device=s.device)).sum()) for s in sums)
-
-
 def is_foreign_tensor(weight: Any) -> bool:
     """Whether a weight is a library's own kind of tensor, such as torchao's, and not one of torch's."""
     if weight is None or type(weight) in _TORCH_TYPES or torch.compiler.is_dynamo_compiling():
@@ -225,6 +212,13 @@ def is_bitnet(base: Any) -> bool:
     """Whether a layer is transformers' BitNet: its forward rounds the weight to three values, or multiplies what a
     rounded one gives by its scale. In the weight's place ΔW would be rounded and scaled too, which leaves little."""
     return hasattr(base, "online_quant")
+
+
+def rounds_its_weight(base: Any) -> bool:
+    """Whether a layer's forward rounds its weight: BitNet, or simulated quantisation, whose part for the weight torch,
+    torchao and others call `weight_fake_quant`, `weight_fake_quantizer`, `weight_quantizer`. With W, ΔW would be
+    rounded too, or lost beyond the range that was seen."""
+    return is_bitnet(base) or any("weight" in name and "quant" in name for name in base._modules)
 
 
 def _refuse_while_merged(layer: MergeLayer, state: dict[str, Tensor], prefix: str, *_: Any) -> None:

@@ -23,6 +23,7 @@ class Warned(set[str]):
 
     last_load: object = None  # the load that was warned of last
     decoding = False  # whether its last sequences were of few tokens; layers without sequences go by it
+    several = False  # whether they were of more than one
     longer = 0  # how many sequences of more tokens came; a weight that is kept is of a time without any
 
     def __reduce__(self) -> tuple[type[Warned], tuple[()]]:
