@@ -362,6 +362,12 @@ def test_a_file_of_the_user_is_not_written_over(linked, classifier, sentences, c
     assert unfinished.read_text() == mine.read_text() == "a text without a line feed"
 
 
+def test_a_carriage_return_begins_no_row(tmp_path):
+    write_rows(tmp_path / "r.csv", [Record({"id": "a\rb"}, "1")], [{"predicted": "x\r=1+cmd"}])
+    with (tmp_path / "r.csv").open(newline="") as file:
+        assert list(csv.reader(file)) == [["id", "predicted"], ["a\rb", "x\r=1+cmd"]]
+
+
 @pytest.mark.parametrize(("said", "written"), [("=1+1", "'=1+1"), ("@x", "'@x"), ("+1", "+1"), ("-0.5", "-0.5")])
 def test_what_a_model_says_is_no_formula(said, written, tmp_path):
     for name in ("a.csv", "a.jsonl"):

@@ -76,11 +76,16 @@ def write_rows(out: Path, records: Sequence[Record], rows: Sequence[dict[str, An
     flat = [_flat(row | {"predicted": _escape_formula(row["predicted"])}) for row in together]
     names = list(dict.fromkeys(name for row in flat for name in row))
     separator, mark = _separator_and_mark(source, len(records[0].values)) if records else (",", "")
+    lines = [_line(names, separator), *(_line([row.get(name, "") for name in names], separator) for row in flat)]
+    write_atomically(out, mark + "".join(lines))
+
+
+def _line(cells: Sequence[Any], separator: str) -> str:
+    """A line of a table. A lone carriage return ends it for a spreadsheet unless its cell is quoted; older Pythons
+    quote only the signs that end their own lines."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, names, restval="", delimiter=separator, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(flat)
-    write_atomically(out, mark + text.getvalue())
+    csv.writer(text, delimiter=separator, lineterminator="\r\n").writerow(cells)
+    return text.getvalue().removesuffix("\r\n") + "\n"
 
 
 def _separator_and_mark(source: str, columns: int) -> tuple[str, str]:
