@@ -16,6 +16,7 @@ from tiny import (
     changed,
     factor,
     gpt2,
+    layer,
     layers,
     llama,
     logits,
@@ -513,3 +514,16 @@ def test_the_embedding_of_tied_layers_may_not_be_missing(tmp_path):
     save_file({n: t for n, t in load_file(file).items() if "embed_tokens" not in n}, file)
     with pytest.raises(ValueError, match=r"lacks the factors of model\.embed_tokens"):
         PeftModel.from_pretrained(llama(tie_word_embeddings=True), tmp_path)
+
+
+@pytest.mark.parametrize("letter", "CD")
+def test_a_sign_that_is_no_number_is_told_when_it_is_saved_and_when_it_is_loaded(tmp_path, letter):
+    """With A and B the outputs show it. Sign takes a NaN for negative, so nothing else would."""
+    model = adapted(init_weights=False)
+    getattr(layer(model), f"dual_lora_{letter}")["default"].data[0, 1] = float("nan")
+    assert model(points()).isfinite().all()
+    said = r"with NaN or infinity in C or D of first\."
+    with pytest.warns(DualLoraWarning, match=f"is saved {said}"):
+        model.save_pretrained(tmp_path)
+    with pytest.warns(DualLoraWarning, match=f"is loaded {said}"):
+        PeftModel.from_pretrained(Mlp(), tmp_path)

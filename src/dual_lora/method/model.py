@@ -305,6 +305,7 @@ class DualLoraModel(BaseTuner):
             diffusers_files.note_alpha(state.get(f"{name}.dual_lora_B.{adapter_name}"), layer, adapter_name)
         saved.refuse_empty(state, adapter_name)
         saved.warn_if_not_gathered(state, adapter_name)
+        saved.warn_of_nan(state, adapter_name, "saved")
         saved.warn_of_scales([*layers.values()], adapter_name)
         return state
 
@@ -318,6 +319,7 @@ class DualLoraModel(BaseTuner):
         state = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state)
         state = cls._named_as_in(model, adapter_name, state)
         saved.check_fits(model, config, adapter_name, state)
+        saved.warn_of_nan(state, adapter_name, "loaded")
         return saved.without_mismatched_layers(model, adapter_name, state)
 
     @classmethod

@@ -16,6 +16,7 @@ from torch import distributed as dist
 
 from .._warning import warn
 from ..verify.numbers import check_numbers, header
+from .parallel.sharded import local
 from .warmup import describe_remaining_steps
 
 _NUMBERS = re.compile(r"\.dual_lora_(left|seed)")  # which are no factors
@@ -93,6 +94,22 @@ def warn_if_not_gathered(state: dict[str, Tensor], adapter_name: str) -> None:
             "through Trainer or accelerate (`get_state_dict`), or inside "
             "deepspeed.zero.GatheredParameters([…]) / FullyShardedDataParallel.summon_full_params(model).",
             stacklevel=3,
+        )
+
+
+def warn_of_nan(state: Mapping[str, Tensor], adapter_name: str, action: str) -> None:
+    """Warn of NaN or infinity in the factors C and D that are saved or loaded.
+
+    Those in A and B show in every output. Sign takes a NaN for negative, so the model would go on with finite numbers.
+    """
+    directions = {n: t for n, t in state.items() if re.search(r"\.dual_lora_[CD]\b", n) and t.is_floating_point()}
+    broken = sorted({layer_of(n) for n, t in directions.items() if not t.is_meta and not local(t).isfinite().all()})
+    if broken:
+        warn(
+            f"Adapter {adapter_name!r} is {action} with NaN or infinity in C or D of {_shortened(broken)}. Their signs "
+            "mean nothing, and the model's outputs do not show it. Go back to an earlier checkpoint, and look for the "
+            "step at which the loss or the gradient's norm was not finite.",
+            stacklevel=4,
         )
 
 
