@@ -210,10 +210,21 @@ def test_what_cannot_be_pooled_is_named(tmp_path):
         across([])
 
 
+def flat(tree, path=""):
+    """Every value of nested dicts and lists by its path: the last digits of a number depend on the processor."""
+    if isinstance(tree, dict | list):
+        items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+        return {k: v for name, below in items for k, v in flat(below, f"{path}/{name}").items()}
+    return {path: tree}
+
+
 def test_the_published_answers_follow_from_the_studies():
     file = RESULTS / "pooled" / "questions.yaml"
     found = answered(parse_yaml(file.read_text(), str(file)), RESULTS / "studies")
-    assert json.loads(json.dumps(found)) == read_json(file.with_name("pooled.json"))
+    now, published = flat(json.loads(json.dumps(found))), flat(read_json(file.with_name("pooled.json")))
+    numbers = {path for path, value in published.items() if isinstance(value, float)}
+    assert {p: v for p, v in now.items() if p not in numbers} == {p: v for p, v in published.items() if p not in numbers}
+    assert [now[p] for p in numbers] == pytest.approx([published[p] for p in numbers], rel=1e-9)
     at = {q["question"]: q for q in found["questions"]}
     assert at["SST-2"]["seeds"] == 21 + 8
     assert at["SST-2"]["low"] < 0 < at["SST-2"]["high"] < at["SST-2"]["margin"]

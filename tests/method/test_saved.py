@@ -527,3 +527,17 @@ def test_a_sign_that_is_no_number_is_told_when_it_is_saved_and_when_it_is_loaded
         model.save_pretrained(tmp_path)
     with pytest.warns(DualLoraWarning, match=f"is loaded {said}"):
         PeftModel.from_pretrained(Mlp(), tmp_path)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_signs_in_eight_bits_are_looked_at_as_well(tmp_path, broken):
+    adapted(init_weights=False).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    state = {n: t.to(torch.float8_e4m3fn) for n, t in load_file(file).items()}
+    name = next(n for n in state if "dual_lora_D" in n)
+    state[name].view(torch.uint8)[0, 0] = 0x7F if broken else 0x30  # this kind's NaN, and 0.5
+    save_file(state, file)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        PeftModel.from_pretrained(Mlp(), tmp_path)
+    assert any("is loaded with NaN" in str(w.message) for w in caught) == broken

@@ -103,7 +103,7 @@ def warn_of_nan(state: Mapping[str, Tensor], adapter_name: str, action: str) -> 
     Those in A and B show in every output. Sign takes a NaN for negative, so the model would go on with finite numbers.
     """
     directions = {n: t for n, t in state.items() if re.search(r"\.dual_lora_[CD]\b", n) and t.is_floating_point()}
-    broken = sorted({layer_of(n) for n, t in directions.items() if not t.is_meta and not local(t).isfinite().all()})
+    broken = sorted({layer_of(n) for n, t in directions.items() if not t.is_meta and not _is_finite(local(t))})
     if broken:
         warn(
             f"Adapter {adapter_name!r} is {action} with NaN or infinity in C or D of {_shortened(broken)}. Their signs "
@@ -111,6 +111,11 @@ def warn_of_nan(state: Mapping[str, Tensor], adapter_name: str, action: str) -> 
             "step at which the loss or the gradient's norm was not finite.",
             stacklevel=4,
         )
+
+
+def _is_finite(values: Tensor) -> bool:
+    """Whether all numbers are. Eight bits have no `isfinite` of their own in torch."""
+    return bool((values.float() if values.element_size() == 1 else values).isfinite().all())
 
 
 def refuse_empty(state: dict[str, Tensor], adapter_name: str) -> None:
