@@ -2,7 +2,6 @@
 
 import re
 import subprocess
-import sys
 import time
 from functools import lru_cache
 from pathlib import Path
@@ -16,6 +15,14 @@ EACH = 0.01  # ... and what every further one adds to that
 COMPILED = 10.0  # that it may take to be compiled, the start of a process among them
 # Counted repeats, which are written out: of hundreds, or several; and sets whose every character is looked up twice.
 _SLOW = re.compile(r"\{[\d,]*\d{3}|\{\d.*\{\d|\(\?[a-zA-Z]*i.*\[|\[.*\(\?[a-zA-Z]*i", re.DOTALL)
+
+_TRIAL = """
+import json, sys
+path, text = json.load(sys.stdin)
+sys.path.append(path)
+import regex
+regex.compile(text)
+"""
 
 
 @lru_cache
@@ -37,12 +44,12 @@ def _try_to_compile(text: str) -> None:
     such repeat is written out. Tried in a process that can be ended."""
     import regex
 
+    from dual_lora.verify.trial import tried  # late: it brings PEFT
+
     if not _SLOW.search(text):
         return
-    path = str(Path(regex.__file__).parents[1])
-    trial = f"import sys; sys.path.append({path!r}); import regex; regex.compile({text!r})"
     try:
-        subprocess.run([sys.executable, "-I", "-S", "-c", trial], capture_output=True, timeout=COMPILED, check=False)
+        tried(_TRIAL, [str(Path(regex.__file__).parents[1]), text], COMPILED)
     except subprocess.TimeoutExpired:
         raise ValueError(
             f"{text[:200]!r} takes too long to be compiled as a regular expression (more than {COMPILED:g} seconds): "

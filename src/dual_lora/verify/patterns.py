@@ -7,9 +7,10 @@ ever; nothing can stop it, and no other thread runs meanwhile.
 import json
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any
+
+from .trial import tried
 
 SECONDS = 10.0  # for all patterns on all names, the start of a process among them
 LONGEST = 10_000  # characters of a pattern
@@ -52,36 +53,30 @@ def check_patterns(values: dict[str, Any], model: Any) -> None:
     names = sorted({name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()})
     _check_counts(values, len(names))
     _keep_compiled(values)
-    tried = []
+    complex_ones = []
     for field, text in _patterns(values):
         if len(text) > LONGEST:
             raise ValueError(f"{field} has {len(text):,} characters, at most {LONGEST:,} are read.")
         if _COMPLEX.search(text):
-            tried.append((field, text))
+            complex_ones.append((field, text))
             continue
         try:
             re.compile(text)
         except (re.error, RecursionError, OverflowError, MemoryError) as error:
             raise ValueError(_is_none(field, text, error)) from None
-    if not tried:
+    if not complex_ones:
         return
     try:
-        done = subprocess.run(
-            [sys.executable, "-I", "-S", "-c", _TRIAL],
-            input=json.dumps([[text for _, text in tried], names]).encode(),
-            capture_output=True,
-            timeout=SECONDS,
-            check=False,
-        )
+        done = tried(_TRIAL, [[text for _, text in complex_ones], names], SECONDS)
     except subprocess.TimeoutExpired as error:
-        field, text = tried[int((error.stdout or b"0").split()[-1])]
+        field, text = complex_ones[int((error.stdout or b"0").split()[-1])]
         raise ValueError(
             f"{field} {text[:200]!r} takes too long on this model's names (more than {SECONDS:g} seconds): write it "
             "without repeats inside repeats."
         ) from None
-    said = [json.loads(line) for line in done.stdout.decode().splitlines()]
+    said = [json.loads(line) for line in done.stdout.splitlines()]
     if done.returncode or isinstance(said[-1], str):
-        field, text = tried[max((each for each in said if isinstance(each, int)), default=0)]
+        field, text = complex_ones[max((each for each in said if isinstance(each, int)), default=0)]
         raise ValueError(_is_none(field, text, said[-1] if said and isinstance(said[-1], str) else "it was not tried"))
 
 

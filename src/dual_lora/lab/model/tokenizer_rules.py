@@ -3,10 +3,8 @@ tokens."""
 
 import base64
 import binascii
-import json
 import re
 import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from importlib.util import find_spec
@@ -78,18 +76,13 @@ def check_rules(parts: Mapping[str, Any], where: str) -> None:
 @lru_cache
 def _slow(patterns: tuple[str, ...]) -> str:
     """The patterns, if they take too long; "" if they do not."""
+    from dual_lora.verify.trial import tried  # late: it brings PEFT
+
     engine = find_spec("tokenizers")
     if not patterns or engine is None or engine.origin is None:
         return ""
     try:
-        done = subprocess.run(
-            [sys.executable, "-I", "-S", "-c", _TRIAL],
-            input=json.dumps([str(Path(engine.origin).parents[1]), patterns]),
-            capture_output=True,
-            text=True,
-            timeout=SECONDS,
-            check=False,
-        )
+        done = tried(_TRIAL, [str(Path(engine.origin).parents[1]), patterns], SECONDS)
         late = float(done.stdout or 0) > SLOW
     except subprocess.TimeoutExpired:
         late = True
