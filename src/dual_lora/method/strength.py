@@ -15,10 +15,9 @@ from .state import AdapterState
 
 
 class Scaling(dict[str, float]):
-    """LoRA's `lora_alpha`/r by adapter. Every way of writing one also replaces the tensor that holds the strength. A
-    strength that trains is refused.
+    """LoRA's `lora_alpha`/r by adapter. A strength that trains is refused.
 
-    The tensor is replaced and not overwritten, because a graph that waits for its backward has saved the old one.
+    Every way of writing one replaces the tensor of the strength: graphs that wait for backward keep the old one.
     """
 
     def __init__(self, values: dict[str, float], tensors: dict[str, Tensor], states: Mapping[str, AdapterState]):

@@ -267,4 +267,4 @@ def restore_counts(layer: Any, state: dict[str, Any], prefix: str, *_: Any) -> N
     for adapter in layer.dual_lora_left:
         B = state.get(f"{prefix}dual_lora_B.{adapter}")
         if B is not None:
-            state.setdefault(f"{prefix}dual_lora_left.{adapter}", layer.missing_count(adapter, is_sharded(B)))
+            state.setdefault(f"{prefix}dual_lora_left.{adapter}", layer.fitted_count(adapter, None, is_sharded(B)))
