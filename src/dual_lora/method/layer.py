@@ -5,7 +5,6 @@ base and adapter (dropout, hooks). `factors` holds the adapters and their warm-u
 """
 
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -192,16 +191,18 @@ class MapLayer(DualLoraLayer):
         with replaced(base, {"weight": self._from_matrix(composed.result)}), products.context():
             return base(x, *args, **kwargs)
 
-    def _branch(self, x: Tensor, name: str, *args: Any, **kwargs: Any) -> Tensor:
-        """Return what an adapter adds to f(x; W)."""
-        if not self._has_own_forward():
+    def _branch(self, x: Tensor, name: str, own: bool, *args: Any, **kwargs: Any) -> Tensor:
+        """Return what an adapter adds to f(x; W). own: whether the base has its own forward."""
+        if not own:
             return self._adapter_branch(x, name)
         x = self.dual_lora_dropout[name](x)
-        return self._call_with_composed_weight(x, [name], *args, **kwargs) - self._base_call(x, *args, **kwargs)
+        return self._call_with_composed_weight(x, [name], *args, **kwargs) - self._base_call(x, own, *args, **kwargs)
 
-    def _base_call(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """f(x; W), to which adapters' outputs are added."""
-        with turn(self.base_layer) if self._has_own_forward() else nullcontext():
+    def _base_call(self, x: Tensor, own: bool, *args: Any, **kwargs: Any) -> Tensor:
+        """f(x; W), to which adapters' outputs are added. own: whether the base has its own forward."""
+        if not own:
+            return self.base_layer(x, *args, **kwargs)
+        with turn(self.base_layer):
             return self.base_layer(x, *args, **kwargs)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -236,18 +237,19 @@ class MapLayer(DualLoraLayer):
                 else self._map(x, fused, with_base=True)
             )
         else:
-            y = self._base_call(x, *args, **kwargs)
+            y = self._base_call(x, own, *args, **kwargs)
         for name in active:
             if name not in fused:
-                y = y + self._branch(x, name, *args, **kwargs).to(y.dtype)
+                y = y + self._branch(x, name, own, *args, **kwargs).to(y.dtype)
         return y
 
     def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
         """Every sample with its own adapter ("__base__": none)."""
-        y = self._base_call(x, *args, **kwargs)
+        own = self._has_own_forward()
+        y = self._base_call(x, own, *args, **kwargs)
         for name in self._known_names(sorted(set(adapter_names))):
             index = [k for k, item in enumerate(adapter_names) if item == name]
-            y[index] = y[index] + self._branch(x[index], name, *args, **kwargs).to(y.dtype)
+            y[index] = y[index] + self._branch(x[index], name, own, *args, **kwargs).to(y.dtype)
         return y
 
 

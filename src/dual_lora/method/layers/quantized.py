@@ -139,7 +139,7 @@ class QuantizedLinear(Linear):
         y = self._product(x, self._handle, bias, adapters, stored)
         return y if autocast is not None else y.to(given)
 
-    def _base_call(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _base_call(self, x: Tensor, own: bool, *args: Any, **kwargs: Any) -> Tensor:
         """Call the base's forward; where the library has no backward, x gets the dequantised weight's gradient.
 
         Raises RuntimeError where the gradient would stop without an error.
