@@ -53,17 +53,7 @@ def hotswap_from_state_dict(
     unexpected = [key for key in others if key not in known]
     if unexpected:
         raise RuntimeError(f"Hot swapping the adapter did not succeed, unexpected keys found: {', '.join(unexpected)}.")
-    _check_shapes(layers, new, adapter_name)
-    for name, layer in layers.items():
-        if (
-            adapter_name in layer.dual_lora_seed
-            and f"{name}.dual_lora_B" in new
-            and f"{name}.dual_lora_seed" not in new
-        ):
-            raise RuntimeError(
-                f"Hot swapping the adapter did not succeed: the seed of frozen signs, {name}.dual_lora_seed, is "
-                "missing. Save the adapter with `save_pretrained`."
-            )
+    _check_fits(layers, new, adapter_name)
     key_of = _key_function(model)
     scales: dict[DualLoraLayer, Tensor] = {}
     with torch.no_grad():
@@ -150,8 +140,14 @@ def _stored_options(layer: DualLoraLayer, adapter: str) -> tuple[int, int, float
     return r1, r2, state.strength / scaling(1.0, r1, r2)
 
 
-def _check_shapes(layers: dict[str, DualLoraLayer], new: dict[str, Tensor], adapter: str) -> None:
+def _check_fits(layers: dict[str, DualLoraLayer], new: dict[str, Tensor], adapter: str) -> None:
     for name, layer in layers.items():
+        seed = f"{name}.dual_lora_seed"
+        if adapter in layer.dual_lora_seed and f"{name}.dual_lora_B" in new and seed not in new:
+            raise RuntimeError(
+                f"Hot swapping the adapter did not succeed: the seed of frozen signs, {seed}, is missing. Save the "
+                "adapter with `save_pretrained`."
+            )
         for (letter, dimension), factors in zip(RANK_DIMENSION.items(), layer._factor_dicts(adapter), strict=False):
             key = f"{name}.dual_lora_{letter}"
             old = list(factors[adapter].shape)
