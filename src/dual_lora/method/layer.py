@@ -76,7 +76,7 @@ class DualLoraLayer(MergeLayer):
                 self.unmerge()
             return []
         active = self._active_adapter  # `active_adapters` would be two more calls
-        names = self._known_names([active] if isinstance(active, str) else active)
+        names = self.known_names([active] if isinstance(active, str) else active)
         if names and torch._C._get_tracing_state() and torch.onnx.is_in_onnx_export():
             raise NotImplementedError(
                 "torch.onnx.export(…, dynamo=False) knows no operator of Dual LoRA's. Export with dynamo=True, or "
@@ -103,7 +103,7 @@ class DualLoraLayer(MergeLayer):
         self, weight: Tensor, chosen: Adapters, dtype: torch.dtype, make: Callable[[], Tensor]
     ) -> Tensor:
         """Return the cached composed weight; call `make` if there is none for this `weight` and these adapters."""
-        own = [t for n in chosen for t in (*self._stored_factors(n), self.dual_lora_scale[n])]
+        own = [t for n in chosen for t in (*self.stored_factors(n), self.dual_lora_scale[n])]
         counts = [self.left(n) for n in chosen if self.states[n].warmup]
         extra = tuple(chosen), dtype, self.warned.longer
         return composed_weights.get(self, [weight, *own, *counts], extra, make, wholly=self.warned.several)
@@ -247,7 +247,7 @@ class MapLayer(DualLoraLayer):
         """Every sample with its own adapter ("__base__": none)."""
         own = self._has_own_forward()
         y = self._base_call(x, own, *args, **kwargs)
-        for name in self._known_names(sorted(set(adapter_names))):
+        for name in self.known_names(sorted(set(adapter_names))):
             index = [k for k, item in enumerate(adapter_names) if item == name]
             y[index] = y[index] + self._branch(x[index], name, own, *args, **kwargs).to(y.dtype)
         return y

@@ -88,9 +88,9 @@ class MergeLayer(FactorsLayer):
                 owner._write_merged([*apart, *names], safe_merge)  # type: ignore[operator]
             self.merged_adapters = names
             return
-        parameters = self._merge_parameters()
+        parameters = self.merge_parameters()
         for parameter in parameters.values():
-            self._refuse_computed(parameter)
+            self.refuse_computed(parameter)
         if (originals := self._original) is None:
             originals = {n: _kept(p) for n, p in parameters.items()}
         else:
@@ -99,7 +99,7 @@ class MergeLayer(FactorsLayer):
         if names:
             merged = self._merged(originals, names)
             if safe_merge:
-                self._refuse_broken([*merged.values()], names)
+                self.refuse_broken([*merged.values()], names)
         for name, parameter in parameters.items():
             if sharded.is_sharded(parameter):
                 with torch.no_grad():
@@ -124,7 +124,7 @@ class MergeLayer(FactorsLayer):
         return all(embedding and embedding.weight is mine.weight for embedding in embeddings)
 
     def _fingerprints(self) -> dict[str, int]:
-        return {name: fingerprint(parameter) for name, parameter in self._merge_parameters().items()}
+        return {name: fingerprint(parameter) for name, parameter in self.merge_parameters().items()}
 
     def _refuse_changed(self) -> None:
         """Raise RuntimeError for a weight that was written to while something is merged: its change would be lost."""
@@ -136,7 +136,7 @@ class MergeLayer(FactorsLayer):
                 "keep the merged model (`unload()` after a copy of its weights)."
             )
 
-    def _refuse_computed(self, weight: Tensor) -> None:
+    def refuse_computed(self, weight: Tensor) -> None:
         """Raise ValueError for a weight that a merge cannot be written to: computed at every call, foreign, or fp8."""
         if not isinstance(weight, nn.Parameter):
             raise ValueError(
@@ -160,16 +160,16 @@ class MergeLayer(FactorsLayer):
                 "may have a scale of its own. Load the base model in bf16 or fp32 and merge there."
             )
 
-    def _refuse_broken(self, merged: Sequence[Tensor], names: list[str]) -> None:
+    def refuse_broken(self, merged: Sequence[Tensor], names: list[str]) -> None:
         """Raise ValueError for NaN or infinity in merged weights or in the factors of these adapters."""
         # Sign(NaN) is a number, so a NaN in C or D does not show in the weight.
-        factors = [f for name in names for f in self._stored_factors(name)]
+        factors = [f for name in names for f in self.stored_factors(name)]
         finite = all(bool(torch.isfinite(sharded.local(t)).all()) for t in (*merged, *factors))
-        if not sharded.all_processes(finite, (*self._merge_parameters().values(), *factors)):
+        if not sharded.all_processes(finite, (*self.merge_parameters().values(), *factors)):
             added = ", ".join(name for name in names if name not in self.merged_adapters)
             raise ValueError(f"NaNs detected in the merged weights. The adapter {added} seems to be broken")
 
-    def _merge_parameters(self) -> dict[str, Any]:
+    def merge_parameters(self) -> dict[str, Any]:
         """Return the parameters that a merge writes to, by name."""
         return {"weight": self._parameter()}
 

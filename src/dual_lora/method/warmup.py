@@ -165,7 +165,7 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     held = {id(p) for group in groups for p in group["params"]}
     for layer in list(warming_layers):
         for adapter in [*layer.dual_lora_left]:
-            A, B, C, D = layer._stored_factors(adapter)
+            A, B, C, D = layer.stored_factors(adapter)
             # The factors that train, or trained before another adapter became active.
             those = [f for f in (B, A, D, C) if f.requires_grad or f.grad is not None]
             if not those or those[0].grad is None or id(those[0]) not in held or moving.isdisjoint(map(id, those)):

@@ -159,7 +159,7 @@ class QuantizedLinear(Linear):
 
     # Merge.
 
-    def _merge_parameters(self) -> dict[str, Any]:
+    def merge_parameters(self) -> dict[str, Any]:
         """As for every layer, where the library keeps its codes in a weight: HQQ has none."""
         weight = getattr(self.get_base_layer(), "weight", None)
         return {} if weight is None else {"weight": weight}
@@ -195,7 +195,7 @@ class QuantizedLinear(Linear):
                 exact = dispatch.compose(weight, adapters, torch.float32)
                 if safe_merge:
                     try:
-                        self._refuse_broken([exact], names)
+                        self.refuse_broken([exact], names)
                     except ValueError:
                         self._write_merged(self.merged_adapters, safe_merge=False)
                         raise

@@ -143,7 +143,7 @@ def product(layer: Any, x: Tensor, names: list[str], with_base: bool = True) -> 
     if not takes_product(base):
         refuse_sharded(base, base.weight)
     for name in names:
-        broadcast_factors(base.weight, layer._stored_factors(name))
+        broadcast_factors(base.weight, layer.stored_factors(name))
     values = {"weight": _StandIn(layer, names, with_base)} | ({} if with_base else {"bias": None})
     with replaced(base, values):
         return layer.base_layer(x)
