@@ -12,8 +12,8 @@ from ..core import dispatch
 from ..core.compose_op import dual_lora_weight
 from ..core.reference import Adapter
 from .cache import composed_weights
+from .checksum import checksum
 from .factors import FactorsLayer
-from .fingerprint import fingerprint
 from .parallel import sharded
 from .precision import Warned, warn_of_rounded
 from .scaler import loss_scale
@@ -36,11 +36,11 @@ class MergeLayer(FactorsLayer):
         self.register_load_state_dict_pre_hook(_warn_of_rounded_factors)
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
-        unchanged = self._original is not None and self._written == self._fingerprints()
+        unchanged = self._original is not None and self._written == self._checksums()
         result = super()._apply(fn, recurse)
         if self._original is not None:
             self._original = {name: fn(data) for name, data in self._original.items()}
-            self._written = self._fingerprints() if unchanged else {}
+            self._written = self._checksums() if unchanged else {}
         return result
 
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -111,7 +111,7 @@ class MergeLayer(FactorsLayer):
                 parameter.data.copy_(merged[name])
                 torch.autograd.graph.increment_version(parameter)  # a graph that waits for its backward raises an error
         self._original = originals if names else None
-        self._written = self._fingerprints() if names else {}
+        self._written = self._checksums() if names else {}
         self.merged_adapters = names
 
     def _merges_with_embedding(self, names: Iterable[str]) -> bool:
@@ -123,12 +123,12 @@ class MergeLayer(FactorsLayer):
         embeddings: list[Any] = [name in self.tied and self.tied[name].get_base_layer() for name in names]
         return all(embedding and embedding.weight is mine.weight for embedding in embeddings)
 
-    def _fingerprints(self) -> dict[str, int]:
-        return {name: fingerprint(parameter) for name, parameter in self.merge_parameters().items()}
+    def _checksums(self) -> dict[str, int]:
+        return {name: checksum(parameter) for name, parameter in self.merge_parameters().items()}
 
     def _refuse_changed(self) -> None:
         """Raise RuntimeError for a weight that was written to while something is merged: its change would be lost."""
-        changed = [name for name, now in self._fingerprints().items() if now != self._written.get(name)]
+        changed = [name for name, now in self._checksums().items() if now != self._written.get(name)]
         if changed:
             raise RuntimeError(
                 f"The base's {changed[0]} was changed while {self.merged_adapters} were merged (it was trained, or "
