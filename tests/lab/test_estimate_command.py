@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 from transformers import AutoConfig, LlamaConfig
 
-from dual_lora.lab.cli import main
 from dual_lora.lab.cost import calibrate
 from dual_lora.lab.cost.memory import memory_of
 from dual_lora.lab.cost.options import StepOptions, from_model, from_recipe
@@ -29,19 +28,13 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def call(capsys, monkeypatch, tmp_path):
-    """Function: arguments → (exit code, standard output, standard error), with an empty cache folder."""
+def call(call, monkeypatch, tmp_path):
+    """Function: arguments of `estimate` → (exit code, standard output, error in one line), with an empty cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def run(*arguments):
-        code = 0
-        try:
-            main(["estimate", *map(str, arguments)])
-        except SystemExit as stop:
-            code = stop.code or 0
-        out = capsys.readouterr()
-        assert "Traceback" not in out.err
-        return code, out.out, " ".join(out.err.split())
+        code, out, error = call("estimate", *arguments)
+        return code, out, " ".join(error.split())
 
     return run
 

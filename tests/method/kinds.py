@@ -55,6 +55,7 @@ class Kind:
     dropout: str = ""  # the error or warning that dropout gets; "silent": it plays no part
     samples: bool | None = True  # whether token_sampling plays a part; None: no, in silence
     compiles: bool = False  # tried with torch.compile, which takes seconds
+    recomposes: bool = False  # whether backward composes the weight again, so that the composed one is not kept
     variant: bool = False  # of another row: value, gradients and merging alone differ
 
     def built(self) -> nn.Module:
@@ -134,12 +135,12 @@ class StandardConv(nn.Conv2d):
 
 
 CONVOLUTIONS = {
-    "conv 1d": Kind(lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1), rows(2, 4, 7)),
+    "conv 1d": Kind(lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1), rows(2, 4, 7), recomposes=True),
     "conv 1d, circular": Kind(
         lambda: nn.Conv1d(4, 6, 3, padding=2, padding_mode="circular", dilation=2), rows(2, 4, 7), variant=True
     ),
     "conv 1d, own forward": Kind(lambda: PaddedConv(4, 6, 3), rows(2, 4, 5), samples=None),
-    "conv 2d": Kind(lambda: nn.Conv2d(4, 6, (3, 2), stride=(2, 1)), rows(2, 4, 7, 7), compiles=True),
+    "conv 2d": Kind(lambda: nn.Conv2d(4, 6, (3, 2), stride=(2, 1)), rows(2, 4, 7, 7), recomposes=True, compiles=True),
     "conv 2d, same": Kind(
         lambda: nn.Conv2d(4, 6, 3, padding="same", padding_mode="reflect", bias=False), rows(2, 4, 7, 7), variant=True
     ),
@@ -227,6 +228,7 @@ def attention(compiles=False, **widths):
         dropout="no effect on nn.MultiheadAttention",
         samples=False,
         compiles=compiles,
+        recomposes=True,
     )
 
 
@@ -259,7 +261,7 @@ def named(make, x, parameters, call=call_plainly, **options):
         by_parameter,
         mixes="does not support mixed adapter batches",
         dropout="ParamWrapper does not work with dropout",
-        **options,
+        **{"recomposes": True} | options,
     )
 
 
@@ -271,9 +273,9 @@ def experts(layout, implementation, **options):
 EXPERTS = {
     "a named matrix": named(lambda: nn.Linear(12, 7), rows(6, 12), ["weight"]),
     "experts, one by one": experts("mixtral", "eager"),
-    "experts, batched": experts("qwen3", "batched_mm", samples=None, compiles=True),
+    "experts, batched": experts("qwen3", "batched_mm", samples=None, compiles=True, recomposes=False),
     "experts, transposed": experts("gpt-oss", "eager"),
-    "experts, transposed and batched": experts("gpt-oss", "batched_mm", samples=None, variant=True),
+    "experts, transposed and batched": experts("gpt-oss", "batched_mm", samples=None, recomposes=False, variant=True),
 }
 if torch.__version__ >= "2.9":  # which transformers wants for it
     EXPERTS["experts, grouped"] = experts("mixtral", "grouped_mm", dtypes=(WHOLE, HALF), variant=True)

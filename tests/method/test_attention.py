@@ -1,7 +1,5 @@
 """nn.MultiheadAttention beside the table: what is composed, encoder layers, an adapter of its projection alone."""
 
-import weakref
-
 import pytest
 import torch
 from peft import get_peft_model
@@ -17,13 +15,10 @@ from dual_lora.core.compose_op import dual_lora_weight
 from dual_lora.method import layer as layer_module
 from dual_lora.method.factors import FactorsLayer
 
-PACKED, SEPARATE = {}, {"kdim": 5, "vdim": 12}
-LAYOUTS = pytest.mark.parametrize("layout", [PACKED, SEPARATE], ids=["packed", "separate"])
 
-
-def multihead(layout, **options):
+def multihead(**options):
     torch.manual_seed(1)
-    return nn.MultiheadAttention(8, 2, batch_first=True, **layout, **options)
+    return nn.MultiheadAttention(8, 2, batch_first=True, **options)
 
 
 def call(layer, x):
@@ -36,25 +31,8 @@ def inputs():
     return torch.randn(3, 5, 8)
 
 
-@LAYOUTS
-def test_composed_weights_are_not_kept_for_backward(layout, monkeypatch):
-    made = []
-
-    def spied(*args, **kwargs):
-        W = dual_lora_weight(*args, **kwargs)
-        made.append(weakref.ref(W))
-        return W
-
-    monkeypatch.setattr(layer_module, "dual_lora_weight", spied)
-    model, _ = adapted(multihead(layout), call)
-    y = model(inputs().requires_grad_())[0]
-    assert len(made) == (2 if layout is PACKED else 4)
-    assert [ref() for ref in made] == [None] * len(made)
-    y.sum().backward()
-
-
 def test_the_base_parameters_stay_registered_during_and_after_a_failing_forward():
-    model, layer = adapted(multihead(PACKED), call)
+    model, layer = adapted(multihead(), call)
     names = list(layer.base_layer._parameters)
     weight = layer.base_layer.in_proj_weight
     with pytest.raises(AssertionError):
@@ -64,7 +42,7 @@ def test_the_base_parameters_stay_registered_during_and_after_a_failing_forward(
 
 
 def test_decoding_composes_once(monkeypatch):
-    model, layer = adapted(multihead(PACKED), call)
+    model, layer = adapted(multihead(), call)
     model.eval()
     x = inputs()
     made = []
@@ -106,7 +84,7 @@ def test_an_output_projection_that_is_named_as_well_is_adapted_once():
 
 
 def test_an_adapter_of_the_output_projection_alone_stays_beside_one_of_the_attention():
-    model, _ = adapted(multihead(PACKED), call, target_modules=["out_proj"])
+    model, _ = adapted(multihead(), call, target_modules=["out_proj"])
     x = inputs()
     alone = model(x)[0]
     model.add_adapter("whole", DualLoraConfig(target_modules=["it"], init_weights=False, r=4))
@@ -124,7 +102,7 @@ def test_an_adapter_of_the_output_projection_alone_stays_beside_one_of_the_atten
 def test_factors_go_where_the_attention_is(monkeypatch):
     """A card that is not there: fake tensors know their device alone, and cannot be read."""
     monkeypatch.setattr(FactorsLayer, "steps_left", lambda self, adapter: self._read[adapter][2])
-    base = multihead(PACKED)
+    base = multihead()
     with FakeTensorMode(allow_non_fake_inputs=True):
         for module in base.modules():
             for name, p in module.named_parameters(recurse=False):

@@ -248,7 +248,7 @@ def test_another_tensor_of_the_same_version_invalidates(model):
 
 def test_factors_that_were_thawed_are_followed_through_backward(model):
     """Kept while they were frozen, no hook of theirs tells of a backward; `.data` is then written by hand."""
-    factors = layer(model)._stored_factors("default")
+    factors = layer(model).stored_factors("default")
     for f in factors:
         f.requires_grad_(False)
     run(model)

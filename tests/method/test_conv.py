@@ -1,7 +1,5 @@
 """Convolutions beside the table: nothing of the weight's size is kept, hooks, the number of parameters."""
 
-import weakref
-
 import torch
 from reference_layer import (
     adapted,
@@ -9,9 +7,6 @@ from reference_layer import (
     expect,
 )
 from torch import nn
-
-from dual_lora.core.compose_op import dual_lora_weight
-from dual_lora.method import layer as layer_module
 
 CASES = {
     "1d": (nn.Conv1d, (4, 6, 3), {"stride": 2, "padding": 1}),
@@ -47,25 +42,6 @@ def test_parameters_are_those_of_loras_convolution():
     ours = sum(p.numel() for p in model.parameters() if p.requires_grad)
     lora = get_peft_model(nn.Sequential(case("2d")[0]), LoraConfig(r=4, target_modules=["0"]))
     assert ours == sum(p.numel() for p in lora.parameters() if p.requires_grad)
-
-
-def test_the_composed_weight_is_not_kept_for_backward(monkeypatch):
-    base, x = case("2d")
-    model, layer = adapted(base)
-    made = []
-
-    def spied(*args, **kwargs):
-        W = dual_lora_weight(*args, **kwargs)
-        made.append(weakref.ref(W))
-        return W
-
-    monkeypatch.setattr(layer_module, "dual_lora_weight", spied)
-    y = model(x.requires_grad_())
-    assert len(made) == 1
-    assert made[0]() is None
-    y.sum().backward()
-    assert layer.factors("default").A.grad.any()
-    assert x.grad.any()
 
 
 def test_hook_on_the_base_layer_is_still_called():

@@ -1,7 +1,6 @@
 """Experts beside the table, in whole models of Mixtral, Qwen3-MoE and GPT-OSS: only routed ones are composed."""
 
 import copy
-import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -13,8 +12,6 @@ from torch import nn
 
 from dual_lora import DualLoraConfig
 from dual_lora.core import whole
-from dual_lora.core.compose_op import dual_lora_weight
-from dual_lora.method.layers import experts
 from dual_lora.method.layers.experts import ParamWrapper
 
 LAYOUT = pytest.mark.parametrize("layout", MIXTURES)
@@ -70,23 +67,6 @@ def test_a_router_s_argument_of_another_meaning_leaves_no_expert_out(kind):
     x = torch.randn(2, 3)
     expected = Masked.forward(SimpleNamespace(W=layer.get_param() + layer.get_delta_weight("default")), x, chosen)
     torch.testing.assert_close(layer(x, chosen), expected)
-
-
-@pytest.mark.parametrize("implementation", ["eager", WITH_GROUPS])
-def test_composed_weights_are_not_kept_for_backward(implementation, monkeypatch):
-    model = adapted(mixture("mixtral", implementation))
-    made = []
-
-    def spied(*args, **kwargs):
-        W = dual_lora_weight(*args, **kwargs)
-        made.append(weakref.ref(W))
-        return W
-
-    monkeypatch.setattr(experts, "dual_lora_weight", spied)
-    y = model(IDS).logits
-    assert made
-    assert [ref() for ref in made] == [None] * len(made)
-    y.sum().backward()
 
 
 def test_other_parameters_for_a_further_adapter_are_refused():

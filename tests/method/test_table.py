@@ -6,6 +6,7 @@ the rows of a file of one's own.
 
 import contextlib
 import copy
+import weakref
 
 import pytest
 import torch
@@ -20,7 +21,10 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from dual_lora import DualLoraConfig, DualLoraLayer, DualLoraWarning
+from dual_lora.core.compose_op import dual_lora_weight
 from dual_lora.core.reference import Factors, Form, delta_weight
+from dual_lora.method import layer as layer_module
+from dual_lora.method.layers import experts
 from dual_lora.method.layers.quantized_rows import keep_unpacked
 
 pytestmark = [
@@ -59,6 +63,8 @@ def pytest_generate_tests(metafunc):
 
 def takes_part(kind, test):
     """Whether an operation says something of a row."""
+    if test is test_no_composed_weight_is_kept_for_backward:
+        return kind.recomposes
     if kind.variant and test not in (test_value_and_gradients, test_merged_and_unmerged, test_the_merged_weight):
         return False
     if test in (test_merged_and_unmerged, test_the_merged_weight, test_a_broken_adapter_is_not_merged):
@@ -245,6 +251,22 @@ def test_a_checkpoint_changes_no_gradient(kind, fixed_order):
         y.square().sum().backward()
         found.append({name: p.grad for name, p in trainable(model).items()})
     assert_same_bits(*found)
+
+
+def test_no_composed_weight_is_kept_for_backward(kind, monkeypatch):
+    made = []
+
+    def spied(*args, **options):
+        W = dual_lora_weight(*args, **options)
+        made.append(weakref.ref(W))
+        return W
+
+    for module in (layer_module, experts):
+        monkeypatch.setattr(module, "dual_lora_weight", spied)
+    y = adapted(kind).train()(kind.x().requires_grad_())
+    assert made
+    assert {weight() for weight in made} == {None}
+    y.sum().backward()
 
 
 @ONE_GRAPH

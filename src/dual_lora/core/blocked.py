@@ -1,7 +1,7 @@
 """Dual LoRA by blocks of the weight: no temporary of the weight's size, nothing kept for backward.
 
-Three products cannot be avoided (y, dx and the masked G = dyᵀ x); everything else runs on tiles that stay in cache, in
-reused buffers, in place:
+Three products cannot be avoided (y, dx and the masked G = dyᵀ x). Everything else runs on tiles that stay in cache, in
+reused buffers, in place (`tile`).
 
 Several tiles make a block, a composed part of the weight large enough for an efficient product: whole rows in forward,
 whole columns in backward, so that every block gives complete columns of y and of dx. The weight may be a tensor or

@@ -55,19 +55,9 @@ def weight(weight, factors, scales, mean_squares, forms, loss_scale, routed, dty
 
 
 def embedding(
-    indices,
-    weight,
-    factors,
-    scales,
-    mean_squares,
-    forms,
-    loss_scale,
-    padding_idx,
-    max_norm,
-    norm_type,
-    scale_grad_by_freq,
-    dtype,
-):
+    indices, weight, factors, scales, mean_squares, forms, loss_scale, padding_idx, max_norm, norm_type,
+    scale_grad_by_freq, dtype,
+):  # fmt: skip
     """Rows of W + ΣΔW, indices [...] -> [..., I]; ΔW of the padding is zero."""
     used = (indices != padding_idx).unsqueeze(-1)
     adapters = [

@@ -133,7 +133,7 @@ def in_dtype_of(weight: Tensor, x: Tensor) -> Tensor:
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Switch autocast off, so that P and Q are fp32. Does nothing on a device that has no autocast."""
-    if not torch._C._is_any_autocast_enabled() or not (torch.amp.is_autocast_available(device.type)):
+    if not torch._C._is_any_autocast_enabled() or not torch.amp.is_autocast_available(device.type):
         return _NO_CONTEXT
     return torch.autocast(device.type, enabled=False)
 

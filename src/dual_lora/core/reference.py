@@ -66,7 +66,7 @@ class Form(NamedTuple):
     direction: "sign", or "identity" for the ablation without Sign. Without a direction group of their own: "frozen",
         Sign of a fixed random matrix, for which C and D are integers (`frozen.keys`); "weight", the base's weight
         itself; "one", no direction. `ste` matters for "sign" alone.
-    live_zero: take ReLU's derivative at exactly 0 as 1, which lets a zero B train (the ramp-free start).
+    live_zero: take ReLU's derivative at exactly 0 as 1, which lets a zero B train (the default start).
     plain: how many of the ranks of B A, the first, are added as they are, without m and d.
     """
 

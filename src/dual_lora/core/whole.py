@@ -23,8 +23,8 @@ NAMES = "P0", "Q0", "T", "composed", "gradient"  # the first adapter's products,
 def fits(weight: Tensor | RowSource | None, adapters: Sequence[Adapter]) -> bool:
     """Whether the weight [O, I] is in memory and no larger than one tile."""
     A, B, *_ = adapters[0].factors
-    tile = (CPU if A.device.type == "cpu" else CUDA).tile
-    return A.shape[-1] * B.shape[-2] <= tile and (weight is None or isinstance(weight, Tensor))
+    largest = (CPU if A.device.type == "cpu" else CUDA).tile
+    return A.shape[-1] * B.shape[-2] <= largest and (weight is None or isinstance(weight, Tensor))
 
 
 def forward(x: Tensor, weight: Tensor | None, adapters: Sequence[Adapter]) -> Tensor:
@@ -109,9 +109,10 @@ def _composed(
 
 
 def _factor_gradients(G: Tensor, made: list[Products], space: Space, loss_scale: Tensor | None) -> list[Factors]:
-    grads, (scaled, *_) = [], space
+    grads, scaled = [], space[0]
     for adapter, P, Q in made:
-        (A, B, C, D), scale, *_ = adapter = adapter.with_mean_square()
+        adapter = adapter.with_mean_square()
+        (A, B, C, D), scale, *_ = adapter
         rule = tile.estimator(adapter, loss_scale, G_is_scaled=True)
         dP, dQ = rule.product_gradients(torch.mul(G, scale, out=scaled), P, Q)
         direction = map(torch.zeros_like, (C, D)) if dQ is None else (D.t().mm(dQ), dQ.mm(C.t()))

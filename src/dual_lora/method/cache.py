@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.hooks import RemovableHandle
 
-from .fingerprint import fingerprint
+from .checksum import checksum
 from .precision import Warned
 
 COMPARED = 1024  # bytes of each tensor that are compared in every pass, in some 0.3 µs a tensor
@@ -51,7 +51,7 @@ def _begin(tensor: Tensor) -> tuple[int, bytes]:
 
 def _whole(tensor: Tensor) -> int:
     """Return a number of all bytes of a tensor; 0 where `_begin` says enough, or cannot say anything."""
-    return fingerprint(tensor) if _begin(tensor)[1] and tensor.nbytes > COMPARED else 0
+    return checksum(tensor) if _begin(tensor)[1] and tensor.nbytes > COMPARED else 0
 
 
 def _is_unwatched(tensor: Tensor) -> bool:

@@ -163,11 +163,11 @@ class FactorsLayer(Warmup, Strength, LoraNames, Seeds, nn.Module, BaseTunerLayer
             self._set_seed(adapter_name, config.direction_seed, key, shapes[0][:-2])
         self.reset_dual_lora_parameters(adapter_name, config)
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        self._scale(adapter_name)
+        self.strength_tensor(adapter_name)
         self.begin_warmup(adapter_name, config.warmup_steps or 0)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def _factor_dicts(self, adapter: str) -> list[nn.ParameterDict]:
+    def factor_dicts(self, adapter: str) -> list[nn.ParameterDict]:
         """Return the parameter dicts that have a factor of this adapter: only A's and B's if its signs are frozen."""
         return [factors for name in self.adapter_layer_names if adapter in (factors := getattr(self, name))]
 
@@ -182,7 +182,7 @@ class FactorsLayer(Warmup, Strength, LoraNames, Seeds, nn.Module, BaseTunerLayer
 
     def _use_factors_of_tied(self, adapter_name: str) -> None:
         other = self.tied[adapter_name]
-        for own, theirs in zip(self._factor_dicts(adapter_name), other._factor_dicts(adapter_name), strict=True):
+        for own, theirs in zip(self.factor_dicts(adapter_name), other.factor_dicts(adapter_name), strict=True):
             # Written past `__setitem__`, because PEFT's low-memory loading would replace a registered parameter.
             own._parameters[adapter_name] = theirs[adapter_name]
 
@@ -193,7 +193,7 @@ class FactorsLayer(Warmup, Strength, LoraNames, Seeds, nn.Module, BaseTunerLayer
         False: all from N(0, 0.3²), an update large enough for tests.
         """
         std = std_of(config, self.start_std) if config.init_weights else 0.3
-        for letter, factors in zip("ABCD", self._factor_dicts(adapter_name), strict=False):
+        for letter, factors in zip("ABCD", self.factor_dicts(adapter_name), strict=False):
             factor = factors[adapter_name]
             if factor.device.type == "meta":
                 continue
@@ -205,13 +205,13 @@ class FactorsLayer(Warmup, Strength, LoraNames, Seeds, nn.Module, BaseTunerLayer
                 nn.init.normal_(factor, std=std)
                 if letter in "CD" and config.init_weights == "aligned" and config.direction_activation == "sign":
                     give_signs_of_rank_one(factor, rank_dimension=-2 if letter == "C" else -1)
-        mark_as_stored(self._stored_factors(adapter_name))
+        mark_as_stored(self.stored_factors(adapter_name))
 
     def _draw_A(self, A: Tensor, gain: float) -> None:
         """Initialise A as LoRA does for a linear layer, `gain` times as wide: uniformly, within gain/√I."""
         nn.init.uniform_(A, -gain * self.in_features**-0.5, gain * self.in_features**-0.5)
 
-    def _stored_factors(self, adapter: str) -> Factors:
+    def stored_factors(self, adapter: str) -> Factors:
         held: Any = self._modules
         A, B, C, D = (held["dual_lora_A"], held["dual_lora_B"], held["dual_lora_C"], held["dual_lora_D"])
         a, b, c, d = A._parameters, B._parameters, C._parameters, D._parameters
@@ -226,24 +226,24 @@ class FactorsLayer(Warmup, Strength, LoraNames, Seeds, nn.Module, BaseTunerLayer
 
     def trainable_factors(self, adapter: str) -> list[Tensor]:
         """Return the factors that require a gradient, in the order B, A, D, C."""
-        A, B, C, D = self._stored_factors(adapter)
+        A, B, C, D = self.stored_factors(adapter)
         return [f for f in (B, A, D, C) if f.requires_grad]
 
     def factors(self, adapter: str) -> Factors:
         """Return the four factors of an adapter, restored to fp32 if foreign code has cast them."""
-        four = self._stored_factors(adapter)
+        four = self.stored_factors(adapter)
         A, B, C, D = four
         frozen = self.states[adapter].frozen
         right = A.dtype == B.dtype == torch.float32 and (frozen or C.dtype == D.dtype == torch.float32)
         if right and not (A.is_meta or B.is_meta or C.is_meta or D.is_meta):
             return four
-        A, B, *trained = (offloaded.load(factors, adapter) for factors in self._factor_dicts(adapter))
+        A, B, *trained = (offloaded.load(factors, adapter) for factors in self.factor_dicts(adapter))
         return in_fp32(Factors(A, B, *(trained or self._keys(adapter, A.device))), self.warned)
 
     def adapter(self, name: str) -> Adapter:
         """Return factors, scale λα/√(r1 r2) and form of an adapter, as the operator takes them."""
         factors, state = self.factors(name), self.states[name]
-        scale = self._scale(name, factors.A)
+        scale = self.strength_tensor(name, factors.A)
         if state.warmup:
             factor = self.warmup_factor(name).to(scale)
             if factor.ndim:  # of each expert; ReLU(λ B A) = λ ReLU(B A)
@@ -273,7 +273,7 @@ class FactorsLayer(Warmup, Strength, LoraNames, Seeds, nn.Module, BaseTunerLayer
         After a forward pass FSDP2 has put the whole factor in the shard's place. Freezing the shard and then thawing
         the whole would leave the shard frozen, which is what the optimizer holds: a reference pass would end training.
         """
-        stored = (factor for name in self.states for factor in self._stored_factors(name))
+        stored = (factor for name in self.states for factor in self.stored_factors(name))
         if not enabled and any(map(sharded.is_sharded, stored)):
             self._disable_adapters = True
         else:
@@ -292,7 +292,7 @@ class FactorsLayer(Warmup, Strength, LoraNames, Seeds, nn.Module, BaseTunerLayer
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         composed_weights.drop(self)  # first, because a tensor subclass that the cache refers to cannot be moved
-        factors = {a: [f.data for f in self._stored_factors(a)] for a in self.states}
+        factors = {a: [f.data for f in self.stored_factors(a)] for a in self.states}
         numbers = [(held, a, n.clone()) for held in (self.dual_lora_left, self.dual_lora_seed) for a, n in held.items()]
         result = super()._apply(fn, recurse)
         for held, adapter, number in numbers:  # `to_empty` has overwritten it; it must not stay on the meta device
@@ -302,18 +302,18 @@ class FactorsLayer(Warmup, Strength, LoraNames, Seeds, nn.Module, BaseTunerLayer
             else:
                 made.copy_(number)  # in place: after `share_memory` other processes read it there
         for adapter, olds in factors.items():
-            for factor, old in zip(self._stored_factors(adapter), olds, strict=True):
+            for factor, old in zip(self.stored_factors(adapter), olds, strict=True):
                 # `.to(bfloat16)` and the like move the factors but do not cast them.
                 if factor.dtype not in FACTOR_DTYPES and old.dtype in FACTOR_DTYPES:
                     factor.data = old.to(factor.device)
             self.factors(adapter)
-            self._scale(adapter)
+            self.strength_tensor(adapter)
         return result
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for adapter in self.states:
-            mark_as_stored(self._stored_factors(adapter))  # a copied parameter has lost this attribute
+            mark_as_stored(self.stored_factors(adapter))  # a copied parameter has lost this attribute
         warming_layers.add(self)  # the steps of a deep copy or an unpickled layer are counted too
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
@@ -323,7 +323,7 @@ class FactorsLayer(Warmup, Strength, LoraNames, Seeds, nn.Module, BaseTunerLayer
         device = held.device if device is None and held is not None else device
         if device is None or device.type == "meta" or adapter_name not in self.states:  # PEFT asks every layer
             return
-        for factors in self._factor_dicts(adapter_name):
+        for factors in self.factor_dicts(adapter_name):
             factor = factors[adapter_name]
             moved = factor if factor.device.type == "meta" else factor.detach().to(device)
             if moved.device != factor.device:
@@ -331,8 +331,8 @@ class FactorsLayer(Warmup, Strength, LoraNames, Seeds, nn.Module, BaseTunerLayer
         for numbers in (self.dual_lora_left, self.dual_lora_seed):
             if adapter_name in numbers:
                 numbers[adapter_name] = numbers[adapter_name].to(device)
-        self._scale(adapter_name)
-        mark_as_stored(self._stored_factors(adapter_name))
+        self.strength_tensor(adapter_name)
+        mark_as_stored(self.stored_factors(adapter_name))
 
 
 # Scripts find the layers whose strength they set by `isinstance(module, LoraLayer)`. Without this they would find none.
@@ -343,7 +343,7 @@ def _after_load(layer: FactorsLayer, incompatible_keys: Any) -> None:
     """After load_state_dict: update what is derived from the factors."""
     composed_weights.drop(layer)
     for adapter in layer.states:
-        mark_as_stored(layer._stored_factors(adapter))
+        mark_as_stored(layer.stored_factors(adapter))
         if adapter in layer.tied:  # `assign=True` has made two parameters of one
             layer._use_factors_of_tied(adapter)
-        layer._scale(adapter)
+        layer.strength_tensor(adapter)

@@ -53,17 +53,7 @@ def hotswap_from_state_dict(
     unexpected = [key for key in others if key not in known]
     if unexpected:
         raise RuntimeError(f"Hot swapping the adapter did not succeed, unexpected keys found: {', '.join(unexpected)}.")
-    _check_shapes(layers, new, adapter_name)
-    for name, layer in layers.items():
-        if (
-            adapter_name in layer.dual_lora_seed
-            and f"{name}.dual_lora_B" in new
-            and f"{name}.dual_lora_seed" not in new
-        ):
-            raise RuntimeError(
-                f"Hot swapping the adapter did not succeed: the seed of frozen signs, {name}.dual_lora_seed, is "
-                "missing. Save the adapter with `save_pretrained`."
-            )
+    _check_fits(layers, new, adapter_name)
     key_of = _key_function(model)
     scales: dict[DualLoraLayer, Tensor] = {}
     with torch.no_grad():
@@ -72,15 +62,15 @@ def hotswap_from_state_dict(
             known[key].copy_(value)
         for name, layer in layers.items():
             composed_weights.drop(layer)
-            scales[layer] = layer._scale(adapter_name)
+            scales[layer] = layer.strength_tensor(adapter_name)
             if adapter_name in layer.tied:
                 continue  # its factors are the embedding's
             warn_of_rounded((new.get(f"{name}.dual_lora_{letter}") for letter in RANK_DIMENSION), layer.warned)
-            for letter, factors in zip(RANK_DIMENSION, layer._factor_dicts(adapter_name), strict=False):
+            for letter, factors in zip(RANK_DIMENSION, layer.factor_dicts(adapter_name), strict=False):
                 _write(factors[adapter_name], new.get(f"{name}.dual_lora_{letter}"))
             if adapter_name in layer.dual_lora_seed and (seed := new.get(f"{name}.dual_lora_seed")) is not None:
                 layer.set_seed(adapter_name, seed)
-            mark_as_stored(layer._stored_factors(adapter_name))
+            mark_as_stored(layer.stored_factors(adapter_name))
             r1, r2, alpha = layer_options(config, key_of(name, layer))
             before, left = layer.states[adapter_name], new.get(f"{name}.dual_lora_left")
             state = AdapterState(r1, r2, alpha, before.form, before.warmup, before.share)
@@ -145,14 +135,20 @@ def _write_options(config: Any, model: nn.Module, adapter: str) -> None:
 
 def _stored_options(layer: DualLoraLayer, adapter: str) -> tuple[int, int, float]:
     """Return the stored ranks, with padding, and the α that gives the same scale with them."""
-    factors, state = layer._stored_factors(adapter), layer.states[adapter]
+    factors, state = layer.stored_factors(adapter), layer.states[adapter]
     r1, r2 = factors.A.shape[-2], factors.C.shape[-2] if state.r2 else 0
     return r1, r2, state.strength / scaling(1.0, r1, r2)
 
 
-def _check_shapes(layers: dict[str, DualLoraLayer], new: dict[str, Tensor], adapter: str) -> None:
+def _check_fits(layers: dict[str, DualLoraLayer], new: dict[str, Tensor], adapter: str) -> None:
     for name, layer in layers.items():
-        for (letter, dimension), factors in zip(RANK_DIMENSION.items(), layer._factor_dicts(adapter), strict=False):
+        seed = f"{name}.dual_lora_seed"
+        if adapter in layer.dual_lora_seed and f"{name}.dual_lora_B" in new and seed not in new:
+            raise RuntimeError(
+                f"Hot swapping the adapter did not succeed: the seed of frozen signs, {seed}, is missing. Save the "
+                "adapter with `save_pretrained`."
+            )
+        for (letter, dimension), factors in zip(RANK_DIMENSION.items(), layer.factor_dicts(adapter), strict=False):
             key = f"{name}.dual_lora_{letter}"
             old = list(factors[adapter].shape)
             got = list(new[key].shape) if key in new else old
@@ -220,7 +216,7 @@ def pad_ranks(model: nn.Module, target_rank: int | None, config: Any = None) -> 
 
 def _rescale(layer: DualLoraLayer, adapter: str, before: Tensor) -> None:
     """Write the adapter's strength into the old tensor, which captured CUDA graphs read."""
-    now = layer._scale(adapter)
+    now = layer.strength_tensor(adapter)
     if now is not before and not before.is_inference() and (before.device, before.dtype) == (now.device, now.dtype):
         layer.dual_lora_scale[adapter] = before.copy_(now)
 

@@ -5,7 +5,6 @@ base and adapter (dropout, hooks). `factors` holds the adapters and their warm-u
 """
 
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -77,7 +76,7 @@ class DualLoraLayer(MergeLayer):
                 self.unmerge()
             return []
         active = self._active_adapter  # `active_adapters` would be two more calls
-        names = self._known_names([active] if isinstance(active, str) else active)
+        names = self.known_names([active] if isinstance(active, str) else active)
         if names and torch._C._get_tracing_state() and torch.onnx.is_in_onnx_export():
             raise NotImplementedError(
                 "torch.onnx.export(…, dynamo=False) knows no operator of Dual LoRA's. Export with dynamo=True, or "
@@ -104,7 +103,7 @@ class DualLoraLayer(MergeLayer):
         self, weight: Tensor, chosen: Adapters, dtype: torch.dtype, make: Callable[[], Tensor]
     ) -> Tensor:
         """Return the cached composed weight; call `make` if there is none for this `weight` and these adapters."""
-        own = [t for n in chosen for t in (*self._stored_factors(n), self.dual_lora_scale[n])]
+        own = [t for n in chosen for t in (*self.stored_factors(n), self.dual_lora_scale[n])]
         counts = [self.left(n) for n in chosen if self.states[n].warmup]
         extra = tuple(chosen), dtype, self.warned.longer
         return composed_weights.get(self, [weight, *own, *counts], extra, make, wholly=self.warned.several)
@@ -192,16 +191,18 @@ class MapLayer(DualLoraLayer):
         with replaced(base, {"weight": self._from_matrix(composed.result)}), products.context():
             return base(x, *args, **kwargs)
 
-    def _branch(self, x: Tensor, name: str, *args: Any, **kwargs: Any) -> Tensor:
-        """Return what an adapter adds to f(x; W)."""
-        if not self._has_own_forward():
+    def _branch(self, x: Tensor, name: str, own: bool, *args: Any, **kwargs: Any) -> Tensor:
+        """Return what an adapter adds to f(x; W). own: whether the base has its own forward."""
+        if not own:
             return self._adapter_branch(x, name)
         x = self.dual_lora_dropout[name](x)
-        return self._call_with_composed_weight(x, [name], *args, **kwargs) - self._base_call(x, *args, **kwargs)
+        return self._call_with_composed_weight(x, [name], *args, **kwargs) - self._base_call(x, own, *args, **kwargs)
 
-    def _base_call(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """f(x; W), to which adapters' outputs are added."""
-        with turn(self.base_layer) if self._has_own_forward() else nullcontext():
+    def _base_call(self, x: Tensor, own: bool, *args: Any, **kwargs: Any) -> Tensor:
+        """f(x; W), to which adapters' outputs are added. own: whether the base has its own forward."""
+        if not own:
+            return self.base_layer(x, *args, **kwargs)
+        with turn(self.base_layer):
             return self.base_layer(x, *args, **kwargs)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -236,18 +237,19 @@ class MapLayer(DualLoraLayer):
                 else self._map(x, fused, with_base=True)
             )
         else:
-            y = self._base_call(x, *args, **kwargs)
+            y = self._base_call(x, own, *args, **kwargs)
         for name in active:
             if name not in fused:
-                y = y + self._branch(x, name, *args, **kwargs).to(y.dtype)
+                y = y + self._branch(x, name, own, *args, **kwargs).to(y.dtype)
         return y
 
     def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
         """Every sample with its own adapter ("__base__": none)."""
-        y = self._base_call(x, *args, **kwargs)
-        for name in self._known_names(sorted(set(adapter_names))):
+        own = self._has_own_forward()
+        y = self._base_call(x, own, *args, **kwargs)
+        for name in self.known_names(sorted(set(adapter_names))):
             index = [k for k, item in enumerate(adapter_names) if item == name]
-            y[index] = y[index] + self._branch(x[index], name, *args, **kwargs).to(y.dtype)
+            y[index] = y[index] + self._branch(x[index], name, own, *args, **kwargs).to(y.dtype)
         return y
 
 

@@ -22,7 +22,7 @@ def finish_loading(model: nn.Module, adapter_name: str, has_counts: bool, misfit
         layers[name].reset_dual_lora_parameters(adapter_name, config)
         layers[name].dual_lora_B[adapter_name].data.zero_()
     for layer in layers.values():
-        mark_as_stored(layer._stored_factors(adapter_name))  # loading has replaced the marked parameters
+        mark_as_stored(layer.stored_factors(adapter_name))  # loading has replaced the marked parameters
         if not has_counts:
             layer.set_left(adapter_name, 0)
     warn_if_unfinished({name: layer.left(adapter_name) for name, layer in layers.items()}, config)

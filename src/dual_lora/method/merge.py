@@ -12,8 +12,8 @@ from ..core import dispatch
 from ..core.compose_op import dual_lora_weight
 from ..core.reference import Adapter
 from .cache import composed_weights
+from .checksum import checksum
 from .factors import FactorsLayer
-from .fingerprint import fingerprint
 from .parallel import sharded
 from .precision import Warned, warn_of_rounded
 from .scaler import loss_scale
@@ -36,11 +36,11 @@ class MergeLayer(FactorsLayer):
         self.register_load_state_dict_pre_hook(_warn_of_rounded_factors)
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
-        unchanged = self._original is not None and self._written == self._fingerprints()
+        unchanged = self._original is not None and self._written == self._checksums()
         result = super()._apply(fn, recurse)
         if self._original is not None:
             self._original = {name: fn(data) for name, data in self._original.items()}
-            self._written = self._fingerprints() if unchanged else {}
+            self._written = self._checksums() if unchanged else {}
         return result
 
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -88,9 +88,9 @@ class MergeLayer(FactorsLayer):
                 owner._write_merged([*apart, *names], safe_merge)  # type: ignore[operator]
             self.merged_adapters = names
             return
-        parameters = self._merge_parameters()
+        parameters = self.merge_parameters()
         for parameter in parameters.values():
-            self._refuse_computed(parameter)
+            self.refuse_computed(parameter)
         if (originals := self._original) is None:
             originals = {n: _kept(p) for n, p in parameters.items()}
         else:
@@ -99,7 +99,7 @@ class MergeLayer(FactorsLayer):
         if names:
             merged = self._merged(originals, names)
             if safe_merge:
-                self._refuse_broken([*merged.values()], names)
+                self.refuse_broken([*merged.values()], names)
         for name, parameter in parameters.items():
             if sharded.is_sharded(parameter):
                 with torch.no_grad():
@@ -111,7 +111,7 @@ class MergeLayer(FactorsLayer):
                 parameter.data.copy_(merged[name])
                 torch.autograd.graph.increment_version(parameter)  # a graph that waits for its backward raises an error
         self._original = originals if names else None
-        self._written = self._fingerprints() if names else {}
+        self._written = self._checksums() if names else {}
         self.merged_adapters = names
 
     def _merges_with_embedding(self, names: Iterable[str]) -> bool:
@@ -123,12 +123,12 @@ class MergeLayer(FactorsLayer):
         embeddings: list[Any] = [name in self.tied and self.tied[name].get_base_layer() for name in names]
         return all(embedding and embedding.weight is mine.weight for embedding in embeddings)
 
-    def _fingerprints(self) -> dict[str, int]:
-        return {name: fingerprint(parameter) for name, parameter in self._merge_parameters().items()}
+    def _checksums(self) -> dict[str, int]:
+        return {name: checksum(parameter) for name, parameter in self.merge_parameters().items()}
 
     def _refuse_changed(self) -> None:
         """Raise RuntimeError for a weight that was written to while something is merged: its change would be lost."""
-        changed = [name for name, now in self._fingerprints().items() if now != self._written.get(name)]
+        changed = [name for name, now in self._checksums().items() if now != self._written.get(name)]
         if changed:
             raise RuntimeError(
                 f"The base's {changed[0]} was changed while {self.merged_adapters} were merged (it was trained, or "
@@ -136,7 +136,7 @@ class MergeLayer(FactorsLayer):
                 "keep the merged model (`unload()` after a copy of its weights)."
             )
 
-    def _refuse_computed(self, weight: Tensor) -> None:
+    def refuse_computed(self, weight: Tensor) -> None:
         """Raise ValueError for a weight that a merge cannot be written to: computed at every call, foreign, or fp8."""
         if not isinstance(weight, nn.Parameter):
             raise ValueError(
@@ -160,16 +160,16 @@ class MergeLayer(FactorsLayer):
                 "may have a scale of its own. Load the base model in bf16 or fp32 and merge there."
             )
 
-    def _refuse_broken(self, merged: Sequence[Tensor], names: list[str]) -> None:
+    def refuse_broken(self, merged: Sequence[Tensor], names: list[str]) -> None:
         """Raise ValueError for NaN or infinity in merged weights or in the factors of these adapters."""
         # Sign(NaN) is a number, so a NaN in C or D does not show in the weight.
-        factors = [f for name in names for f in self._stored_factors(name)]
+        factors = [f for name in names for f in self.stored_factors(name)]
         finite = all(bool(torch.isfinite(sharded.local(t)).all()) for t in (*merged, *factors))
-        if not sharded.all_processes(finite, (*self._merge_parameters().values(), *factors)):
+        if not sharded.all_processes(finite, (*self.merge_parameters().values(), *factors)):
             added = ", ".join(name for name in names if name not in self.merged_adapters)
             raise ValueError(f"NaNs detected in the merged weights. The adapter {added} seems to be broken")
 
-    def _merge_parameters(self) -> dict[str, Any]:
+    def merge_parameters(self) -> dict[str, Any]:
         """Return the parameters that a merge writes to, by name."""
         return {"weight": self._parameter()}
 

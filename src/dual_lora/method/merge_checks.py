@@ -59,7 +59,7 @@ def warn_of_rounding(layers: list[QuantizedLinear]) -> None:
 
 def _adapters_to_merge(layer: DualLoraLayer, adapter_names: list[str] | None) -> list[str]:
     """Return the adapters of a layer that a merge would take: those of these names; None: the active ones."""
-    return layer._known_names(layer.active_adapters if adapter_names is None else adapter_names)
+    return layer.known_names(layer.active_adapters if adapter_names is None else adapter_names)
 
 
 def refuse_unmergeable(tuner: Any, adapter_names: list[str] | None, safe_merge: bool) -> None:
@@ -67,10 +67,10 @@ def refuse_unmergeable(tuner: Any, adapter_names: list[str] | None, safe_merge: 
     for layer in layers_of(tuner):
         asked = _adapters_to_merge(layer, adapter_names)
         if asked and safe_merge:
-            layer._refuse_broken([], asked)
+            layer.refuse_broken([], asked)
         if asked and not isinstance(layer, QuantizedLinear):
-            for parameter in layer._merge_parameters().values():
-                layer._refuse_computed(parameter)
+            for parameter in layer.merge_parameters().values():
+                layer.refuse_computed(parameter)
 
 
 def refuse_shared_weights(tuner: Any, adapter_names: list[str] | None) -> None:
@@ -83,7 +83,7 @@ def refuse_shared_weights(tuner: Any, adapter_names: list[str] | None) -> None:
         for parameter in module._parameters.values():
             holders.setdefault(id(parameter), []).append(module)
         if isinstance(module, DualLoraLayer) and not isinstance(module, QuantizedLinear):
-            layers |= {(module.get_base_layer(), id(p)): module for p in module._merge_parameters().values()}
+            layers |= {(module.get_base_layer(), id(p)): module for p in module.merge_parameters().values()}
 
     def updates(layer: DualLoraLayer) -> set[str]:
         return {*_adapters_to_merge(layer, adapter_names), *layer.merged_adapters}

@@ -339,7 +339,7 @@ def _unmerge(model: nn.Module, state: dict[str, Tensor]) -> None:
         id(parameter): layer._original[part]
         for layer in layers_of(model)
         if layer.merged and layer._original is not None
-        for part, parameter in layer._merge_parameters().items()
+        for part, parameter in layer.merge_parameters().items()
     }
     if not merged:
         return

@@ -77,9 +77,7 @@ def with_counts(state: dict[str, Tensor], layers: Mapping[str, Any], config: Any
         if ended:
             layer.begin_warmup(adapter, 0)
             continue
-        left = counts.get(layer_of(stem))
-        left = layer.missing_count(adapter) if left is None else layer.fitted_count(adapter, left)
-        state[f"{stem}.dual_lora_left"] = left
+        state[f"{stem}.dual_lora_left"] = layer.fitted_count(adapter, counts.get(layer_of(stem)))
     return state
 
 

@@ -19,9 +19,8 @@ from torch.utils._pytree import tree_leaves
 
 _C: Any = torch._C
 _declared_scalers: list[Any] = []  # by `grad_scaler`, the innermost last
-_loss_scales: dict[
-    torch.device, Tensor
-] = {}  # the factor of the backward pass that runs, else 1; read when it is needed
+# By device the factor of the backward pass that runs, else 1. It is read when it is needed.
+_loss_scales: dict[torch.device, Tensor] = {}
 _in_backward = False  # whether they hold that of a pass
 
 
@@ -63,6 +62,7 @@ def _loss_scale_on(device: torch.device) -> Tensor | None:
     return _loss_scales[device]
 
 
+@torch._dynamo.disable  # it runs in the middle of a step that is compiled together with its backward pass
 def _set(factor: Tensor | float | None) -> None:
     """Write the loss scale of a backward pass to the tensors; None: an unscaled loss."""
     global _in_backward
@@ -71,15 +71,10 @@ def _set(factor: Tensor | float | None) -> None:
         held.data.copy_(torch.as_tensor(1.0 if factor is None else factor))  # unseen by autograd
 
 
-@torch._dynamo.disable  # it runs in the middle of a step that is compiled together with its backward pass
+@torch._dynamo.disable
 def _begin(factor: Tensor | float, grad: Tensor) -> None:
     _set(factor)
-    Variable._execution_engine.queue_callback(_end)
-
-
-@torch._dynamo.disable
-def _end() -> None:
-    _set(None)
+    Variable._execution_engine.queue_callback(functools.partial(_set, None))
 
 
 @torch._dynamo.disable
@@ -91,9 +86,10 @@ def announce_loss_scale(losses: Any, factor: Tensor | float) -> None:
 
 
 def _wrap_scale(kind: Any) -> None:
-    """Wrap the `scale` method of a scaler class. Subclasses with their own `scale`, as FSDP's, are wrapped too."""
-    scale = vars(kind).get("scale")
-    if scale is None:
+    """Wrap the `scale` method of a scaler class, and those of its subclasses, such as FSDP's."""
+    for subclass in kind.__subclasses__():
+        _wrap_scale(subclass)
+    if (scale := vars(kind).get("scale")) is None:
         return
 
     @functools.wraps(scale)
@@ -108,7 +104,4 @@ def _wrap_scale(kind: Any) -> None:
 
 _Scaler: Any = torch.amp.GradScaler
 _Scaler.__init_subclass__ = classmethod(_wrap_scale)
-_scaler_classes = [_Scaler]
-for _kind in _scaler_classes:
-    _wrap_scale(_kind)
-    _scaler_classes += _kind.__subclasses__()
+_wrap_scale(_Scaler)

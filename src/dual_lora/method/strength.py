@@ -15,10 +15,9 @@ from .state import AdapterState
 
 
 class Scaling(dict[str, float]):
-    """LoRA's `lora_alpha`/r by adapter. Every way of writing one also replaces the tensor that holds the strength. A
-    strength that trains is refused.
+    """LoRA's `lora_alpha`/r by adapter. A strength that trains is refused.
 
-    The tensor is replaced and not overwritten, because a graph that waits for its backward has saved the old one.
+    Every way of writing one replaces the tensor of the strength: graphs that wait for backward keep the old one.
     """
 
     def __init__(self, values: dict[str, float], tensors: dict[str, Tensor], states: Mapping[str, AdapterState]):
@@ -64,7 +63,7 @@ class Strength:
     dual_lora_scale: dict[str, Tensor]  # the strength as operators take it: 0-dim, where the factors are
     active_adapters: list[str]
 
-    def _known_names(self, names: list[str]) -> list[str]:
+    def known_names(self, names: list[str]) -> list[str]:
         return [*dict.fromkeys(filter(self.states.__contains__, names))]
 
     @property
@@ -80,7 +79,7 @@ class Strength:
         """Return the factor of ReLU(B A) ⊙ Sign(D C) without λ: α/√(r1 r2), or what was set instead."""
         return self._scaling.strength(adapter)
 
-    def _scale(self, adapter: str, A: Tensor | None = None) -> Tensor:
+    def strength_tensor(self, adapter: str, A: Tensor | None = None) -> Tensor:
         """Return the strength as a 0-dim tensor with the device and precision of A (default: the stored factor)."""
         A = self.dual_lora_A[adapter] if A is None else A
         scale = self.dual_lora_scale[adapter] if adapter in self.dual_lora_scale else None  # noqa: SIM401 - no call
@@ -99,10 +98,10 @@ class Strength:
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the strength of the active adapters by `scale`."""
-        for adapter in self._known_names(self.active_adapters):
+        for adapter in self.known_names(self.active_adapters):
             self._scaling[adapter] *= scale
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the strength of the active adapters by `scale`, or set it back to the configured one."""
-        for adapter in self._known_names(self.active_adapters):
+        for adapter in self.known_names(self.active_adapters):
             self._scaling[adapter] = self.states[adapter].scaling if scale is None else self._scaling[adapter] / scale

@@ -4,9 +4,7 @@ An adapter's steps are those of the optimizer that holds its first trainable fac
 counted for each layer whose factor has a gradient; a layer that the data never reach stays at λ = 0. Nested steps (of a
 wrapper, a subclass, ZeroRedundancyOptimizer) count once. Steps at a learning rate of 0 (of the factors' groups), and
 steps that a gradient scaler skips, change nothing and are not counted. Updates without a torch.optim.Optimizer are
-counted by `count_step`.
-
-Adapters without a warm-up add no time to a step.
+counted by `count_step`. Adapters without a warm-up add no time to a step.
 """
 
 import weakref
@@ -72,23 +70,20 @@ class Warmup:
         if adapter in self.dual_lora_left:
             self.dual_lora_left[adapter] = self.fitted_count(adapter, left)
 
-    def fitted_count(self, adapter: str, left: Tensor | int) -> Tensor:
-        """Convert a count to this layer's shape (one for each expert), and limit it to the warm-up's steps."""
+    def fitted_count(self, adapter: str, left: Tensor | int | None, sharded: bool = False) -> Tensor:
+        """Convert a count to this layer's shape (one for each expert), and limit it to the warm-up's steps.
+
+        None, for factors that come without a count, is an ended warm-up. In the middle of a warm-up it is the layer's
+        own count, because weight averages are loaded and taken out again; and for sharded factors, whose state has no
+        counts.
+        """
         stored, steps = self.dual_lora_left[adapter], self.states[adapter].warmup
+        if left is None:
+            left = stored if sharded or 0 < self.steps_left(adapter) < steps else 0
         given = torch.as_tensor(left, dtype=torch.int32, device=stored.device)
         # Earlier versions saved -1 for a warm-up that is a share of a run that had not begun.
         given = given.clamp(0, int(steps)) if steps >= 1 else torch.where(given < 0, NOT_BEGUN, given)
         return given.expand(stored.shape).clone()
-
-    def missing_count(self, adapter: str, sharded: bool = False) -> Tensor:
-        """Return the count for factors that come without one: an ended warm-up.
-
-        In the middle of a warm-up it is the layer's own, because weight averages are loaded and taken out again; and
-        for sharded factors, whose state has no counts.
-        """
-        left = self.dual_lora_left[adapter]
-        keeps = sharded or 0 < self.steps_left(adapter) < self.states[adapter].warmup
-        return left.clone() if keeps else torch.zeros_like(left)
 
     def set_length(self, adapter: str, steps: int) -> None:
         """Set the number of steps of a warm-up that is a share of a run."""
@@ -157,40 +152,33 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    global counted_steps
     composed_weights.clear()  # fused optimizers, and bitsandbytes', raise no version counter
     for reset in list(watch_training.resets):
         reset.after_step(optimizer)
     if not (warming_layers or watch_training.watches):
         return
-    # A gradient scaler sets this attribute to make a fused optimizer skip the step.
-    skipped = getattr(optimizer, "found_inf", None)
     groups = optimizer.param_groups
     moving = {id(p) for group in groups if group.get("lr") != 0 for p in group["params"]}
-    if not moving or (skipped is not None and bool(skipped)):
+    if not moving or getattr(optimizer, "found_inf", None):  # by which a gradient scaler has a fused optimizer skip
         return
     held = {id(p) for group in groups for p in group["params"]}
     for layer in list(warming_layers):
         for adapter in [*layer.dual_lora_left]:
-            A, B, C, D = layer._stored_factors(adapter)
+            A, B, C, D = layer.stored_factors(adapter)
             # The factors that train, or trained before another adapter became active.
             those = [f for f in (B, A, D, C) if f.requires_grad or f.grad is not None]
-            moved = those and id(those[0]) in held and not moving.isdisjoint(map(id, those))
-            if moved and those[0].grad is not None:
-                _count_once(layer, adapter, optimizer)
+            if not those or those[0].grad is None or id(those[0]) not in held or moving.isdisjoint(map(id, those)):
+                continue
+            counts = _last_counts.setdefault(layer, {})
+            if counts.get(adapter, 0) <= _count_before_step.get(optimizer, 0):  # else a step inside this one counted it
+                layer.count_step(adapter)
+                counted_steps += 1
+                counts[adapter] = counted_steps
         if not layer.dual_lora_left:
             warming_layers.discard(layer)
     for one in list(watch_training.watches):
         one.after_step(optimizer, held)
-
-
-def _count_once(layer: Warmup, adapter: str, optimizer: Optimizer) -> None:
-    """Count a step, unless a step inside it was counted."""
-    global counted_steps
-    counts = _last_counts.setdefault(layer, {})
-    if counts.get(adapter, 0) <= _count_before_step.get(optimizer, 0):
-        layer.count_step(adapter)
-        counted_steps += 1
-        counts[adapter] = counted_steps
 
 
 register_optimizer_step_pre_hook(torch._dynamo.disable(_before_step))

@@ -56,7 +56,7 @@ class Watch:
         for layer in (one() for one in self.layers):
             if layer is None or self.adapter not in layer.states or not layer.states[self.adapter].r2:
                 continue
-            of_factors = [groups.get(id(factor), {}) for factor in layer._stored_factors(self.adapter)]
+            of_factors = [groups.get(id(factor), {}) for factor in layer.stored_factors(self.adapter)]
             A, B, C, D = (group.get("initial_lr", group.get("lr")) for group in of_factors)
             if B is not None and D is not None and A == B != C == D and self._holds_others(of_factors[3]):
                 self.rates_told = True
@@ -120,7 +120,7 @@ class Watch:
         for layer in (one() for one in self.layers):
             if layer is None or self.adapter not in layer.states:
                 continue
-            named = zip(layer.adapter_layer_names, layer._stored_factors(self.adapter), strict=True)
+            named = zip(layer.adapter_layer_names, layer.stored_factors(self.adapter), strict=True)
             trained = {name: id(f) in self.held for name, f in named if f.requires_grad and f.grad is not None}
             if any(trained.values()):
                 for name in (name for name, is_held in trained.items() if not is_held):
@@ -172,7 +172,7 @@ class ResetWatch:
         layer = self.layer()
         if layer is None or self.adapter not in layer.states or not layer.states[self.adapter].r2:
             return ()
-        return tuple(map(version, layer._stored_factors(self.adapter)[1:]))
+        return tuple(map(version, layer.stored_factors(self.adapter)[1:]))
 
     def before_step(self) -> None:
         """Warn if B was set to zero since the last step of an optimizer, and C and D were not written to."""
@@ -181,7 +181,7 @@ class ResetWatch:
         if not (now and seen) or now[0] == seen[0] or now[1:] != seen[1:]:
             return
         layer: Any = self.layer()
-        if not local(layer._stored_factors(self.adapter).B).any():
+        if not local(layer.stored_factors(self.adapter).B).any():
             resets.discard(self)
             warn(
                 f"B of the Dual LoRA adapter {self.adapter!r} was set to zero since the last optimizer step, and C and "
@@ -195,5 +195,5 @@ class ResetWatch:
         """Remember the versions after a step that moved B. (Fused optimizers raise no version, but keep a state.)"""
         now = self._versions()
         layer: Any = self.layer()
-        if now and (now[:1] != self.begun[:1] or layer._stored_factors(self.adapter).B in optimizer.state):
+        if now and (now[:1] != self.begun[:1] or layer.stored_factors(self.adapter).B in optimizer.state):
             self.seen = now

@@ -56,7 +56,7 @@ def copy_scaled(model: nn.Module, source: str, weight: float, adapter_name: str)
         layer.factors(adapter_name).B.data.mul_(strength if frozen else abs(strength))
         if strength < 0 and not frozen:
             layer.factors(adapter_name).D.data.neg_()
-        mark_as_stored(layer._stored_factors(adapter_name))
+        mark_as_stored(layer.stored_factors(adapter_name))
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper) and source in module.modules_to_save:
             own = module.modules_to_save[adapter_name].train(module.modules_to_save[source].training)
@@ -72,7 +72,7 @@ def copy_factors(layer: DualLoraLayer, source: str, adapter_name: str) -> None:
             layer.set_seed(adapter_name, layer.dual_lora_seed[source])
         for new, old in zip(layer.factors(adapter_name), layer.factors(source), strict=True):
             new.data.copy_(old.data)
-        mark_as_stored(layer._stored_factors(adapter_name))
+        mark_as_stored(layer.stored_factors(adapter_name))
     layer.set_left(adapter_name, layer.left(source))
 
 

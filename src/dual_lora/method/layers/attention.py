@@ -62,18 +62,18 @@ class MultiheadAttention(DualLoraLayer):
     def _out(self) -> ReadLinear:
         return self._base.out_proj
 
-    def _merge_parameters(self) -> dict[str, Any]:
+    def merge_parameters(self) -> dict[str, Any]:
         return {n: getattr(self._base, n) for n in (PACKED if self._base._qkv_same_embed_dim else SEPARATE)}
 
     def _matrix_shape(self) -> tuple[int, int]:
-        shapes = [tuple(w.shape) for w in self._merge_parameters().values()]
+        shapes = [tuple(w.shape) for w in self.merge_parameters().values()]
         return sum(O for O, _ in shapes), max(I for _, I in shapes)
 
     def _parts(self, adapter: Adapter) -> dict[str, Adapter]:
         """Cut an adapter into one for each input projection."""
         adapter = adapter.with_mean_square()
         parts, start = {}, 0
-        for name, weight in self._merge_parameters().items():
+        for name, weight in self.merge_parameters().items():
             O, I = weight.shape
             A, B, C, D = adapter.factors.rows(start, start + O)
             parts[name] = adapter._replace(factors=Factors(A[:, :I], B, C[:, :I], D))
@@ -128,14 +128,14 @@ class MultiheadAttention(DualLoraLayer):
             )
         self._check_forward_args(query)
         names = self._names_to_add()
-        if (out_merged := self._known_names(self._out.merged_adapters)) != self.merged_adapters:
+        if (out_merged := self.known_names(self._out.merged_adapters)) != self.merged_adapters:
             raise ValueError(
                 f"The output projection has {out_merged} merged, the attention itself "
                 f"{self.merged_adapters}: merge and unmerge the attention, which does both."
             )
         if not names:
             return self.base_layer(query, *args, **kwargs)
-        weights = {name: original(self._base, name) for name in self._merge_parameters()}
+        weights = {name: original(self._base, name) for name in self.merge_parameters()}
         for weight in (*weights.values(), self._out.get_base_layer().weight):
             sharded.refuse_sharded(self._base, weight)
             refuse_meta(query, weight)

@@ -76,7 +76,7 @@ class Embedding(MapLayer):
         if sharded.is_sharded(base.weight):
             if "forward" not in vars(base):
                 sharded.refuse_sharded(base, base.weight)
-            sharded.broadcast_factors(base.weight, self._stored_factors(name))
+            sharded.broadcast_factors(base.weight, self.stored_factors(name))
         return super()._adapter_branch(x, name)
 
     def _map(self, x: Tensor, names: list[str], with_base: bool) -> Tensor:

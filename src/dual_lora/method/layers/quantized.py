@@ -139,7 +139,7 @@ class QuantizedLinear(Linear):
         y = self._product(x, self._handle, bias, adapters, stored)
         return y if autocast is not None else y.to(given)
 
-    def _base_call(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _base_call(self, x: Tensor, own: bool, *args: Any, **kwargs: Any) -> Tensor:
         """Call the base's forward; where the library has no backward, x gets the dequantised weight's gradient.
 
         Raises RuntimeError where the gradient would stop without an error.
@@ -159,7 +159,7 @@ class QuantizedLinear(Linear):
 
     # Merge.
 
-    def _merge_parameters(self) -> dict[str, Any]:
+    def merge_parameters(self) -> dict[str, Any]:
         """As for every layer, where the library keeps its codes in a weight: HQQ has none."""
         weight = getattr(self.get_base_layer(), "weight", None)
         return {} if weight is None else {"weight": weight}
@@ -195,7 +195,7 @@ class QuantizedLinear(Linear):
                 exact = dispatch.compose(weight, adapters, torch.float32)
                 if safe_merge:
                     try:
-                        self._refuse_broken([exact], names)
+                        self.refuse_broken([exact], names)
                     except ValueError:
                         self._write_merged(self.merged_adapters, safe_merge=False)
                         raise

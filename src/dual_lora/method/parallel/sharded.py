@@ -143,7 +143,7 @@ def product(layer: Any, x: Tensor, names: list[str], with_base: bool = True) -> 
     if not takes_product(base):
         refuse_sharded(base, base.weight)
     for name in names:
-        broadcast_factors(base.weight, layer._stored_factors(name))
+        broadcast_factors(base.weight, layer.stored_factors(name))
     values = {"weight": _StandIn(layer, names, with_base)} | ({} if with_base else {"bias": None})
     with replaced(base, values):
         return layer.base_layer(x)
@@ -267,4 +267,4 @@ def restore_counts(layer: Any, state: dict[str, Any], prefix: str, *_: Any) -> N
     for adapter in layer.dual_lora_left:
         B = state.get(f"{prefix}dual_lora_B.{adapter}")
         if B is not None:
-            state.setdefault(f"{prefix}dual_lora_left.{adapter}", layer.missing_count(adapter, is_sharded(B)))
+            state.setdefault(f"{prefix}dual_lora_left.{adapter}", layer.fitted_count(adapter, None, is_sharded(B)))

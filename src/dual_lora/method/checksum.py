@@ -9,9 +9,11 @@ from .parallel import sharded
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def fingerprint(weight: Any) -> int:
-    """A number of a weight's bits and their places, which other bits hardly have: no version counter tells a write
-    through `.data`, nor what was written before a copy was made."""
+def checksum(weight: Any) -> int:
+    """Return a number of a weight's bits and their places, which other bits hardly have.
+
+    It shows a write through `.data`, and one before a copy was made. A version counter shows neither.
+    """
     weight = sharded.local(weight).detach()
     if weight.is_meta or not weight.numel():
         return 0
