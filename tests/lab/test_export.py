@@ -302,7 +302,9 @@ def test_command(call, trained, tmp_path):
     code, text, _ = call("export", source, tmp_path / "energy", "--to", "lora", "--energy", 1, "--limit", 0)
     assert code == 0
     assert "verdict" in text
-    assert "self_attn.q_proj" in text
+    assert "The 10 layers that lose most (--json lists all 14)" in text
+    assert sum("_proj" in line for line in text.splitlines()) == 10
+    assert "14 of rank " in text
     code, text, _ = call("export", source, tmp_path / "merged", "--to", "merged", "--json")
     assert code == 0
     assert (tmp_path / "merged" / "model.safetensors").is_file()

@@ -106,6 +106,22 @@ def test_what_an_earlier_turn_asks_is_shared_too(tmp_path):
     assert shared(data) == [], "a greeting is nothing that is asked"
 
 
+def test_a_conversation_is_kept_with_one_that_goes_on_from_it(tmp_path):
+    def chat(*texts):
+        return {"messages": [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(texts)]}
+
+    file = tmp_path / "chats.jsonl"
+    some = [
+        [chat(f"{i}?", "so"), chat(f"{i}?", "so", "why?", "as"), chat(f"{i}?", "no", "why?", "as")] for i in range(9)
+    ]
+    file.write_text("".join(json.dumps(one) + "\n" for each in some for one in each))
+    for seed in range(5):
+        data = DataSection(train=str(file), holdout=6, group="prompt", seed=seed)
+        assert shared(data) == []
+        assert [len(load_split(data, split)) for split in ("train", "validation")] == [21, 6]
+    assert shared(data.model_copy(update={"group": None}))
+
+
 @pytest.mark.timeout(60)
 def test_a_conversation_of_answers_without_an_end_is_read_in_one_pass(tmp_path):
     """What is before each answer was kept as a text: gigabytes of a file of 1 MB, in a study's --dry-run too."""

@@ -45,6 +45,12 @@ def test_a_signal_saves_a_checkpoint_and_the_record_says_so(number, lm_values, t
     assert (tmp_path / "run" / weights).read_bytes() == (tmp_path / "straight" / weights).read_bytes()
 
 
+def test_what_a_first_ctrl_c_does_is_said_at_once(lm_values, tmp_path, monkeypatch, capfd):
+    send_after(3, signal.SIGINT, monkeypatch)
+    run(build_recipe(lm_values), tmp_path / "run")
+    assert "Stopping after this step, with a checkpoint. Ctrl-C once more stops at once." in capfd.readouterr().err
+
+
 def test_the_loss_of_an_interrupted_run_is_that_of_its_newest_steps(lm_values, tmp_path, monkeypatch):
     straight = run(build_recipe(lm_values), tmp_path / "straight", progress=False)
     losses = [json.loads(line)["loss"] for line in RunFolder(tmp_path / "straight").metrics.open()]

@@ -8,7 +8,7 @@ import yaml
 
 from dual_lora.lab.data.check import check
 from dual_lora.lab.data.guess import guess
-from dual_lora.lab.data.records import Record
+from dual_lora.lab.data.records import Record, read_records
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.recipe.read import read_recipe
 from dual_lora.lab.recipe.schema import DataSection
@@ -185,6 +185,40 @@ def test_a_first_recipe_trains(table, tiny_encoder, call):
     code, _, err = call("recipes", "init", "mine.yaml", "--data", table.name, "--base", tiny_encoder)
     assert code == 1
     assert "exists already" in err
+    assert "Write another one (mine-2.yaml), or go on with this one (`dual-lora check-data mine.yaml`)" in err
+
+
+def test_columns_without_a_name(tmp_path, tiny_encoder, call, monkeypatch):
+    """pandas writes one on the left, for its index; a spreadsheet leaves empty ones on the right."""
+    monkeypatch.chdir(tmp_path)
+    rows = [f"{i},the sea is {i} ?,{'good' if i % 3 else 'bad'}" for i in range(30)]
+    tables = {"index": (",body of it,kind", rows), "margin": ("no,body of it,kind,,", [f"{row},," for row in rows])}
+    for name, (head, lines) in tables.items():
+        Path(f"{name}.csv").write_text("\n".join([head, *lines]) + "\n")
+        code, out, err = call("recipes", "init", f"{name}.yaml", "--data", f"{name}.csv", "--base", tiny_encoder)
+        assert code == 0, err
+        assert read_recipe(f"{name}.yaml").data.fields == {"text": "body of it", "label": "kind"}
+        assert ("(a column without a name) is not used" in out) == (name == "index")
+        assert "empty cells" not in call("check-data", f"{name}.yaml")[1]
+    Path("note.csv").write_text("text,label,\na b,x,\nc d,y,look\n")
+    assert [record.values[""] for record in read_records("note.csv")] == ["", "look"], "a cell is never lost"
+    Path("twice.csv").write_text("text,,,label\na b,1,2,x\n")
+    with pytest.raises(UserError, match="has two columns without a name: give one of them another name"):
+        read_records("twice.csv")
+
+
+def test_a_first_recipe_keeps_conversations_together(tmp_path, tiny_lm, call, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def chat(number):
+        turns = [{"role": "user", "content": f"the sea {number} ?"}, {"role": "assistant", "content": "red"}]
+        return {"messages": turns}
+
+    Path("x.jsonl").write_text("".join(json.dumps(chat(i % 20)) + "\n" for i in range(40)))
+    code, _, err = call("recipes", "init", "x.yaml", "--data", "x.jsonl", "--base", tiny_lm)
+    assert code == 0, err
+    assert read_recipe("x.yaml").data.group == "prompt"
+    assert "overlap" not in call("check-data", "x.yaml")[1]
 
 
 def test_a_first_recipe_holds_no_text_out_that_it_trains_on(tmp_path, tiny_encoder, call, monkeypatch):
@@ -205,10 +239,14 @@ def test_a_first_recipe_for_a_text_counts_records_as_a_run_does(tmp_path, tiny_l
     Path("diary.txt").write_text("".join(f"the sea is red ? {i}\n" for i in range(60)))
     code, out, err = call("recipes", "init", "x.yaml", "--data", "diary.txt", "--base", tiny_lm)
     assert code == 0, err
-    assert "1, too few to hold any out" in out
-    assert call("check-data", "x.yaml")[0] == 0
-    code, _, err = call("train", "x.yaml", "--train.steps", 1)
+    assert "1 text, none held out" in out
+    assert "diary.txt: 1 text, all of which is learned." in Path("x.yaml").read_text()
+    code, out, err = call("check-data", "x.yaml", "--data.max-length", 64)
     assert code == 0, err
+    assert "of at most 64 tokens, into which the text is cut" in out
+    code, _, err = call("train", "x.yaml", "--train.steps", 1, "--data.max-length", 64, "--train.batch-size", 1)
+    assert code == 0, err
+    assert "teaches the end" not in err, "a piece of a text has no end"
 
 
 def test_a_first_recipe_takes_joined_sources(table, tiny_encoder, call):

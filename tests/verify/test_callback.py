@@ -149,6 +149,11 @@ def test_labels(change, said, tmp_path):
     assert any(said in problem for problem in callback.problems), callback.problems
 
 
+def test_pieces_of_texts_need_no_end():
+    without = collate(changed(lambda r: r["labels"].__setitem__(7, -100)))
+    assert [len(label_problems(without, Tokenizer(), answers)[0]) for answers in (True, False)] == [1, 0]
+
+
 def test_prompts_in_the_loss_are_noted():
     data = changed(lambda r: r.update(labels=[*r["input_ids"][:8], -100]))
     problems, notes = label_problems(collate(data), Tokenizer())

@@ -36,10 +36,11 @@ class VerifyAdapter(TrainerCallback):
     steps: that a tensor has to get its first gradient and to move. A warm-up from λ = 0 or from a learning rate of 0
     takes one or two. strict: raise ValueError in place of a warning. Afterwards `problems` and `notes` hold what was
     said, in sentences; `problems` is empty after a run in which all was well. tokenizer: left out, the trainer's own.
+    answers: False where rows are pieces of texts, most of which have no end: then it need not be learned.
     """
 
-    def __init__(self, steps: int = 10, strict: bool = False, tokenizer: Any = None):
-        self.steps, self.strict, self.tokenizer = steps, strict, tokenizer
+    def __init__(self, steps: int = 10, strict: bool = False, tokenizer: Any = None, answers: bool = True):
+        self.steps, self.strict, self.tokenizer, self.answers = steps, strict, tokenizer, answers
         self.problems: list[str] = []
         self.notes: list[str] = []
         self._trained: dict[str, Tensor] = {}
@@ -69,7 +70,7 @@ class VerifyAdapter(TrainerCallback):
             self._batch = None
             self.notes.append(f"no training rows could be looked at ({type(error).__name__}: {error})")
         if self._batch is not None:
-            problems, notes = label_problems(self._batch, self.tokenizer or more.get("processing_class"))
+            problems, notes = label_problems(self._batch, self.tokenizer or more.get("processing_class"), self.answers)
             self.notes += notes
             for problem in problems:
                 self._say(problem)
@@ -228,7 +229,7 @@ def _some(names: set[str]) -> str:
     return f"1 ({first})" if len(names) == 1 else f"{len(names)} ({first}, …)"
 
 
-def label_problems(batch: dict[str, Any], tokenizer: Any = None) -> tuple[list[str], list[str]]:
+def label_problems(batch: dict[str, Any], tokenizer: Any = None, answers: bool = True) -> tuple[list[str], list[str]]:
     """(problems, notes) of a batch with input_ids and labels [rows, tokens]; nothing of a batch of another kind."""
     ids, labels, mask = (batch.get(name) for name in ("input_ids", "labels", "attention_mask"))
     if not _is_tokens(ids) or not _is_tokens(labels) or ids.shape != labels.shape:  # type: ignore[union-attr]
@@ -248,7 +249,7 @@ def label_problems(batch: dict[str, Any], tokenizer: Any = None) -> tuple[list[s
         )
     if bool(learned[real].all()):
         notes.append("every token carries the loss, prompts too")
-    ends = end_tokens(tokenizer)
+    ends = end_tokens(tokenizer) if answers else set()
     if ends:
         is_end = torch.isin(ids, torch.tensor(sorted(ends), device=ids.device)) & real
         if not bool((is_end & learned).any()):

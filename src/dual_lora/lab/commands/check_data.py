@@ -12,7 +12,7 @@ from pydantic import create_model
 from dual_lora.lab.commands.card import facts_card, finish
 from dual_lora.lab.commands.parameters import Json, flag_values, flags
 from dual_lora.lab.data.guess import HEADS, RECIPE_OPTIONS, field_options, guess
-from dual_lora.lab.data.records import joined, read_records
+from dual_lora.lab.data.records import column_name, joined, read_records
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.progress import stage
 from dual_lora.lab.recipe.read import build_recipe, read_recipe, shipped_recipes
@@ -111,8 +111,10 @@ def _cards(sets: list[Checked], data: DataSection, head: str, in_tokens: bool, g
             facts["labels"] = " · ".join(shown) + (f" · {len(each.labels) - LISTED} more" * (len(each.labels) > LISTED))
         if each.lengths:
             facts["lengths"] = " · ".join(f"{name} {n:,}" for name, n in each.lengths.items()) + f" {unit}"
+        if each.rows is not None:
+            facts["rows"] = f"{each.rows:,} of at most {data.max_length:,} tokens, into which the text is cut"
         if each.empty:
-            facts["empty cells"] = " · ".join(f"{name}: {count:,}" for name, count in each.empty.items())
+            facts["empty cells"] = " · ".join(f"{column_name(name)}: {count:,}" for name, count in each.empty.items())
         if each.warnings:
             facts["warnings"] = "\n".join(each.warnings)
         facts["errors"] = "\n".join(each.errors) or "none"
@@ -129,4 +131,4 @@ def meanings(columns: list[str], data: DataSection) -> Iterator[str]:
         if name in ours:
             yield f"{name} is the {ours[name]}"
         else:
-            yield name if name in (*FIELDS, data.group) else f"{name} is not used"
+            yield name if name in (*FIELDS, data.group) else f"{column_name(name)} is not used"

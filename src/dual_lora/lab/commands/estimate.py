@@ -22,6 +22,12 @@ if TYPE_CHECKING:
     from dual_lora.lab.cost.side_by_side import Column
 
 
+OF_A_PROCESS = (
+    "Memory is that of the model and of a step. On a CPU `dual-lora train` reports the whole process, with Python, the "
+    "libraries (some 0.4 GB) and freed memory that it keeps."
+)
+
+
 def estimate(
     what: Annotated[
         str | None,
@@ -236,6 +242,8 @@ def _card(
         parts.append(
             "Method full trains its weights in float32 unless a recipe says otherwise: --dtype float32 estimates that."
         )
+    if columns[0].options.on == "cpu":
+        parts.append(OF_A_PROCESS)
     if not calibrated:
         parts.append("No time: `dual-lora estimate --calibrate` measures this machine once, in a minute.")
     return Group(*parts)

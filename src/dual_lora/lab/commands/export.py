@@ -52,6 +52,7 @@ def merge(
     finish(vars(result), facts_card("merged", facts), json)
 
 
+SHOWN = 10  # layers of a table: a model has hundreds
 Target = Literal["merged", "gguf", "gguf-lora", "mlx-lora", "lora"]
 TARGETS = "merged: plain model; gguf: the same for llama.cpp and Ollama; lora, gguf-lora, mlx-lora: a LoRA adapter."
 # Which options belong to which target; the others are refused, so that none is silently without effect.
@@ -89,8 +90,8 @@ def export(
 
     Example: `dual-lora export runs/boolq-smollm2 served --to lora --energy 0.9 --data my-records.jsonl`
 
-    A LoRA keeps only a part of the update. The command shows how much of each layer's update is lost, and how that
-    changes the loss on your records.
+    A LoRA keeps only a part of the update. The command shows how much is lost (of every layer with `--json`), and how
+    that changes the loss on your records.
     """
     options: dict[str, Any] = {"rank": rank, "energy": energy, "data": data, "limit": limit}
     options |= {"outtype": outtype, "quantize": quantize, "converter": converter}
@@ -153,14 +154,24 @@ def _gguf_card(result: GgufResult) -> Any:
 def _card(exported: Exported) -> Any:
     from rich.console import Group
 
-    rows = [[layer["layer"], f"{layer['rank']}", f"{layer['error']:.2%}"] for layer in exported.layers]
+    worst = sorted(exported.layers, key=lambda layer: layer["error"], reverse=True)
+    few = len(worst) <= SHOWN
+    rows = [
+        [layer["layer"], f"{layer['rank']}", f"{layer['error']:.2%}"]
+        for layer in (exported.layers if few else worst[:SHOWN])
+    ]
+    middle, ranks = worst[len(worst) // 2]["error"], [layer["rank"] for layer in worst]
     facts = {
         "folder": exported.folder,
+        "layers": f"{len(worst)} of rank {min(ranks)}"
+        + (f" to {max(ranks)}" if max(ranks) > min(ranks) else "")
+        + f"; the median one loses {middle:.1%} of its update, the worst {worst[0]['error']:.1%}",
         "size": f"{exported.parameters:,} numbers ({exported.parameters / exported.weights:.0%} of the weights)",
     }
     if exported.loss:
         facts["loss"] = " · ".join(f"{name} {value:.4f}" for name, value in exported.loss.items())
         facts["records"] = f"{exported.examples:,}"
     facts |= {"verdict": exported.verdict} | ({"instead": exported.advice} if exported.advice else {})
-    shown = figures_table("What every layer loses", ["layer", "rank", "error"], rows)
+    title = "What every layer loses" if few else f"The {SHOWN} layers that lose most (--json lists all {len(worst)})"
+    shown = figures_table(title, ["layer", "rank", "error"], rows)
     return Group(shown, facts_card("exported to LoRA", facts))

@@ -96,9 +96,20 @@ def copy(
     if target.is_dir():
         target = target / f"{name}.yaml"
     if target.exists():
-        raise UserError(f"{target} exists already: give another name.")
+        raise taken(target, "copy")
     write_output(target, recipe_text(name))
     finish({"file": str(target)}, f"{target} — run it with: dual-lora train {quote(str(target))}", False)
+
+
+def taken(file: Path, command: str) -> UserError:
+    """An error for a recipe that is there already: it may hold a person's changes."""
+    other = next(path for n in range(2, 10**6) if not (path := file.with_stem(f"{file.stem}-{n}")).exists())
+    shown = quote(str(file))
+    return UserError(
+        f"{file} exists already, and `recipes {command}` overwrites nothing. Write another one "
+        f"({quote(str(other))}), or go on with this one (`dual-lora check-data {shown}`), or remove it first "
+        f"(`rm {shown}`)."
+    )
 
 
 @app.command
@@ -136,7 +147,7 @@ def init(
     if to.suffix not in (".yaml", ".yml"):
         raise UserError(f"{to} is the recipe to write: give it a name that ends in .yaml.")
     if to.exists():
-        raise UserError(f"{to} exists already: give another name.")
+        raise taken(to, "init")
     records = read_joined(data, columns)
     named = {"text": text, "text_pair": text_pair, "label": label, "prompt": prompt, "answer": answer}
     found = guess(records, {ours: theirs for ours, theirs in named.items() if theirs}, INIT_OPTIONS)
@@ -151,11 +162,18 @@ def init(
         "or": ", ".join(f"--label {quote(name)}" for name in found.rivals),
         "records": f"{len(records):,}, {recipe.data.holdout:,} of them held out for validation"
         if recipe.data.holdout
-        else f"{len(records):,}, too few to hold any out for validation",
+        else _too_few(len(records), found.format),
         "next": f"dual-lora check-data {quote(str(to))}\ndual-lora train {quote(str(to))}",
     }
     result = {"file": str(to), "format": found.format, "head": found.head, "fields": found.fields}
     finish(result, facts_card(str(to), {name: fact for name, fact in facts.items() if fact}), json)
+
+
+def _too_few(count: int, form: str) -> str:
+    """What is said of records of which none can be held out. A text file is one."""
+    if form == "document":
+        return f"{count:,} text{'s' * (count != 1)}, none held out: to validate, give other texts as data.validation"
+    return f"{count:,}, too few to hold any out for validation"
 
 
 @app.command

@@ -24,7 +24,10 @@ RARE = 5  # records of a class: fewer teach it nothing
 
 @dataclass
 class Checked:
-    """One set. empty: column: number of empty cells. lengths: in tokens, or in characters without a tokenizer."""
+    """One set. empty: column: number of empty cells. lengths: in tokens, or in characters without a tokenizer.
+
+    rows: into which texts are cut that are learned as a whole; None for other records, and without a tokenizer.
+    """
 
     name: str
     source: str
@@ -35,6 +38,7 @@ class Checked:
     labels: dict[str, int] = field(default_factory=dict)
     lengths: dict[str, int] = field(default_factory=dict)
     too_long: int | None = None
+    rows: int | None = None
     duplicates: int = 0
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -166,6 +170,8 @@ def _lengths(result: Checked, data: DataSection, head: str, tokenizer: Any) -> N
     result.lengths["longest"] = lengths[-1]
     if tokenizer is None:
         return
+    if head == "causal" and any(example.whole for example in result.examples):
+        result.rows = len(lengths)
     result.too_long = sum(length > data.max_length for length in lengths)
     if result.too_long == len(lengths) and head == "causal":
         result.errors.append(

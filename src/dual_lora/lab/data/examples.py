@@ -1,10 +1,13 @@
 """A recipe's examples: its sources read, parted and limited."""
 
+import hashlib
 import itertools
 import random
 import re
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from typing import Any
 
 from dual_lora.lab.data.formats import OPTIONAL, Example, example_of, format_of, turn
 from dual_lora.lab.data.records import Record, joined, read_records, whole_text
@@ -125,7 +128,8 @@ def _split_off(data: DataSection) -> tuple[list[Example], list[Example]]:
 
 def _split_off_groups(examples: list[Example], data: DataSection) -> tuple[list[Example], list[Example]]:
     """Whole groups are held out, until they hold `holdout` records or a few more. One without a group is its own."""
-    group_of = [example.group or example.where for example in examples]
+    found = prompts_together(examples) if data.group == "prompt" else [example.group for example in examples]
+    group_of = [group or example.where for example, group in zip(examples, found, strict=True)]
     sizes = Counter(group_of)
     groups = random.Random(data.seed).sample(sorted(sizes), len(sizes))
     before = itertools.accumulate((sizes[group] for group in groups), initial=0)
@@ -139,6 +143,27 @@ def _split_off_groups(examples: list[Example], data: DataSection) -> tuple[list[
     for example, group in zip(examples, group_of, strict=True):
         parts[group in held].append(example)
     return parts
+
+
+def prompts_together(examples: list[Example]) -> list[str]:
+    """The group of each example by what it asks. A conversation that goes on where another one has ended is in its
+    group, because it holds the other's question and answer."""
+    asked = {_last_of(digests(example.prompt)): item_of(example) for example in reversed(examples) if example.prompt}
+    prefixes = ((digest for _, digest in digests(example.prompt) if digest in asked) for example in examples)
+    return [asked.get(next(found, ""), item_of(e)) for e, found in zip(examples, prefixes, strict=True)]
+
+
+def digests(messages: Iterable[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], str]]:
+    """Each message with a print of the conversation up to it: in one pass, however long the conversation is."""
+    print_of = hashlib.sha256()
+    for message in messages:
+        print_of.update(repr(message).encode("utf-8", "surrogatepass") + b"\n")
+        yield message, print_of.hexdigest()
+
+
+def _last_of(printed: Iterable[tuple[dict[str, Any], str]]) -> str:
+    *_, (_, digest) = printed
+    return digest
 
 
 def _limited(examples: list[Example], limit: int | None, seed: int) -> list[Example]:

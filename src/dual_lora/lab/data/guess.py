@@ -2,11 +2,11 @@
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from shlex import quote
 from typing import Any, Literal
 
-from dual_lora.lab.data.records import Record
+from dual_lora.lab.data.records import Record, column_name
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.recipe.schema import FIELDS
 
@@ -75,13 +75,13 @@ def guess(records: list[Record], given: Mapping[str, str] | None = None, options
     given = {ours: theirs for ours, theirs in (given or {}).items() if theirs}
     for ours, theirs in given.items():
         if theirs not in names:
-            raise UserError(f"There is no column {theirs!r} for {ours}: found {', '.join(names)}.")
+            raise UserError(f"There is no column {theirs!r} for {ours}: found {_listed(names)}.")
         if others := sorted(other for other in given if other != ours and given[other] == theirs):
             raise UserError(
                 f"The column {theirs!r} is named as the {' and as the '.join(sorted([ours, *others]))}: name another "
                 "column for one of them."
             )
-    found = _likeliest(seen, names, given, options)
+    found = replace(_likeliest(seen, [name for name in names if name.strip()], given, options), names=names)
     for ours, theirs in given.items():
         if ours not in HOLDS.get(found.format, ()):
             raise UserError(
@@ -119,7 +119,7 @@ def _likeliest(seen: list[Record], names: list[str], given: dict[str, str], opti
     if by_values and given.get("label", by_values.fields.get("label")) != by_values.fields.get("label"):
         raise UserError(
             f"The column {given['label']!r} is named as the label, and no other one is known to hold its text. Found "
-            f"{', '.join(names)}: name two of them ({options})."
+            f"{_listed(names)}: name two of them ({options})."
         )
     return by_values or _refuse_unclear(names, options)
 
@@ -224,9 +224,13 @@ def marks_records(records: list[Record], name: str) -> bool:
     return all(_number(word) is not None or DATE.fullmatch(word.strip()) for word in map(str, values))
 
 
+def _listed(names: list[str]) -> str:
+    return ", ".join(map(column_name, names))
+
+
 def _refuse_unclear(names: list[str], options: str) -> Guess:
     raise UserError(
-        f"What is to be learned is not clear from the columns {', '.join(names)}: name a text and its class, or a "
+        f"What is to be learned is not clear from the columns {_listed(names)}: name a text and its class, or a "
         f"prompt and its answer ({options})."
     )
 

@@ -1,12 +1,10 @@
 """Records that stand in two of train, validation and test: what is asked there may have been learned by heart."""
 
 import functools
-import hashlib
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from dual_lora.lab.data.examples import item_of, load_split
+from dual_lora.lab.data.examples import digests, item_of, load_split
 from dual_lora.lab.data.formats import Example
 from dual_lora.lab.data.records import find, joined, stamp
 from dual_lora.lab.errors import UserError
@@ -112,26 +110,18 @@ def _prompts_of(example: Example) -> set[str]:
     """Return an example's question, and the group that it belongs to."""
     asked = item_of(example)
     if example.messages:
-        *_, (_, asked) = _digests(example.prompt or example.messages)
+        *_, (_, asked) = digests(example.prompt or example.messages)
     return {asked, example.group} - {""}
 
 
 def _all_prompts_of(example: Example) -> set[str]:
     """The same, and in a conversation what is asked before each of its answers."""
     before, turns = "", set()
-    for message, after in _digests(example.messages):
+    for message, after in digests(example.messages):
         if message["role"] == "assistant" and before:
             turns.add(before)
         before = after
     return _prompts_of(example) | turns
-
-
-def _digests(messages: Iterable[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], str]]:
-    """Each message with a print of the conversation up to it: in one pass, however long the conversation is."""
-    print_of = hashlib.sha256()
-    for message in messages:
-        print_of.update(repr(message).encode("utf-8", "surrogatepass") + b"\n")
-        yield message, print_of.hexdigest()
 
 
 def _records(data: DataSection, split: str) -> list[Example]:

@@ -38,6 +38,11 @@ class Record:
         return repr(self.theirs.get(name, name))
 
 
+def column_name(column: str) -> str:
+    """A column's name for a sentence; pandas and spreadsheets write columns without one."""
+    return column if column.strip() else "(a column without a name)"
+
+
 def data_folder() -> Path:
     """Return the folder in which relative data paths are sought after the working folder."""
     return expanded(os.environ.get("DUAL_LORA_DATA", "../shared/data"), "data folder")
@@ -154,10 +159,13 @@ def _table(path: Path, columns: list[str] | None) -> Iterator[Record]:
         else:
             rows = _quoted(file, path, columns)
         names = columns or next(rows, (0, []))[1]
+        if names and not columns and not names[-1].strip():
+            names, rows = _without_margin(names, list(rows))
         twice = repeated(name for name in names if not (columns and name == "_"))
         if twice is not None:
             owner = "data.columns names" if columns else f"{path} has"
-            raise UserError(f"{owner} two columns {twice!r}: give one of them another name.")
+            called = repr(twice) if twice else "without a name"
+            raise UserError(f"{owner} two columns {called}: give one of them another name.")
         for number, row in rows:
             if row == columns:
                 raise UserError(f"{path}, line {number} holds the names of data.columns: leave data.columns out.")
@@ -173,6 +181,16 @@ def _table(path: Path, columns: list[str] | None) -> Iterator[Record]:
                     f"{path}, line {number}: {len(row)} columns, expected {len(names)} ({', '.join(names)})."
                 )
             yield Record(dict(zip(names, row, strict=True)), f"{path}, line {number}", cells=True)
+
+
+def _without_margin(
+    names: list[str], rows: list[tuple[int, list[str]]]
+) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
+    """Names and rows without the columns at the right that have neither a name nor a cell: spreadsheets write them."""
+    width = max((number for number, name in enumerate(names, 1) if name.strip()), default=0)
+    if not width or any(cell.strip() for _, row in rows for cell in row[width:]):
+        return names, iter(rows)
+    return names[:width], ((number, row[:width] if len(row) == len(names) else row) for number, row in rows)
 
 
 def _quoted(file: TextIO, path: Path, columns: list[str] | None) -> Iterator[tuple[int, list[str]]]:

@@ -1,20 +1,25 @@
 """A first recipe for somebody's own records, with a comment where a choice was made."""
 
 import re
+import warnings
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from shlex import quote
 
 from dual_lora.lab import yaml_text
+from dual_lora.lab.data.examples import prompts_together, read_examples
+from dual_lora.lab.data.formats import Example
 from dual_lora.lab.data.guess import Guess
 from dual_lora.lab.data.records import Record, joined, whole_text
+from dual_lora.lab.errors import UserError
 from dual_lora.lab.read import parse_yaml
 from dual_lora.lab.recipe.read import build_recipe
-from dual_lora.lab.recipe.schema import Recipe
+from dual_lora.lab.recipe.schema import DataSection, Recipe
 
 HELD_OUT = 0.1  # of the records, where there is no test set
 MOST_HELD = 500
-ASKED = ("text", "text_pair", "prompt", "instruction", "input")
 LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)
 TEMPLATE = 240  # characters that a chat template may write around a record
 ROW = 512  # tokens, of a text that is learned as a whole
@@ -62,7 +67,7 @@ def starter(
     length = next(n for n in LENGTHS if n * CHARACTERS >= longest + around or n == longest_row)
     preferred = found.format == "preference"
     lines = [
-        f"# A first recipe for {_value(data)}: {count:,} records, {_task(found)}. Change what you like.",
+        f"# A first recipe for {_value(data)}: {_counted(count, found)}, {_task(found)}. Change what you like.",
         *_next_commands(file),
         f"name: {_value(name)}",
         "model:",
@@ -74,8 +79,11 @@ def starter(
         "  r: 16",
         "data:",
         f"  train: {_value(data)}",
-        f"  test: {_value(test)}" if test else f"  # test: {_test_name(data)}  # for the last score, not to choose by",
+        f"  test: {_value(test)}"
+        if test
+        else f"  # test: {_another(data, 'test')}  # for the last score, not to choose by",
         *([f"  holdout: {held}  # taken out of the training records, always the same, for validation"] * bool(held)),
+        *([f"  # validation: {_another(data, 'validation')}  # needs train.validate_every too"] * (not held)),
         *_grouped(records, found),
         f"  format: {found.format}",
     ]
@@ -93,6 +101,7 @@ def starter(
         "train:",
         "  epochs: 3",
         "  batch_size: 8",
+        *(["  # gradient_checkpointing: true  # takes less memory, and a third more time"] * (found.head == "causal")),
         f"  learning_rate: {RATES[preferred]}",
         *(_validation(count) if held else ()),
         "evaluate:",
@@ -115,11 +124,20 @@ def _longest(records: list[Record], share: float) -> int:
 
 def _grouped(records: list[Record], found: Guess) -> list[str]:
     """A line where texts or prompts occur twice, and none so often that it would be all of the held-out records."""
-    names = [found.fields.get(ours, ours) for ours in ASKED]
-    texts = Counter(tuple(str(record.values.get(name, "")) for name in names) for record in records)
-    if not 1 < max(texts.values()) <= HELD_OUT * len(records):
+    texts = Counter(prompts_together(list(_readable(records, found))))
+    if not 1 < max(texts.values(), default=0) <= HELD_OUT * len(records):
         return []
     return ["  group: prompt  # records of the same text stay together, in training or in validation"]
+
+
+def _readable(records: list[Record], found: Guess) -> Iterator[Example]:
+    """The records as a run reads them, without those that it refuses: `check-data` names them."""
+    data = DataSection(train="-", format=found.format, fields=found.fields)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for record in records:
+            with suppress(UserError):
+                yield from read_examples("-", data, [record])
 
 
 def _validation(count: int) -> list[str]:
@@ -140,15 +158,22 @@ def _next_commands(file: Path) -> list[str]:
     ]
 
 
+def _counted(count: int, found: Guess) -> str:
+    what = "text" if found.format == "document" else "record"
+    return f"{count:,} {what}{'s' * (count != 1)}"
+
+
 def _task(found: Guess) -> str:
     short = [c for c in found.classes if len(c) <= 20 and c.isprintable()][:6]  # a comment has one line
     named = f": {', '.join(short)}{', …' if len(found.classes) > len(short) else ''}" if short else ""
+    if found.format == "document":
+        return "all of which is learned"
     return f"{len(found.classes)} classes{named}" if found.classes else ABOUT[found.head]
 
 
-def _test_name(data: str) -> str:
-    """An example, of the same kind as the training records."""
-    return "hub:NAME:test" if data.startswith("hub:") else f"my-test{Path(data).suffix}"
+def _another(data: str, split: str) -> str:
+    """An example of other records, of the same kind as the training records."""
+    return f"hub:NAME:{split}" if data.startswith("hub:") else f"my-{split}{Path(data).suffix}"
 
 
 def _tasks(found: Guess) -> str:
@@ -160,6 +185,8 @@ def _tasks(found: Guess) -> str:
 
 
 def _heads(found: Guess) -> str:
+    if found.format == "document":
+        return "a language model"
     return (
         "a language model that answers"
         if found.head == "causal"

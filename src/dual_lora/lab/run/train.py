@@ -212,7 +212,8 @@ def _fit(session: Session, begun: Begun, more: Sequence[TrainerCallback], report
     with Bar("training", ready.steps, shown, begun.start) as bar, quiet():
         watch = Watch(folder, bar, ready.tokens, begun.earlier, part.keep_checkpoints, main)
         best = Best(part, folder, counts_from(begun.config), main) if part.patience or part.keep_best else None
-        checks = [] if begun.config is None else [VerifyAdapter(tokenizer=ready.loaded.tokenizer)]
+        answers = not all(example.whole for example in ready.examples)
+        checks = [] if begun.config is None else [VerifyAdapter(tokenizer=ready.loaded.tokenizer, answers=answers)]
         callbacks = [*_callbacks_of(begun.config), *checks, *more]
         callbacks += [longer.Longer(begun.ends[-1], shown)] if begun.ends else []
         with _clear_start_errors(watch, begun.checkpoint, part.arguments):

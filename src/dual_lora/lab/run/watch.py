@@ -1,6 +1,7 @@
 """Trainer callbacks for what is seen and written while a run goes on."""
 
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -180,6 +181,8 @@ class Watch(TrainerCallback):
             if self.stopped_by and number == signal.SIGINT and not echo:
                 raise Stopped(number)
             came = came or time.monotonic()
+            if not self.stopped_by and self.main and self.bar.shown:
+                _say_that_it_stops(number)
             self.stopped_by = self.stopped_by or number
 
         with on_signals(finish_step):
@@ -193,6 +196,13 @@ class Watch(TrainerCallback):
         torch.distributed.all_reduce(latest, torch.distributed.ReduceOp.MAX)
         self.stopped_by = self.stopped_by or int(latest)
         return int(latest) > 0
+
+
+def _say_that_it_stops(number: int) -> None:
+    """A line on standard error, past Python's stream, which may be in the middle of a write."""
+    once_more = " Ctrl-C once more stops at once." if number == signal.SIGINT else ""
+    with suppress(OSError):
+        os.write(2, f"\nStopping after this step, with a checkpoint.{once_more}\n".encode())
 
 
 class RankAllocation(TrainerCallback):
