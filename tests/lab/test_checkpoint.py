@@ -7,13 +7,17 @@ import zipfile
 
 import pytest
 import torch
+from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.files.write import mark_whole
+from dual_lora.lab.model.load import load_model
+from dual_lora.lab.model.methods import apply_method, method_config
 from dual_lora.lab.model.opened import open_tuned
 from dual_lora.lab.recipe.read import build_recipe
+from dual_lora.lab.run.checkpoint import check_checkpoint
 from dual_lora.lab.run.train import run
 
 pytestmark = pytest.mark.timeout(120)  # what hangs is the failure
@@ -157,3 +161,56 @@ def test_packed_weights_of_an_adapter_are_not_read(stopped, tmp_path):
         with pytest.raises(UserError, match="holds a packed entry"):
             open_tuned(folder / "adapter")
         torch.save(held, folder / "adapter/adapter_model.bin")
+
+
+NORM = "base_model.model.model.norm.weight"
+
+
+def gathered(checkpoint, change):
+    """Change the weights that FSDP has gathered."""
+    file = checkpoint / "pytorch_model_fsdp.bin"
+    torch.save(change(torch.load(file, weights_only=True)), file)
+
+
+def a_long_view(checkpoint):
+    torch.save({"state": {0: {"exp_avg": torch.zeros(1).expand(10**10)}}}, checkpoint / "optimizer.bin")
+
+
+@pytest.mark.parametrize("stopped", ["lora"], indirect=True)
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda c: None, None),
+        (lambda c: gathered(c, lambda held: {k.replace(".default", ""): v for k, v in held.items()}), None),  # FSDP1's
+        (lambda c: gathered(c, lambda held: held | {"count": torch.ones(3)}), None),
+        (lambda c: gathered(c, lambda held: held | {"count": torch.zeros(3)}), "holds count in its pytorch_model_fsdp"),
+        (lambda c: gathered(c, lambda held: held | {NORM: torch.ones(32)}), f"holds {NORM} in its pytorch_model_fsdp"),
+        (lambda c: gathered(c, lambda held: dict(list(held.items())[2:])), "does not hold .* and 1 more of the"),
+        (lambda c: gathered(c, lambda held: [*held]), r"has a damaged pytorch_model_fsdp\.bin"),
+        (lambda c: gathered(c, lambda held: held | {"x": 1}), r"has a damaged pytorch_model_fsdp\.bin"),
+        (lambda c: (c / "pytorch_model_fsdp.bin").unlink(), r"has no pytorch_model_fsdp\.bin"),
+        (lambda c: (c / "pytorch_model_fsdp.bin").rename(c / "pytorch_model.bin"), "has no pytorch_model_fsdp"),
+        (lambda c: packed(c / "pytorch_model_fsdp.bin"), "holds a packed entry"),
+        (lambda c: packed(c / "optimizer.bin"), "holds a packed entry"),
+        (a_long_view, r"optimizer\.bin holds a tensor of 10,000,000,000 numbers"),
+        (lambda c: state(c, global_step=4), "has global_step 4"),
+        (an_adapter_inside, "holds more/adapter_model"),
+    ],
+)
+def test_under_fsdp_as_well(change, said, stopped, tmp_path):
+    """Its file is read into the model by whatever names stand in it."""
+    folder, recipe, _ = stopped
+    checkpoint = shutil.copytree(folder / "checkpoints/checkpoint-2", tmp_path / "checkpoint-2")
+    model = apply_method(load_model(recipe.model), method_config(recipe.method, "causal", 4, []), recipe.model, 0)
+    model.register_buffer("count", torch.ones(3))
+    trained = {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
+    assert {name.replace(".default", "") for name in trained} == {*get_peft_model_state_dict(model)}
+    torch.save(trained, checkpoint / "pytorch_model_fsdp.bin")
+    (checkpoint / "optimizer.pt").rename(checkpoint / "optimizer.bin")
+    change(checkpoint)
+    arguments = TrainingArguments(output_dir=tmp_path, logging_steps=1, save_steps=2, report_to=[])
+    if said is None:
+        check_checkpoint(checkpoint, 2, model, arguments, sharded=True)
+    else:
+        with pytest.raises(UserError, match=said):
+            check_checkpoint(checkpoint, 2, model, arguments, sharded=True)

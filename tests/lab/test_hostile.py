@@ -457,6 +457,18 @@ def test_a_chat_template_that_raises_is_said(tiny_lm):
         Prompter(tokenizer, "chat").prompt_text(({"role": "system", "content": "x"},))
 
 
+@pytest.mark.parametrize("template", ["{% if false %}x{% endif %}", "   "])
+def test_an_empty_prompt_is_said(template, tiny_lm):
+    """The model would fail on it, and a score of answers to nothing would mean nothing."""
+    from dual_lora.lab.data.encode import Prompter
+    from dual_lora.lab.model.load import load_tokenizer
+
+    tokenizer = load_tokenizer(str(tiny_lm))
+    tokenizer.chat_template = template
+    with pytest.raises(UserError, match=r"chat template makes an empty prompt .* roles are user\."):
+        Prompter(tokenizer, "chat").prompt_ids(({"role": "user", "content": "is"},))
+
+
 @pytest.mark.parametrize(
     ("what", "said"),
     [

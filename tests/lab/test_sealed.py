@@ -7,9 +7,11 @@ from types import SimpleNamespace
 
 import processes
 import pytest
+import torch
 from processes import launched
 
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.files.write import mark_whole
 from dual_lora.lab.run import sealed
 from dual_lora.lab.run.resume import check_same_sharding
 
@@ -106,6 +108,7 @@ def test_a_strangers_code_does_not_run_under_fsdp(lm_values, write_recipe, tmp_p
     printed = process.communicate(timeout=300)[0]
     assert process.returncode == 0, printed
     shutil.rmtree(out / "adapter")
+    _check_that_settings_are_the_recipes(recipe, out, tmp_path / "other")
     (checkpoint := out / "checkpoints/checkpoint-4/pytorch_model_fsdp_0").mkdir()
     (checkpoint / ".metadata").write_bytes(pickle.dumps(Runs(ran)))
     process = launched("fsdp2-in-parts", 2, recipe, out, "--resume")
@@ -113,6 +116,23 @@ def test_a_strangers_code_does_not_run_under_fsdp(lm_values, write_recipe, tmp_p
     assert not ran.exists()
     assert process.returncode != 0
     assert "expected FULL_STATE_DICT" in printed
+
+
+def _check_that_settings_are_the_recipes(recipe, out, other):
+    """A checkpoint with others is refused; ours, of which the last step is left out, is gone on from."""
+    shutil.rmtree(out / "checkpoints/checkpoint-4")
+    shutil.copytree(out, other)
+    file = other / "checkpoints/checkpoint-2/optimizer.bin"
+    held = torch.load(file, weights_only=True)
+    held["param_groups"][0]["weight_decay"] = 0.9
+    torch.save(held, file)
+    mark_whole(file.parent)
+    process = launched("fsdp2", 2, recipe, other, "--resume")
+    assert "has weight_decay of group 0 0.9, and the recipe 0.0" in process.communicate(timeout=300)[0]
+    assert process.returncode != 0
+    printed = (process := launched("fsdp2", 2, recipe, out, "--resume")).communicate(timeout=300)[0]
+    assert process.returncode == 0, printed
+    shutil.rmtree(out / "adapter")
 
 
 @pytest.mark.long

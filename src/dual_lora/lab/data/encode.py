@@ -113,11 +113,18 @@ class Prompter:
         return written.format(prompt=body)
 
     def prompt_ids(self, messages: tuple[dict[str, Any], ...], tools: tuple[Any, ...] = ()) -> list[int]:
-        """The prompt as token ids; a template writes its special tokens itself."""
+        """The prompt as token ids; a template writes its special tokens itself. Raises UserError for an empty one."""
         text = self.prompt_text(messages, tools)
         ids: list[int] = self.tokenizer(text, add_special_tokens=self.kind != "chat").input_ids
         if ids and ids[-1] == self.tokenizer.eos_token_id and self.kind != "chat":
             ids = ids[:-1]
+        if not ids:
+            way_out = "use another template (data.template)" if self.kind == "chat" else "give it a text"
+            raise UserError(
+                f"The {self.kind} template makes an empty prompt of these messages, so there is nothing to answer: "
+                f"their roles are {', '.join(str(m.get('role')) for m in messages)[:200]}. Look at the model's chat "
+                f"template and at the records, or {way_out}."
+            )
         return ids
 
     def answer_ids(self, answer: str, end: bool = True) -> list[int]:

@@ -56,7 +56,14 @@ def check_weights(files: Iterable[Path]) -> None:
 
 def check_no_views(file: Path) -> None:
     """Raise UserError for a file, which `check_unpacked` let pass, with a tensor of more numbers than it holds."""
-    _check_plain(_load_file(file), file)
+    load_whole(file)
+
+
+def load_whole(file: Path) -> Any:
+    """Return the contents of such a file, tensors that are not copied. Raises UserError as `check_no_views` does."""
+    held = _load_file(file)
+    _check_plain(held, file)
+    return held
 
 
 def _load_file(file: Path) -> Any:

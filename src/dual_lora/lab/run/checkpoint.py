@@ -8,17 +8,19 @@ weights that are not there stay as they were drawn.
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import get_peft_model_state_dict
 from safetensors import SafetensorError
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.named_files import check_plain_names
-from dual_lora.lab.model.pickled import check_no_views, check_unpacked
+from dual_lora.lab.model.pickled import check_no_views, check_unpacked, load_whole
 from dual_lora.lab.read import entries_named, read_object
 from dual_lora.verify.numbers import header
 
 STATE = "trainer_state.json"
-NEEDED = (STATE, "optimizer.pt", "scheduler.pt", "rng_state*.pth")
+SHARDED = "pytorch_model_fsdp.bin"  # FSDP's weights, gathered
+NEEDED = (STATE, "scheduler.pt", "rng_state*.pth")
 WHOLE_MODEL = ("model*.safetensors", "pytorch_model*.bin", "*.index.json")
 SETTINGS = (  # of torch's optimizers, and of those that are like them
     *("initial_lr", "betas", "eps", "weight_decay", "momentum", "dampening", "nesterov", "amsgrad", "maximize"),
@@ -27,23 +29,29 @@ SETTINGS = (  # of torch's optimizers, and of those that are like them
 ADAPTER = ("adapter_model.*",)  # in a folder of its own
 
 
-def check_checkpoint(checkpoint: Path, step: int, model: Any, arguments: Any) -> None:
-    """Raise UserError for a checkpoint of one process that is not what this run writes at this step.
+def check_checkpoint(checkpoint: Path, step: int, model: Any, arguments: Any, sharded: bool = False) -> None:
+    """Raise UserError for a checkpoint that is not what this run writes at this step.
 
-    model: with the method. arguments: Trainer's.
+    model: with the method, not yet sharded. arguments: Trainer's. sharded: of FSDP, whose files have other names.
     """
     adapted = hasattr(model, "peft_config")
-    missing = [name for name in NEEDED if not any(checkpoint.glob(name))]
+    optimizer = f"optimizer.{'bin' if sharded else 'pt'}"
+    missing = [name for name in (*NEEDED, optimizer, *[SHARDED] * sharded) if not any(checkpoint.glob(name))]
     if missing:
         _refuse(checkpoint, f"has no {missing[0].replace('*', '')}")
     inside = (file for path in checkpoint.iterdir() if path.is_dir() for file in entries_named(path, *ADAPTER))
     for found in (*inside, *(entries_named(checkpoint, *WHOLE_MODEL) if adapted else ())):
+        if sharded and found.name == SHARDED:
+            continue
         _refuse(checkpoint, f"holds {found.relative_to(checkpoint)}, which this run does not write")
     check_plain_names(checkpoint)
     for file in entries_named(checkpoint, "*.bin", "*.pt", "*.pth"):
         check_unpacked(file)
-    check_no_views(checkpoint / "optimizer.pt")
-    _check_weights(checkpoint, model, adapted)
+    check_no_views(checkpoint / optimizer)
+    if sharded:
+        _check_sharded_weights(checkpoint, model, adapted, arguments.process_index == 0)
+    else:
+        _check_weights(checkpoint, model, adapted)
     _check_state(checkpoint, step, arguments)
 
 
@@ -59,6 +67,25 @@ def _check_weights(checkpoint: Path, model: Any, adapted: bool) -> None:
     tied = {weight.data_ptr() for name, weight in own.items() if name in held}
     if missing := sorted(name for name, weight in own.items() if name not in held and weight.data_ptr() not in tied):
         _refuse(checkpoint, f"does not hold {missing[0]} and {len(missing) - 1} more of the weights that are trained")
+
+
+def _check_sharded_weights(checkpoint: Path, model: Any, adapted: bool, first: bool) -> None:
+    """All that is trained is there, and nothing else but what is no weight, unchanged: FSDP's file is read into the
+    model by whatever names stand in it, a weight of the base too. first: whether this process has the base's values."""
+    held = load_whole(checkpoint / SHARDED)
+    if not isinstance(held, dict) or not all(isinstance(value, torch.Tensor) for value in held.values()):
+        _refuse(checkpoint, f"has a damaged {SHARDED}")
+    own, weights = model.state_dict(), dict(model.named_parameters())
+    trained = {name for name in own if not adapted or (name in weights and weights[name].requires_grad)}
+    saved = set(get_peft_model_state_dict(model, save_embedding_layers=False) if adapted else own)  # FSDP1's names
+    tied = {own[name].data_ptr() for name in trained & held.keys()}
+    missing = sorted(name for name in trained - held.keys() if own[name].data_ptr() not in tied)
+    if missing and saved - held.keys():
+        _refuse(checkpoint, f"does not hold {missing[0]} and {len(missing) - 1} more of the weights that are trained")
+    of_method = {name for name in own if name.replace(f".{model.active_adapter}", "") in saved} if adapted else set()
+    for name in sorted(map(str, held.keys() - trained - saved - of_method)):
+        if name not in own or name in weights or (first and not torch.equal(own[name].cpu(), held[name])):
+            _refuse(checkpoint, f"holds {name[:200]} in its {SHARDED}, which this run does not train")
 
 
 def _check_state(checkpoint: Path, step: int, arguments: Any) -> None:
@@ -100,7 +127,8 @@ def keep_settings(trainer: Any, checkpoint: Path, longer: bool) -> None:
 def _settings(trainer: Any) -> dict[str, Any]:
     """Return the recipe's settings of each group of weights; some optimizers keep numbers of theirs there as well."""
     groups = enumerate(trainer.optimizer.param_groups)
-    return {f"{name} of group {i}": group[name] for i, group in groups for name in SETTINGS if name in group} | {
+    found = {f"{name} of group {i}": group[name] for i, group in groups for name in SETTINGS if name in group}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()} | {  # FSDP's
         "base_lrs": list(trainer.lr_scheduler.state_dict()["base_lrs"])
     }
 

@@ -222,8 +222,10 @@ def _fit(session: Session, begun: Begun, more: Sequence[TrainerCallback], report
             for noisy in (PrinterCallback, ProgressCallback):
                 trainer.remove_callback(noisy)
             check_same_sharding(begun.checkpoint, trainer)
-            if begun.checkpoint and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-                check_checkpoint(begun.checkpoint, begun.start, begun.model, trainer.args)
+            if begun.checkpoint and not trainer.is_deepspeed_enabled:  # whose are sealed
+                check_checkpoint(
+                    begun.checkpoint, begun.start, begun.model, trainer.args, bool(trainer.is_fsdp_enabled)
+                )
                 keep_settings(trainer, begun.checkpoint, bool(begun.ends))
             if begun.checkpoint and not begun.ends and shown:
                 console.print(f"Continuing from step {begun.start} of {ready.steps}.")
