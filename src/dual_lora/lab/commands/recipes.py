@@ -170,7 +170,7 @@ def init(
 
 
 def _too_few(count: int, form: str) -> str:
-    """What is said of records of which none can be held out. A text file is one."""
+    """The words for records of which none can be held out. A text file is one."""
     if form == "document":
         return f"{count:,} text{'s' * (count != 1)}, none held out: to validate, give other texts as data.validation"
     return f"{count:,}, too few to hold any out for validation"
