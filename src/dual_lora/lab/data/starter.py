@@ -28,6 +28,7 @@ RATES = (
     "1.0e-3  # try 3e-4 and 3e-3 too; 1e-5 to 1e-4 for method full",
     "1.0e-4  # try 3e-5 and 3e-4 too",
 )
+DPO = "objective:", "  name: dpo  # makes chosen answers likelier than rejected ones; sft: learn the chosen"
 ABOUT = {
     "classification": "to predict classes",
     "regression": "to predict a number",
@@ -94,10 +95,7 @@ def starter(
         lines.append(f"  fields: {{{pairs}}}  # field of the format: column of the file")
     lines += [
         f"  max_length: {length}  # tokens; `dual-lora check-data` counts the longer records",
-        *(
-            ["objective:", "  name: dpo  # makes chosen answers likelier than rejected ones; sft: learn the chosen"]
-            * preferred
-        ),
+        *(DPO if preferred else ()),
         "train:",
         "  epochs: 3",
         "  batch_size: 8",
