@@ -36,6 +36,7 @@ MODELS = {  # MiniLM's and SmolLM2's tasks
     "language model": ("e2e", "arc-easy", "boolq", "20 steps", "60 steps"),
 }
 _NO_TIMES = re.compile(r"[Tt]imes and speeds (are not|may not be) comparable")
+_STEPS = re.compile(r"(\d+) steps fit into")
 _END = re.compile(r"(.+) on \S+ did best with the (smallest|largest) train\.learning_rate tried")
 
 
@@ -116,11 +117,13 @@ def _of_study(name: str, method: str, field: str) -> str:
     if field == "score" and method.endswith(" by forgetting"):
         seeds = _method(results, method.removesuffix(" by forgetting"))["seeds"]
         return number(fmean(seed["figures"]["forgetting"] for seed in seeds), "+.3f")
-    if field in ("score", "deviation", "rate", "seconds"):
+    if field in ("score", "deviation", "rate", "seconds", "steps"):
         m = _method(results, method)
         decimals = DECIMALS.get(m["metric"], 3)
         if field == "rate":
             return f"{m['settings']['train.learning_rate']:g}"
+        if field == "steps":  # of a study at equal time
+            return next(found[1] for note in m["notes"] if (found := _STEPS.match(note)))
         if field == "seconds":
             return f"{m['cost']['train_seconds']:.0f}"
         return number(m["score" if field == "score" else "score_deviation"], f".{decimals}f")
