@@ -2,6 +2,8 @@
 
 import dataclasses
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from peft import LoraConfig, OFTConfig, PrefixTuningConfig, VBLoRAConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 
+from dual_lora._time_limit import ENDS_BY_ITSELF
 from dual_lora.verify.bounds import FREE, check_bounds, check_kinds
 from dual_lora.verify.patterns import check_patterns
 
@@ -132,3 +135,10 @@ def test_a_token_that_trains_stands_there_once(indices, model):
 def test_layers_to_transform_have_a_bound(model):
     with pytest.raises(ValueError, match="layers_to_transform names 1,000,000 layers"):
         check_bounds(LoraConfig(target_modules=["q"], layers_to_transform=[0] * 10**6), model)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no alarms")
+def test_a_trial_ends_where_nobody_can_end_it():
+    """Its command may have been killed; `re` never comes back from such a search."""
+    search = f"{ENDS_BY_ITSELF.replace('60', '1')}import re; re.match('(a*)*$', 'a' * 40 + 'b')"
+    assert subprocess.run([sys.executable, "-I", "-S", "-c", search], timeout=50, check=False).returncode < 0

@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from dual_lora._time_limit import ENDS_BY_ITSELF
 from dual_lora.lab.errors import UserError
 
 LONGEST = 10_000  # characters of a pattern
@@ -40,7 +41,7 @@ def _try_to_compile(text: str) -> None:
     if not _SLOW.search(text):
         return
     path = str(Path(regex.__file__).parents[1])
-    trial = f"import sys; sys.path.append({path!r}); import regex; regex.compile({text!r})"
+    trial = f"{ENDS_BY_ITSELF}import sys; sys.path.append({path!r}); import regex; regex.compile({text!r})"
     try:
         subprocess.run([sys.executable, "-I", "-S", "-c", trial], capture_output=True, timeout=COMPILED, check=False)
     except subprocess.TimeoutExpired:

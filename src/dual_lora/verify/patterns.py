@@ -11,6 +11,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from dual_lora._time_limit import ENDS_BY_ITSELF
+
 SECONDS = 10.0  # for all patterns on all names, the start of a process among them
 LONGEST = 10_000  # characters of a pattern
 MOST_NAMES, MOST_PATTERNS = (
@@ -67,7 +69,7 @@ def check_patterns(values: dict[str, Any], model: Any) -> None:
         return
     try:
         done = subprocess.run(
-            [sys.executable, "-I", "-S", "-c", _TRIAL],
+            [sys.executable, "-I", "-S", "-c", ENDS_BY_ITSELF + _TRIAL],
             input=json.dumps([[text for _, text in tried], names]).encode(),
             capture_output=True,
             timeout=SECONDS,

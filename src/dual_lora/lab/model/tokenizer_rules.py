@@ -14,6 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from dual_lora._time_limit import ENDS_BY_ITSELF
 from dual_lora.lab.errors import UserError
 
 MOST_GROWTH = 1000  # letters out of one by all steps together; NFKC, of which all tables are made, writes 18
@@ -83,7 +84,7 @@ def _slow(patterns: tuple[str, ...]) -> str:
         return ""
     try:
         done = subprocess.run(
-            [sys.executable, "-I", "-S", "-c", _TRIAL],
+            [sys.executable, "-I", "-S", "-c", ENDS_BY_ITSELF + _TRIAL],
             input=json.dumps([str(Path(engine.origin).parents[1]), patterns]),
             capture_output=True,
             text=True,
