@@ -50,6 +50,13 @@ def test_dpo_prefers_the_chosen_answer(method, preferences, tmp_path):
     assert scores["tuned"]["loss"] < scores["base"]["loss"]
 
 
+def test_a_run_by_trl_holds_nothing_that_overwrite_would_keep(preferences, tmp_path):
+    recipe = build_recipe(Recipe.merged(preferences, {"train": {"steps": 1}}))
+    run(recipe, tmp_path / "run")
+    assert not (tmp_path / "run/checkpoints/README.md").exists()
+    assert run(recipe, tmp_path / "run", overwrite=True).state == "finished"
+
+
 @pytest.mark.slow
 def test_dpo_is_resumed_and_validated(preferences, tmp_path):
     values = Recipe.merged(preferences, {"data": {"holdout": 4}, "train": {"validate_every": 4, "keep_best": True}})

@@ -263,6 +263,8 @@ def test_missing_files_say_where_they_were_sought(tmp_path, monkeypatch):
         read_records("trian.json")
     with pytest.raises(UserError, match="set DUAL_LORA_DATA"):
         read_records("nowhere/x.json")
+    with pytest.raises(UserError, match=r"is a folder, expected a file.* In it: .*train\.json\.$"):
+        read_records(str(tmp_path))
     with pytest.raises(UserError, match=r"The recipe names no test records: set data\.test"):
         load_split(DataSection(train="x"), "test")
 

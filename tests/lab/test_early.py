@@ -51,6 +51,7 @@ def here(tmp_path):
         ("--data.train labels.csv", "set model.head to classification"),
         ("--data.train labels.csv --model.head classification", "hold one class only (1)"),
         ("--model.path ./my-modle", "There is no folder ./my-modle. Did you mean ./my-model?"),
+        ("--model.path ./my-model/config.json", "is a file, expected a folder with a config.json, a .gguf file"),
         ("--model.path package:no-such", "The package no-such is not installed"),
     ],
 )

@@ -156,8 +156,10 @@ def test_values_of_method_flags_are_yaml():
     ("text", "message"),
     [
         ("a: [", "not valid YAML"),
+        ("name: a\n  model: {}\n", "is not valid YAML in line 2, column 8: mapping values are not allowed here."),
+        ("just words", "holds a text, expected a mapping with model, method, data, train"),
         ("a:\n\tb: 1", "is not valid YAML: line 2 has a tab, expected blanks"),
-        ("- 1", "holds list"),
+        ("- 1", "holds a list"),
         ("", "is empty, expected a mapping"),
         ("!!python/name:x", "YAML"),
     ],
@@ -180,8 +182,22 @@ def test_an_origin_of_another_shape_is_said(origin, tiny_values, write_recipe):
 def test_missing_recipe_suggests_a_shipped_one():
     with pytest.raises(UserError, match=r"There is no recipe 'boolq-smolm2'\. Did you mean 'boolq-smollm2'"):
         read_recipe("boolq-smolm2")
+    with pytest.raises(UserError, match=r"no recipe 'boolq'\. Did you mean 'boolq-"):
+        read_recipe("boolq")
     with pytest.raises(UserError, match=r"no recipe file nowhere/r\.yaml"):
         read_recipe("nowhere/r.yaml")
+
+
+def test_what_is_no_recipe_leads_to_one(tmp_path):
+    (tmp_path / "reviews.csv").write_text("text,label\na,b\n")
+    with pytest.raises(UserError, match=r"a file of records, expected a recipe\. `dual-lora recipes init"):
+        read_recipe(tmp_path / "reviews.csv")
+    with pytest.raises(UserError, match=r"is a folder without a recipe\.yaml"):
+        read_recipe(tmp_path)
+    (tmp_path / "syn.yaml").write_text("name: a\n")
+    with pytest.raises(UserError, match=r"lists those that are shipped") as raised:
+        read_recipe(tmp_path / "nothere.yaml")
+    assert "Did you mean" not in str(raised.value), "the end of all names is no likeness"
 
 
 def test_a_missing_recipe_file_suggests_its_neighbour(tmp_path):

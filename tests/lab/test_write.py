@@ -15,6 +15,7 @@ from dual_lora.lab.files.write import (
     write_atomically,
     write_folder_atomically,
     write_json,
+    write_output,
 )
 
 
@@ -213,3 +214,8 @@ def test_what_a_killed_writer_left_in_a_study_is_removed(tmp_path):
     with StudyFolder(tmp_path):
         assert [file.exists() for file in (left, old, fresh, *mine)] == [False, False, True, True, True]
     assert os.path.lexists(tmp_path / f".link.{'0a' * 8}.part")
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"There is no folder .*nowhere to write x\.yaml into"):
+        write_output(tmp_path / "nowhere/x.yaml", "a: 1")

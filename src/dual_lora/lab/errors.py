@@ -5,7 +5,8 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from difflib import get_close_matches
+from difflib import SequenceMatcher, get_close_matches
+from pathlib import PurePath
 
 from dual_lora.lab.memory import memory_limit
 
@@ -22,6 +23,7 @@ KEPT_OF_AN_ERROR = 2000  # characters
 CALLED = {"rank": "r"}  # a word for a field of PEFT's that is not like its name
 # torch on a CPU, a file that cannot be mapped, and a thread or process that cannot be started.
 NO_MEMORY = ("DefaultCPUAllocator", "not enough memory", "Cannot allocate memory", "can't start new thread")
+BEGINNING = 4  # letters of a name, by which it is known
 LISTED = 60  # more names than that hide the sentence that they end
 
 
@@ -33,11 +35,21 @@ def suggest(wrong: str, known: Iterable[str], where: str = "") -> str:
     known = sorted(known)
     near = get_close_matches(wrong, known, n=1, cutoff=0.6) or [k for k in known if k.endswith(f".{wrong}")][:1]
     near = near or [k for k in known if k == CALLED.get(wrong)]
+    near = near or [k for k in known if len(wrong) >= BEGINNING and k.startswith(wrong)][:1]
     if near:
         return f" Did you mean {near[0]!r}?"
     if where or len(known) > LISTED:
         return f" {where}" if where else ""
     return f" Known: {', '.join(known)}." if known else ""
+
+
+def suggest_file(wrong: str, beside: Iterable[str]) -> str:
+    """``" Did you mean 'x.yaml'?"`` for the file with nearly that name, or "". What all files of a kind end with does
+    not count."""
+    stem = PurePath(wrong).stem
+    alike = [name for name in beside if SequenceMatcher(None, stem, PurePath(name).stem).ratio() >= 0.6]
+    near = suggest(wrong, alike)
+    return near if near.startswith(" Did") else ""
 
 
 def described(error: BaseException, *plain: type[BaseException], lines: int | None = None) -> str:

@@ -13,7 +13,7 @@ from typing import Any, TextIO
 import yaml
 
 from dual_lora.lab import yaml_text
-from dual_lora.lab.errors import UserError, being_read, described
+from dual_lora.lab.errors import KEPT_OF_AN_ERROR, UserError, being_read, described
 
 LARGEST = 200_000_000  # bytes of a JSON file; the largest of a real study has about one million
 LARGEST_YAML = 2_000_000  # bytes; the longest shipped file has 20,000
@@ -170,6 +170,10 @@ def parse_yaml(text: str, where: str) -> Any:
     except yaml.YAMLError as error:
         if isinstance(error, yaml.MarkedYAMLError) and "'\\t'" in (error.problem or "") and (at := error.problem_mark):
             raise UserError(f"{where} is not valid YAML: line {at.line + 1} has a tab, expected blanks.") from None
+        if isinstance(error, yaml.MarkedYAMLError) and (at := error.problem_mark) and error.problem:
+            said = " ".join(": ".join(filter(None, (error.context, error.problem))).split())[:KEPT_OF_AN_ERROR]
+            place = f"line {at.line + 1}, column {at.column + 1}"
+            raise UserError(f"{where} is not valid YAML in {place}: {said}.") from None
         raise UserError(f"{where} is not valid YAML: {described(error, Exception)}") from None
     except RecursionError:
         raise UserError(f"{where} is nested too deeply.") from None

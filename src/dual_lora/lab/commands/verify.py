@@ -51,6 +51,8 @@ def verify(
     read from DUAL_LORA_API_KEY or OPENAI_API_KEY.
     """
     check_source(source)
+    for candidate in filter(None, (against, adapter)):
+        check_source(candidate)
     with stage(f"comparing log-probabilities with those of {source}"):
         from dual_lora.lab.model.device import use_device
         from dual_lora.lab.verify.verify import verify as run_verification

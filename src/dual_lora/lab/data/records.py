@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from dual_lora.lab.errors import UserError, being_read, described, suggest
+from dual_lora.lab.errors import UserError, being_read, described, suggest_file
 from dual_lora.lab.read import delimiter_of, expanded, lines_of, not_utf8, parse_json, regular, repeated
 
+KINDS = (".json", ".jsonl", ".tsv", ".csv", ".parquet", ".txt")
 _SEPARATORS = {",": "a comma", ";": "a semicolon", "\t": "a tab"}  # of a .csv file
 
 
@@ -71,8 +72,15 @@ def find(source: str) -> Path:
     else:
         sought = f": neither here nor in {data_folder()} (set DUAL_LORA_DATA to the folder that holds it)"
     beside = {p.name for c in candidates if c.parent.is_dir() for p in c.parent.iterdir() if p.is_file()}
-    near = suggest(path.name, beside)
-    raise UserError(f"There is no data file {source}{sought}.{near if near.startswith(' Did') else ''}")
+    if folder := next((candidate for candidate in candidates if candidate.is_dir()), None):
+        raise UserError(f"{source} is a folder, expected a file: join several by ' + '.{_some_files(folder)}")
+    raise UserError(f"There is no data file {source}{sought}.{suggest_file(path.name, beside)}")
+
+
+def _some_files(folder: Path) -> str:
+    """A sentence on the files of records in a folder; "" without any."""
+    there = sorted(str(file) for file in folder.iterdir() if file.suffix in KINDS and file.is_file())
+    return f" In it: {', '.join(there[:5])}{', …' if len(there) > 5 else ''}." if there else ""
 
 
 def read_records(source: str, columns: list[str] | None = None) -> list[Record]:
@@ -97,7 +105,7 @@ def read_records(source: str, columns: list[str] | None = None) -> list[Record]:
                 elif path.suffix in readers:
                     records = list(readers[path.suffix](path))
                 else:
-                    known = ".json, .jsonl, .tsv, .csv, .parquet or .txt"
+                    known = f"{', '.join(KINDS[:-1])} or {KINDS[-1]}"
                     raise UserError(f"{path}: unknown kind of data file, not {known}.")
         except UnicodeDecodeError as error:
             raise UserError(not_utf8(path, error)) from None

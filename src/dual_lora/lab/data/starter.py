@@ -79,12 +79,7 @@ def starter(
         "  name: dual_lora  # or lora, dora, hira, full, … : `dual-lora advise` compares them on your data",
         "  r: 16",
         "data:",
-        f"  train: {_value(data)}",
-        f"  test: {_value(test)}"
-        if test
-        else f"  # test: {_another(data, 'test')}  # for the last score, not to choose by",
-        *([f"  holdout: {held}  # taken out of the training records, always the same, for validation"] * bool(held)),
-        *([f"  # validation: {_another(data, 'validation')}  # needs train.validate_every too"] * (not held)),
+        *_sources(data, test, held),
         *_grouped(records, found),
         f"  format: {found.format}",
     ]
@@ -107,6 +102,17 @@ def starter(
         *([] if test or not held else ["  split: validation  # there is no test set yet"]),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _sources(data: str, test: str | None, held: int) -> list[str]:
+    """The lines of where the records are. held: how many are taken out for validation."""
+    asked = f"  # test: {_another(data, 'test')}  # for the last score, not to choose by"
+    other = f"  # validation: {_another(data, 'validation')}  # needs train.validate_every too"
+    return [
+        f"  train: {_value(data)}",
+        f"  test: {_value(test)}" if test else asked,
+        f"  holdout: {held}  # taken out of the training records, always the same, for validation" if held else other,
+    ]
 
 
 def read_starter(text: str, where: Path) -> Recipe:

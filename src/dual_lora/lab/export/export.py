@@ -51,7 +51,10 @@ def merge(
     with free_folder(out) as target:
         tuned = open_tuned(source, base, dtype, whole=True)  # packing again would lose a part of the update
         if not tuned.adapted and tuned.run is None:
-            raise UserError(f"{source} holds no adapter to merge.")
+            raise UserError(
+                f"{source} holds no adapter to merge, expected the folder of a run or of an adapter (with an "
+                "adapter_config.json)."
+            )
         with quiet():
             model = _merged(tuned) if tuned.adapted else tuned.model
             if tuned.classes:

@@ -83,6 +83,10 @@ def write_atomically(path: Path, content: str | bytes, mode: int = 0o666) -> Non
 
 def write_output(path: Path, content: str | bytes) -> None:
     """A file that no lock holds. What killed commands have left of it is removed, once nobody can be writing it."""
+    if not path.parent.exists():
+        raise UserError(
+            f"There is no folder {path.parent} to write {path.name} into: make it (mkdir -p), or name another."
+        )
     remove_remains(path.parent, path.name, after=OLD)
     write_atomically(path, content)
 

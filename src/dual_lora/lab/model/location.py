@@ -93,6 +93,11 @@ def locate(path: str, revision: str | None = None) -> Location:
             f"The folder {path} holds no config.json and {len(ggufs)} GGUF files; name a model folder or file"
             + (f", such as {' or '.join(below[:3])}." if below else ".")
         )
+    if here.is_file():
+        raise UserError(
+            f"The model {path} is a file, expected a folder with a config.json, a .gguf file, package:NAME, or a name "
+            "on the hub."
+        )
     if path.startswith(("/", ".", "~")) or path.count("/") > 1:
         raise UserError(f"There is no folder {path}.{suggest_model(path)}")
     check_cached(path)

@@ -8,8 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from dual_lora._warning import warn
 from dual_lora.lab.errors import UserError, described, memory_full
@@ -194,6 +196,20 @@ def load_base(part: ModelSection, seed: int, num_labels: int | None, device: str
     return load_model(part, num_labels, device)
 
 
+def check_known(adapter: Path) -> None:
+    """Raise UserError for an adapter of a method that the installed PEFT does not have. What is damaged is left to
+    whoever reads it."""
+    kind = None
+    with contextlib.suppress(OSError, ValueError):
+        kind = read_object(adapter / "adapter_config.json").get("peft_type")
+    if isinstance(kind, str) and kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise UserError(
+            f"The adapter {adapter} is of the method {kind[:100]!r}, which PEFT {peft.__version__} does not have: "
+            "install the version that it was made with, or name the module that registers the method "
+            "(--allow-module)."
+        )
+
+
 def _open_adapter(
     adapter: Path,
     base: str | None,
@@ -216,6 +232,7 @@ def _open_adapter(
         regular(adapter / "adapter_config.json", CONFIG_BYTES)
         config = PeftConfig.from_pretrained(str(adapter))
     except Exception as error:  # whatever a foreign file makes PEFT raise: KeyError, AttributeError, RecursionError
+        check_known(adapter)
         raise UserError(f"The adapter {adapter} could not be read: {described(error)}") from error
     check_stored_numbers(adapter / "adapter_model.safetensors", f"The adapter {adapter}")
     check_weights(entries_named(adapter, "*.bin"))

@@ -2,11 +2,12 @@
 
 import copy
 from pathlib import Path
+from shlex import quote
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from dual_lora.lab.errors import UserError, suggest
+from dual_lora.lab.errors import UserError, suggest, suggest_file
 from dual_lora.lab.read import parse_yaml, read_yaml_text
 from dual_lora.lab.recipe.families import family, member_text
 from dual_lora.lab.recipe.schema import IN_WORDS, Recipe
@@ -15,6 +16,8 @@ from dual_lora.lab.recipe.section import Origin
 FAMILIES = "paper"  # the folder of recipes that are written as families
 
 
+RECORDS = (".csv", ".tsv", ".jsonl", ".parquet")  # names of such files end so; a recipe may be JSON
+WORDS: dict[type, str] = {str: "a text", list: "a list"}
 LISTING = "`dual-lora recipes` lists those that are shipped."
 
 
@@ -37,9 +40,14 @@ def recipe_values(source: str | Path) -> tuple[dict[str, Any], str]:
     path = _recipe_file(source)
     if path.parent.name == FAMILIES and not Path(source).is_file():
         return copy.deepcopy(family(path)[str(source)]), f"{path} ({source})"
+    if path.suffix in RECORDS:
+        raise UserError(
+            f"{path} is a file of records, expected a recipe. `dual-lora recipes init mine.yaml --data "
+            f"{quote(str(path))} --base MODEL` writes one for it."
+        )
     values = parse_yaml(read_yaml_text(path), str(path))
     if not isinstance(values, dict):
-        found = "is empty" if values is None else f"holds {type(values).__name__}"
+        found = "is empty" if values is None else f"holds {WORDS.get(type(values), type(values).__name__)}"
         raise UserError(f"{path} {found}, expected a mapping with model, method, data, train.")
     return values, str(path)
 
@@ -59,13 +67,14 @@ def _recipe_file(source: str | Path) -> Path:
         path = path / "recipe.yaml"
     if path.is_file():
         return path
+    if path.is_dir():
+        raise UserError(f"{source} is a folder without a recipe.yaml: name a recipe's file, or a run's folder.")
     shipped = shipped_recipes()
     if str(source) in shipped:
         return shipped[str(source)]
     if path.suffix in {".yaml", ".yml"} or "/" in str(source):
         beside = [file.name for file in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-        near = suggest(path.name, beside)
-        raise UserError(f"There is no recipe file {source}.{near if near.startswith(' Did') else f' {LISTING}'}")
+        raise UserError(f"There is no recipe file {source}.{suggest_file(path.name, beside) or f' {LISTING}'}")
     raise UserError(f"There is no recipe {str(source)!r}.{suggest(str(source), shipped, LISTING)}")
 
 

@@ -93,7 +93,8 @@ class DataSection(Section):
     )
     group: str | None = Field(
         None,
-        description="What holdout keeps in one set. prompt: all records with the same prompt or text. A field of the "
+        description="What holdout keeps in one set. prompt: all records with the same prompt or text, and a "
+        "conversation with those that go on from it. A field of the "
         "records, e.g. document: all records with the same value in it. Left out: every record by itself.",
     )
     overlap: int | Literal["all"] = Field(

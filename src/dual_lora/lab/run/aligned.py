@@ -84,6 +84,11 @@ def build_aligned(
     return trainer
 
 
+def _no_card(*_: Any, **__: Any) -> None:
+    """In place of TRL's card, in the folder of the checkpoints: the run has one of its own, and `--overwrite` removes
+    nothing that a run does not write."""
+
+
 def _dpo(recipe: Recipe, ready: Prepared, watch: Watch, arguments: Any, model: Any, **options: Any) -> Trainer:
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
@@ -93,6 +98,8 @@ def _dpo(recipe: Recipe, ready: Prepared, watch: Watch, arguments: Any, model: A
             loss = super().training_step(*given, **more)  # type: ignore[no-untyped-call, unused-ignore]
             watch.losses.append(loss.detach())
             return loss
+
+        create_model_card = _no_card
 
     beta = 0.1 if recipe.objective.beta is None else recipe.objective.beta
     more = {"beta": beta, "max_length": recipe.data.max_length}
@@ -120,6 +127,8 @@ def _grpo(recipe: Recipe, ready: Prepared, watch: Watch, arguments: Any, model: 
             loss = super().training_step(*given, **more)  # type: ignore[no-untyped-call, unused-ignore]
             watch.losses.append(loss.detach())
             return loss
+
+        create_model_card = _no_card
 
     asked = recipe.objective
     # What the model's makers set for `generate` (beams, forbidden words) does not count here either; its ends do.

@@ -46,7 +46,8 @@ def clear_failures(folder: RunFolder, recipe: Recipe) -> Iterator[None]:
             raise UserError(f"{said} {_less_memory(recipe)}") from error
         if not is_disk_full(error):
             raise
-        raise UserError(f"The disk is full, writing {folder.path} failed. {_kept_checkpoint(folder)}") from error
+        failed = f"The disk is full, writing {folder.path} failed: make room, or begin anew in another --out."
+        raise UserError(f"{failed} {_kept_checkpoint(folder)}") from error
 
 
 def _less_memory(recipe: Recipe) -> str:
