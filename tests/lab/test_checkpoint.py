@@ -163,6 +163,22 @@ def test_packed_weights_of_an_adapter_are_not_read(stopped, tmp_path):
         torch.save(held, folder / "adapter/adapter_model.bin")
 
 
+@pytest.mark.parametrize("stopped", ["lora"], indirect=True)
+def test_a_start_that_the_run_has_not_written_is_not_taken_off(stopped, tmp_path):
+    """PEFT would build it with whatever its configuration asks for, and the adapter would be another one."""
+    ours, planted = shutil.copytree(stopped[0], tmp_path / "a"), shutil.copytree(stopped[0], tmp_path / "b")
+    run(stopped[1], ours, resume=True, progress=False)
+    shutil.copytree(ours / "adapter", planted / "start")
+    config = planted / "start/adapter_config.json"
+    config.write_text(
+        json.dumps(json.loads(config.read_text()) | {"megatron_config": {"x": 1}, "megatron_core": "this"})
+    )
+    run(stopped[1], planted, resume=True, progress=False)
+    expected, got = (load_file(folder / "adapter/adapter_model.safetensors") for folder in (ours, planted))
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(weight, got[name]) for name, weight in expected.items())
+
+
 NORM = "base_model.model.model.norm.weight"
 
 

@@ -384,6 +384,24 @@ def test_nor_another_adapter(base, tmp_path):
         open_tuned(adapter(tmp_path / "a", base, peft_type="XLORA", hidden_size=32, adapters={"0": str(inner)}))
 
 
+def test_nor_a_module_of_megatron(base, tmp_path):
+    more = {"megatron_config": {"tensor_model_parallel_size": 1}, "megatron_core": "os"}
+    with pytest.raises(UserError, match=r"megatron_config names .*, which PEFT would load or import"):
+        open_tuned(adapter(tmp_path / "a", base, peft_type="LORA", target_modules=["q_proj"], **more))
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"lora_alpha": float("nan")}, "lora_alpha holds nan, expected a finite number"),
+        ({"use_rslora": "false"}, "use_rslora is 'false', expected true or false"),
+    ],
+)
+def test_a_strength_of_another_kind_is_not_taken(values, said, base, tmp_path):
+    with pytest.raises(UserError, match=said):
+        open_tuned(adapter(tmp_path / "a", base, peft_type="LORA", target_modules=["q_proj"], **values))
+
+
 def test_nor_is_a_pipe_waited_for(base, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     values = {

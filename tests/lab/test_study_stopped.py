@@ -445,3 +445,12 @@ def test_an_outcome_that_is_a_link_is_not_read(tmp_path):
     (tmp_path / "ab12.json").symlink_to(tmp_path / "elsewhere.json")
     assert read_outcome(tmp_path, "ab12") is None
     assert damage(tmp_path, "ab12").endswith("ab12.json is damaged.")
+
+
+@pytest.mark.parametrize("second", ["symlink_to", "hardlink_to"])
+def test_a_study_is_not_read_through_a_link(second, tmp_path):
+    (tmp_path / "mine.json").write_text('{"study": {"name": "mine"}}')
+    (tmp_path / "out").mkdir()
+    getattr(tmp_path / "out/study.json", second)(tmp_path / "mine.json")
+    with pytest.raises(UserError, match=r"study\.json is damaged or another program's"):
+        StudyFolder(tmp_path / "out").read()

@@ -4,6 +4,7 @@ import json
 import os
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -35,6 +36,33 @@ def test_links_are_replaced_and_never_followed(tmp_path):
     assert start_up.read_text() == "mine"
     assert (run / "record.json").read_text() == "theirs"
     assert not (run / "record.json").is_symlink()
+
+
+def test_nor_a_link_with_the_name_that_was_drawn(tmp_path, monkeypatch):
+    """Somebody may guess it: the file is made, and never one that is there."""
+    (tmp_path / "mine").write_text("mine")
+    monkeypatch.setattr("secrets.token_hex", lambda _: "0f" * 8)
+    (tmp_path / f".record.json.{'0f' * 8}.part").symlink_to(tmp_path / "mine")
+    with pytest.raises(FileExistsError):
+        write_atomically(tmp_path / "record.json", "theirs")
+    assert (tmp_path / "mine").read_text() == "mine"
+    monkeypatch.undo()
+    drawn: list[str] = []
+    replaced = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda part, to: (drawn.append(part.name), replaced(part, to))[1])
+    for _ in range(2):
+        write_atomically(tmp_path / "record.json", "theirs")
+    assert len({*drawn}) == 2
+
+
+@pytest.mark.parametrize("second", ["symlink_to", "hardlink_to"])
+def test_a_lock_is_no_other_file(second, tmp_path):
+    """Some versions of the library empty the file that they lock."""
+    (tmp_path / "mine").write_text("mine")
+    getattr(tmp_path / ".out.lock", second)(tmp_path / "mine")
+    with pytest.raises(UserError, match=r"\.out\.lock is a link or no file"):
+        free_folder(tmp_path / "out").__enter__()
+    assert (tmp_path / "mine").read_text() == "mine"
 
 
 def test_a_folder_of_the_user_s_beside_the_target_stays(tmp_path):

@@ -18,7 +18,7 @@ from dual_lora.lab.read import read_object
 from dual_lora.lab.run import longer
 from dual_lora.lab.run.failures import check_finite
 from dual_lora.lab.run.hub_card import card_text
-from dual_lora.lab.run.prepare import save_as_change
+from dual_lora.lab.run.prepare import save_as_change, wants_gradients
 from dual_lora.lab.run.record import peak_memory, read_metrics
 from dual_lora.lab.run.session import Begun, Fitted, Session
 from dual_lora.lab.verify import fingerprint
@@ -145,7 +145,7 @@ def _save(session: Session, begun: Begun, fitted: Fitted, result: RunResult, pas
 
     def write(part: Path) -> None:
         with quiet():
-            if folder.start.is_dir():
+            if wants_gradients(begun.config):  # whose start this session has written: any other is a stranger's
                 save_as_change(trainer.model, folder.start, part)
             else:
                 trainer.save_model(str(part))  # gathers sharded weights where there are several devices
