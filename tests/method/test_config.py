@@ -22,6 +22,7 @@ from torch import nn
 
 from dual_lora import DualLoraConfig, DualLoraWarning
 from dual_lora.core.reference import Form
+from dual_lora.method.layer import layers_of
 from dual_lora.method.patterns import layer_options
 
 
@@ -406,3 +407,43 @@ def test_a_number_that_is_entered_into_a_pattern_next_to_lora_alpha_is_warned_of
         warnings.simplefilter("error", DualLoraWarning)
         get_peft_model(Mlp(), config)  # once is enough
         get_peft_model(Mlp(), DualLoraConfig(r=4, lora_alpha=16, target_modules=["first"], alpha_pattern={"first": 4}))
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (dict(lora_alpha=16, alpha_pattern={"first": 4}), "counts as `alpha`, 2 times LoRA's.*take alpha=32"),
+        (dict(rank_pattern={"first": 2}), "was not given, so 16 is for r=8 alone.*leave `lora_alpha` out"),
+    ],
+)
+def test_lora_alpha_that_is_read_next_to_patterns_in_another_unit_is_warned_of(options, why):
+    """Scripts copy a configuration by LoRA's names, which gave the patterns' layers 2 or 4 times their strength."""
+    config = DualLoraConfig(r=8, target_modules=["first", "second"], **options)
+    model = get_peft_model(Mlp(), config)  # reads no `lora_alpha`
+    with pytest.warns(DualLoraWarning, match=why):
+        assert config.lora_alpha == 16
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DualLoraWarning)
+        assert config.lora_alpha == 16  # once is enough
+        for copied in (copy.deepcopy(config), dataclasses.replace(config, r=8), DualLoraConfig(**config.to_dict())):
+            again = get_peft_model(Mlp(), copied)
+            for one, other in zip(layers_of(model), layers_of(again), strict=True):
+                assert one.scaling["default"] == other.scaling["default"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, dict(lora_alpha=16), dict(lora_alpha=16, rank_pattern={"first": 2}), dict(alpha_pattern={"first": 4})],
+)
+def test_lora_alpha_that_goes_with_the_patterns_is_read_without_a_warning(options):
+    """These copies by LoRA's names have the same strengths."""
+    config = DualLoraConfig(r=8, target_modules=["first", "second"], **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DualLoraWarning)
+        patterns = dict(rank_pattern=config.rank_pattern, alpha_pattern=config.alpha_pattern)
+        copied = DualLoraConfig(
+            r=config.r, lora_alpha=config.lora_alpha, target_modules=["first", "second"], **patterns
+        )
+    models = [get_peft_model(Mlp(), one) for one in (config, copied)]
+    for one, other in zip(*map(layers_of, models), strict=True):
+        assert one.scaling["default"] == other.scaling["default"]

@@ -15,7 +15,7 @@ from ..core.reference import Form, Magnitude, Ste
 from . import lora_fields
 from .config_checks import PAPER_WARMUP, check_frozen, check_share, check_start, upgrade_format_1
 from .fused_experts import READ
-from .lora_fields import LORA_ALPHA, is_positive
+from .lora_fields import is_positive
 from .ranks import Rank, ranks_of, split_rank
 from .saved import check_file
 
@@ -296,7 +296,7 @@ class DualLoraConfig(PeftConfig):
         return (EARLIER_ALPHA if self.init_weights in ("paper", "zero") else ALPHA) * (r1 + r2)
 
     lora_alpha = property(
-        lambda self: (self.default_alpha(self.r1, self.r2) if self.alpha is None else self.alpha) / LORA_ALPHA,
+        lora_fields.lora_alpha,
         doc="LoRA's `lora_alpha` at equal strength; where each layer has its own default, that of `r`.",
     )
     lora_dropout = property(lambda self: self.dropout, doc="`dropout` for code that knows LoRA.")

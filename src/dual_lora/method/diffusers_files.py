@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from .config import LORA_ALPHA, DualLoraConfig
+from .config import DualLoraConfig
+from .lora_fields import LORA_ALPHA
 
 _MARK, _ALPHA = ".dual_lora_", ".dual_lora_alpha"
 

@@ -89,6 +89,37 @@ def warn_of_entered(config: Any) -> None:
     note_alphas(config)
 
 
+def lora_alpha(config: Any) -> float:
+    """Return LoRA's `lora_alpha` at equal strength. Warn once where that number does not go with the patterns.
+
+    Scripts make another configuration of `lora_alpha`, `alpha_pattern` and `rank_pattern`, or compute a layer's
+    strength from them. Here these have another unit, or each layer has a default of its own rank.
+    """
+    alpha = config.default_alpha(config.r1, config.r2) if config.alpha is None else config.alpha
+    number = alpha / LORA_ALPHA
+    if config.alpha is not None and config.alpha_pattern:
+        why = (
+            f"alpha_pattern={dict(config.alpha_pattern)!r} next to alpha={alpha:g} counts as `alpha`, "
+            f"{LORA_ALPHA:g} times LoRA's numbers"
+        )
+        instead = f"take alpha={alpha:g} with it"
+    elif config.alpha is None and config.rank_pattern:
+        why = f"it was not given, so {number:g} is for r={config.r} alone, and other ranks have their own default"
+        instead = "leave `lora_alpha` out there"
+    else:
+        return number
+    if not vars(config).get("_read_alpha_told"):
+        vars(config)["_read_alpha_told"] = True
+        warn(
+            f"lora_alpha={number:g} is read from a DualLoraConfig, and its patterns do not go with that number: {why}. "
+            "Layers that the patterns name would get another strength from both together. For another configuration "
+            f"copy all of this one (copy.deepcopy, dataclasses.replace), or {instead}; a layer's strength is "
+            "`layer.scaling[adapter]`.",
+            stacklevel=3,
+        )
+    return number
+
+
 def translate(options: dict[str, Any], own: set[str]) -> dict[str, Any]:
     """Translate options that may be LoraConfig's to those of `DualLoraConfig`.
 
