@@ -1,6 +1,7 @@
 """A checkpoint that is not what the run wrote is not gone on from: Trainer would read whatever it finds there."""
 
 import json
+import os
 import re
 import shutil
 import zipfile
@@ -161,6 +162,34 @@ def test_packed_weights_of_an_adapter_are_not_read(stopped, tmp_path):
         with pytest.raises(UserError, match="holds a packed entry"):
             open_tuned(folder / "adapter")
         torch.save(held, folder / "adapter/adapter_model.bin")
+
+
+class Runs:
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.mark.parametrize("stopped", ["lora"], indirect=True)
+@pytest.mark.parametrize("packed_as_zip", [True, False])
+@pytest.mark.parametrize("file", ["checkpoint/optimizer.pt", "adapter/adapter_model.bin", "base/pytorch_model.bin"])
+def test_no_file_of_pytorch_runs_code(file, packed_as_zip, stopped, tmp_path, tiny_lm):
+    folder, mark = shutil.copytree(stopped[0], tmp_path / "run"), tmp_path / "ran"
+    checkpoint = (folder / "checkpoints/checkpoint-2").rename(tmp_path / "checkpoint")
+    shutil.copytree(checkpoint, tmp_path / "adapter")
+    shutil.copytree(tiny_lm, tmp_path / "base")
+    for whole in (tmp_path / "adapter/adapter_model.safetensors", tmp_path / "base/model.safetensors"):
+        whole.unlink()
+    torch.save({"state": Runs(mark)}, tmp_path / file, _use_new_zipfile_serialization=packed_as_zip)
+    if file.startswith("checkpoint"):
+        mark_whole(checkpoint)
+        checkpoint.rename(folder / "checkpoints/checkpoint-2")
+    of_run = file.startswith("checkpoint")
+    with pytest.raises(UserError, match=r"could not be (read|loaded)|does not fit"):
+        run(stopped[1], folder, resume=True, progress=False) if of_run else open_tuned((tmp_path / file).parent)
+    assert not mark.exists()
 
 
 @pytest.mark.parametrize("stopped", ["lora"], indirect=True)
