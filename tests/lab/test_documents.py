@@ -51,7 +51,7 @@ def test_what_is_no_parquet_file(tmp_path):
     with pytest.raises(UserError, match=r"a\.parquet could not be read as Parquet"):
         read_records(str(tmp_path / "a.parquet"))
     (tmp_path / "b.parquet").mkdir()
-    with pytest.raises(UserError, match="no data file"):
+    with pytest.raises(UserError, match=r"b\.parquet is a folder, expected a file"):
         read_records(str(tmp_path / "b.parquet"))
     with pytest.raises(UserError, match="no column of texts"):
         read_records(parquet(tmp_path / "c.parquet", picture=[b"x"]))

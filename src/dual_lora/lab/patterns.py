@@ -7,6 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from dual_lora._trial import tried
 from dual_lora.lab.errors import UserError
 
 LONGEST = 10_000  # characters of a pattern
@@ -43,8 +44,6 @@ def _try_to_compile(text: str) -> None:
     """Raise ValueError for a pattern that takes too long to compile, which has no time limit: `a{9999}` within another
     such repeat is written out. Tried in a process that can be ended."""
     import regex
-
-    from dual_lora.verify.trial import tried  # late: it brings PEFT
 
     if not _SLOW.search(text):
         return

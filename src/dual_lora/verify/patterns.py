@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Iterator
 from typing import Any
 
-from .trial import tried
+from dual_lora._trial import tried
 
 SECONDS = 10.0  # for all patterns on all names, the start of a process among them
 LONGEST = 10_000  # characters of a pattern

@@ -12,6 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from dual_lora._trial import tried
 from dual_lora.lab.errors import UserError
 
 MOST_GROWTH = 1000  # letters out of one by all steps together; NFKC, of which all tables are made, writes 18
@@ -76,8 +77,6 @@ def check_rules(parts: Mapping[str, Any], where: str) -> None:
 @lru_cache
 def _slow(patterns: tuple[str, ...]) -> str:
     """The patterns, if they take too long; "" if they do not."""
-    from dual_lora.verify.trial import tried  # late: it brings PEFT
-
     engine = find_spec("tokenizers")
     if not patterns or engine is None or engine.origin is None:
         return ""
