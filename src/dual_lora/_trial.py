@@ -18,7 +18,6 @@ def tried(code: str, given: object, seconds: float) -> subprocess.CompletedProce
         [sys.executable, "-I", "-S", "-c", _ENDS.format(math.ceil(seconds) + LONGER) + code],
         input=json.dumps(given),
         capture_output=True,
-        text=True,
         encoding="utf-8",
         timeout=seconds,
         check=False,

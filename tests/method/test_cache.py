@@ -428,7 +428,7 @@ def test_a_write_to_a_part_is_seen_where_several_tokens_come(of_base):
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """No value is compared there, as reading one waits for the device, and one token alone is decoding."""
-    monkeypatch.setattr(cache_module, "COMPARED", 0)
+    monkeypatch.setattr(cache_module, "_address", lambda tensor: 0)
     monkeypatch.setattr(layer_module, "DECODED_TOKENS", {})
 
 
@@ -447,7 +447,7 @@ def test_writes_through_data_are_not_seen_on_a_gpu_until_cleared(model):
 @pytest.mark.parametrize("rows", [1, 20], ids=["kept", "too many rows to keep"])
 def test_a_sequence_is_composed_for_anew(model, compositions, rows, monkeypatch):
     """An average of weights that is put in place through `.data` after one evaluation, and evaluated itself."""
-    monkeypatch.setattr(cache_module, "COMPARED", 0)
+    monkeypatch.setattr(cache_module, "_address", lambda tensor: 0)
     token = tokens(1)
     sequence = points()[:1].expand(rows, DECODED + 1, -1).contiguous()
     before = run(model, token)

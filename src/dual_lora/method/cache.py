@@ -42,16 +42,20 @@ def _state(tensor: Tensor) -> tuple[Any, ...]:
     return id(tensor), tensor._version, storage, tensor.data_ptr(), tensor.requires_grad
 
 
+def _address(tensor: Tensor) -> int:
+    """Return where this process can read a tensor's bytes; 0 for one on a device, or for a kind of its own."""
+    return tensor.data_ptr() if tensor.device.type == "cpu" and type(tensor) in (Tensor, nn.Parameter) else 0
+
+
 def _begin(tensor: Tensor) -> tuple[int, bytes]:
-    """Return the address of a tensor and its first bytes; none for one on a device, or for a kind of its own."""
-    address = tensor.data_ptr() if tensor.device.type == "cpu" and type(tensor) in (Tensor, nn.Parameter) else 0
-    storage = tensor.untyped_storage()
+    """Return the address of a tensor and its first bytes; none where they cannot be read."""
+    address, storage = _address(tensor), tensor.untyped_storage()
     return address, string_at(address, min(COMPARED, storage.nbytes() + storage.data_ptr() - address) if address else 0)
 
 
 def _whole(tensor: Tensor) -> int:
     """Return a number of all bytes of a tensor; 0 where `_begin` says enough, or cannot say anything."""
-    return checksum(tensor) if _begin(tensor)[1] and tensor.nbytes > COMPARED else 0
+    return checksum(tensor) if tensor.nbytes > COMPARED and _address(tensor) else 0
 
 
 def _is_unwatched(tensor: Tensor) -> bool:

@@ -148,7 +148,7 @@ def _split_off_groups(examples: list[Example], data: DataSection) -> tuple[list[
 def prompts_together(examples: list[Example]) -> list[str]:
     """The group of each example by what it asks. A conversation that goes on where another one has ended is in its
     group, because it holds the other's question and answer."""
-    asked = {_last_of(digests(example.prompt)): item_of(example) for example in reversed(examples) if example.prompt}
+    asked = {last_digest(example.prompt): item_of(example) for example in reversed(examples) if example.prompt}
     prefixes = ((digest for _, digest in digests(example.prompt) if digest in asked) for example in examples)
     return [asked.get(next(found, ""), item_of(e)) for e, found in zip(examples, prefixes, strict=True)]
 
@@ -161,8 +161,9 @@ def digests(messages: Iterable[dict[str, Any]]) -> Iterator[tuple[dict[str, Any]
         yield message, print_of.hexdigest()
 
 
-def _last_of(printed: Iterable[tuple[dict[str, Any], str]]) -> str:
-    *_, (_, digest) = printed
+def last_digest(messages: Iterable[dict[str, Any]]) -> str:
+    """The print of a whole conversation."""
+    *_, (_, digest) = digests(messages)
     return digest
 
 

@@ -4,7 +4,7 @@ import functools
 from pathlib import Path
 from typing import NamedTuple
 
-from dual_lora.lab.data.examples import digests, item_of, load_split
+from dual_lora.lab.data.examples import digests, item_of, last_digest, load_split
 from dual_lora.lab.data.formats import Example
 from dual_lora.lab.data.records import find, joined, stamp
 from dual_lora.lab.errors import UserError
@@ -110,7 +110,7 @@ def _prompts_of(example: Example) -> set[str]:
     """Return an example's question, and the group that it belongs to."""
     asked = item_of(example)
     if example.messages:
-        *_, (_, asked) = digests(example.prompt or example.messages)
+        asked = last_digest(example.prompt or example.messages)
     return {asked, example.group} - {""}
 
 

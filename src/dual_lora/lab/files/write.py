@@ -245,7 +245,7 @@ def hold(file: Path, busy: str, seconds: float = 0) -> Any:
     """A lock, which the operating system frees when its holder dies. Raises UserError, `busy` if another has it."""
     from filelock import FileLock, Timeout
 
-    if os.path.lexists(file) and not (stat.S_ISREG((state := file.lstat()).st_mode) and state.st_nlink == 1):
+    if os.path.lexists(file) and not _is_no_link(file):
         # Some versions empty the file that they lock.
         raise UserError(f"{file} is a link or no file, expected a lock of this program: move it away.")
     lock = FileLock(file)
@@ -262,7 +262,7 @@ def is_held(file: Path) -> bool:
     """Whether a process that lives holds this lock (see `hold`). Nothing is made where there is none."""
     from filelock import FileLock, Timeout
 
-    if not (os.path.lexists(file) and stat.S_ISREG((state := file.lstat()).st_mode) and state.st_nlink == 1):
+    if not (os.path.lexists(file) and _is_no_link(file)):
         return False
     try:
         with FileLock(file).acquire(timeout=0):
@@ -271,6 +271,12 @@ def is_held(file: Path) -> bool:
         return True
     except OSError:  # a folder that may not be written
         return False
+
+
+def _is_no_link(file: Path) -> bool:
+    """Whether it is a regular file without a second name."""
+    state = file.lstat()
+    return stat.S_ISREG(state.st_mode) and state.st_nlink == 1
 
 
 def sync(*paths: Path) -> None:

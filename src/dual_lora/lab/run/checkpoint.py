@@ -65,8 +65,7 @@ def _check_weights(checkpoint: Path, model: Any, adapted: bool) -> None:
             _refuse(checkpoint, f"has a damaged {file.name} ({error})")
     own = get_peft_model_state_dict(model, save_embedding_layers=False) if adapted else model.state_dict()
     tied = {weight.data_ptr() for name, weight in own.items() if name in held}
-    if missing := sorted(name for name, weight in own.items() if name not in held and weight.data_ptr() not in tied):
-        _refuse(checkpoint, f"does not hold {missing[0]} and {len(missing) - 1} more of the weights that are trained")
+    _refuse_missing(checkpoint, [n for n, weight in own.items() if n not in held and weight.data_ptr() not in tied])
 
 
 def _check_sharded_weights(checkpoint: Path, model: Any, adapted: bool, first: bool) -> None:
@@ -79,13 +78,18 @@ def _check_sharded_weights(checkpoint: Path, model: Any, adapted: bool, first: b
     trained = {name for name in own if not adapted or (name in weights and weights[name].requires_grad)}
     saved = set(get_peft_model_state_dict(model, save_embedding_layers=False) if adapted else own)  # FSDP1's names
     tied = {own[name].data_ptr() for name in trained & held.keys()}
-    missing = sorted(name for name in trained - held.keys() if own[name].data_ptr() not in tied)
-    if missing and saved - held.keys():
-        _refuse(checkpoint, f"does not hold {missing[0]} and {len(missing) - 1} more of the weights that are trained")
+    if saved - held.keys():
+        _refuse_missing(checkpoint, [name for name in trained - held.keys() if own[name].data_ptr() not in tied])
     of_method = {name for name in own if name.replace(f".{model.active_adapter}", "") in saved} if adapted else set()
     for name in sorted(map(str, held.keys() - trained - saved - of_method)):
         if name not in own or name in weights or (first and not torch.equal(own[name].cpu(), held[name])):
             _refuse(checkpoint, f"holds {name[:200]} in its {SHARDED}, which this run does not train")
+
+
+def _refuse_missing(checkpoint: Path, missing: list[str]) -> None:
+    if missing:
+        others = f"{len(missing) - 1} more of the weights that are trained"
+        _refuse(checkpoint, f"does not hold {min(missing)} and {others}")
 
 
 def _check_state(checkpoint: Path, step: int, arguments: Any) -> None:
