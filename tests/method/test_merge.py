@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dual_lora import DualLoraConfig
 from dual_lora.core.reference import delta_weight
+from dual_lora.method.checksum import checksum
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:dual_lora.DualLoraWarning"),
@@ -409,6 +410,14 @@ def test_a_base_that_was_changed_while_merged_is_not_lost_in_silence(change):
     copied.unmerge_adapter()
     other.half().float()
     other.unmerge_adapter()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_square_weight_that_was_transposed_is_another_one(dtype):
+    """Rows and columns had the same share in its number."""
+    weight = torch.randn(5, 5, dtype=torch.float64).to(dtype)
+    assert checksum(weight) == checksum(weight.clone())
+    assert checksum(weight) != checksum(weight.t())
 
 
 def test_what_is_merged_in_inference_mode_trains():
