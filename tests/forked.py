@@ -19,6 +19,8 @@ for line in sys.stdin:
     child = os.fork()
     if not child:
         os.dup2(write, 1), os.dup2(write, 2)
+        if torch := sys.modules.get("torch"):  # its pool of threads is made anew by the first who asks, and not safely
+            torch.set_num_threads(torch.get_num_threads())
         try:
             exec(json.loads(line), {{"__name__": "__main__"}})
             status = 0
@@ -79,6 +81,8 @@ sys.path[:0] = {path!r}
 other = os.fork()
 if not other:
     os.environ.update(RANK="1", LOCAL_RANK="1")
+import torch
+torch.set_num_threads(1)  # as after every fork
 import torch.distributed as dist
 dist.init_process_group("gloo", init_method={meeting!r}, rank=int(os.environ["RANK"]), world_size=2)
 {code}
