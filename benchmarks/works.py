@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from .gates import BF16_STEP, FUSED_MEMORY, FUSED_STEP, GRPO, GRPO_LONG, SAMPLED_STEP, SMALL_STEP, STEP
-from .measure import Measured
+from .measure import Measured, Unavailable
 
 
 class Work(NamedTuple):
@@ -24,6 +24,8 @@ def linear(O: int, I: int, T: int, dtype: str, methods: tuple[str, ...]) -> Call
 
         from . import linear as module
 
+        if dtype == "bfloat16":
+            _refuse_slow_bf16()
         return {_linear(O, T, dtype): module.measure(O, I, T, getattr(torch, dtype), threads, seconds, methods)}
 
     return run
@@ -34,6 +36,19 @@ def _linear(O: int, T: int, dtype: str) -> str:
 
 
 SHORT = {"float32": "fp32", "bfloat16": "bf16"}
+# Where torch's product in bf16 takes more times that in fp32, one pass of LoRA takes minutes. With AVX-512 and no units
+# for bf16 it takes one to two times, with AVX2 eight to fifty.
+SLOW_BF16 = 4
+
+
+def _refuse_slow_bf16() -> None:
+    """Raise Unavailable on a processor for which torch has no fast product in bf16."""
+    from dual_lora.lab.model.precision import measure_products
+
+    milliseconds = measure_products()
+    times = milliseconds["bf16"] / milliseconds["fp32"]
+    if times > SLOW_BF16:
+        raise Unavailable(f"a product of matrices in bf16 takes {times:.0f} times as long as in fp32 on this processor")
 
 
 def _nf4(threads: int, seconds: float) -> dict[str, Measured]:
@@ -60,6 +75,7 @@ def _bf16_step(threads: int, seconds: float) -> dict[str, Measured]:
 
     from . import step
 
+    _refuse_slow_bf16()
     made = step.trainings(("dual", "lora"), step.tokens(), dtype=torch.bfloat16)
     return {BF16_STEP: step.measure(made, threads, seconds)}
 

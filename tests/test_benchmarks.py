@@ -31,6 +31,8 @@ from benchmarks import step as step_work
 from benchmarks.measure import Measured
 from benchmarks.verdict import Mark
 
+from dual_lora.lab.model import precision
+
 
 def timed(dual, against, threads=1, share=1.0, name="lora"):
     return Measured({"dual": dual, name: against}, "s", threads, share)
@@ -194,6 +196,15 @@ def test_what_cannot_run_is_neither_held_nor_missed(capsys):
     verdict.show([found, verdict.judge(gates.GATES[0], 1, timed([1.0], [1.0]))], "quiet")
     out = capsys.readouterr().out
     assert all(word in out for word in ("no such", "✓", "quiet"))
+
+
+@pytest.mark.parametrize("work", ["linear 4096 T512 bf16", works.BF16_STEP])
+def test_bf16_is_not_measured_where_its_products_take_many_times_as_long(work, monkeypatch):
+    """On a processor with AVX2 alone one pass of LoRA takes minutes."""
+    monkeypatch.setattr(precision, "measure_products", lambda: {"fp32": 2.0, "bf16": 30.0})
+    (run,) = (one.run for one in works.WORKS if work in one.names)
+    with pytest.raises(measure.Unavailable, match="takes 15 times as long as in fp32 on this processor"):
+        run(1, 0.1)
 
 
 def test_a_run_prints_writes_and_exits_by_its_gates(monkeypatch, tmp_path, capsys):

@@ -49,7 +49,7 @@ def test_decoding_composes_once(monkeypatch):
     monkeypatch.setattr(
         layer_module, "dual_lora_weight", lambda *args, **kwargs: made.append(1) or dual_lora_weight(*args, **kwargs)
     )
-    layer.warned.decoding = True  # as a layer with sequences finds
+    layer.shared.decoding = True  # as a layer with sequences finds
     with torch.no_grad():
         once, twice = model(x)[0], model(x)[0]
     assert torch.equal(once, twice)

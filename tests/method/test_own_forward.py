@@ -61,7 +61,7 @@ def test_its_composed_weight_is_kept_while_a_model_decodes():
     with torch.no_grad():
         model.eval()(x)
         assert composed_weights.bytes_held == 0
-        model.base_model.model.it.warned.decoding = True  # as a layer with sequences finds
+        model.base_model.model.it.shared.decoding = True  # as a layer with sequences finds
         model(x)
     assert composed_weights.bytes_held == base.weight.nbytes
 

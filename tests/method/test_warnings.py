@@ -58,5 +58,5 @@ def test_a_copy_says_it_again_and_its_layers_together():
     model = cast_by_foreign_code()
     assert said(lambda: cast(model), "were cast to") == 0
     copied = copy.deepcopy(model)
-    assert len({id(m.warned) for m in layers(copied).values()}) == 1
+    assert len({id(m.shared) for m in layers(copied).values()}) == 1
     assert said(lambda: cast(copied), "were cast to") == 1

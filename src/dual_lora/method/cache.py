@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.hooks import RemovableHandle
 
+from .._warning import warn
 from .checksum import checksum
-from .precision import Warned
 
 COMPARED = 1024  # bytes of each tensor that are compared in every pass, in some 0.3 µs a tensor
 
@@ -90,7 +90,7 @@ class ComposedWeights:
     def __init__(self, limit_bytes: int = 4 << 30):
         self.limit_bytes = limit_bytes
         self._entries: weakref.WeakKeyDictionary[nn.Module, _Entry] = weakref.WeakKeyDictionary()
-        self._warned = Warned()
+        self._told_limit = 0  # the limit of the last warning
         self._lock = threading.RLock()  # several threads may generate at once
 
     @property
@@ -132,11 +132,14 @@ class ComposedWeights:
                     [t.register_post_accumulate_grad_hook(forget) for t in sources if t.requires_grad and t.is_leaf],
                 )
                 return weight
-        self._warned.once(
-            f"The cache of composed weights is full ({self.limit_bytes / 2**30:.1f} GiB): further layers compose their "
-            "weight at every step, which makes generation slow. Raise `dual_lora.composed_weights.limit_bytes`, or "
-            "merge the adapter (`merge_adapter()`)."
-        )
+        if self._told_limit != self.limit_bytes:
+            self._told_limit = self.limit_bytes
+            warn(
+                f"The cache of composed weights is full ({self.limit_bytes / 2**30:.1f} GiB): further layers compose "
+                "their weight at every step, which makes generation slow. Raise "
+                "`dual_lora.composed_weights.limit_bytes`, or merge the adapter (`merge_adapter()`).",
+                stacklevel=2,
+            )
         return weight
 
     def _forget(self, layer: weakref.ref[nn.Module], factor: Tensor) -> None:

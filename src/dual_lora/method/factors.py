@@ -22,9 +22,10 @@ from .cache import composed_weights
 from .config import DualLoraConfig
 from .lora_names import LoraNames
 from .parallel import offloaded, sharded
-from .precision import FACTOR_DTYPES, Warned, in_fp32, mark_as_stored
+from .precision import FACTOR_DTYPES, in_fp32, mark_as_stored
 from .replaced import compute_attributes
 from .seeds import Keys, Seeds
+from .shared import Shared
 from .start import GAIN, STD, gain_of, give_signs_of_rank_one, std_of
 from .state import AdapterState
 from .strength import Scaling, Strength
@@ -49,7 +50,7 @@ class FactorsLayer(Warmup, Strength, LoraNames, Seeds, nn.Module, BaseTunerLayer
     )
 
     # nn.Module is a base class here, not of the subclasses: else its `train` and `_apply` would precede those below.
-    def __init__(self, base_layer: nn.Module, warned: Warned | None = None) -> None:
+    def __init__(self, base_layer: nn.Module, shared: Shared | None = None) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.states: dict[str, AdapterState] = {}
@@ -65,7 +66,7 @@ class FactorsLayer(Warmup, Strength, LoraNames, Seeds, nn.Module, BaseTunerLayer
         self._scaling = Scaling({}, self.dual_lora_scale, self.states)
         self._disable_adapters = False
         self.tied: dict[str, FactorsLayer] = {}  # by adapter, the embedding whose weight and factors this layer shares
-        self.warned = Warned() if warned is None else warned  # shared by all layers of a model
+        self.shared = Shared() if shared is None else shared  # shared by all layers of a model
         self.out_features, self.in_features = self._matrix_shape()
         self.register_state_dict_post_hook(sharded.remove_counts)
         self.register_load_state_dict_pre_hook(sharded.restore_counts)
@@ -147,7 +148,7 @@ class FactorsLayer(Warmup, Strength, LoraNames, Seeds, nn.Module, BaseTunerLayer
             )
         alpha = config.default_alpha(r1, r2) if alpha is None else float(alpha)
         if share != EXACT and not self.samples_tokens:
-            self.warned.once(f"token_sampling has no effect on {type(base).__name__}: its gradients are exact.")
+            self.shared.warn_once(f"token_sampling has no effect on {type(base).__name__}: its gradients are exact.")
         self.states[adapter_name] = state = AdapterState(r1, r2, alpha, config.form, share=share)
         self._scaling[adapter_name] = state.scaling
         dropout = config.dropout if self.takes_dropout else 0.0
@@ -238,7 +239,7 @@ class FactorsLayer(Warmup, Strength, LoraNames, Seeds, nn.Module, BaseTunerLayer
         if right and not (A.is_meta or B.is_meta or C.is_meta or D.is_meta):
             return four
         A, B, *trained = (offloaded.load(factors, adapter) for factors in self.factor_dicts(adapter))
-        return in_fp32(Factors(A, B, *(trained or self._keys(adapter, A.device))), self.warned)
+        return in_fp32(Factors(A, B, *(trained or self._keys(adapter, A.device))), self.shared)
 
     def adapter(self, name: str) -> Adapter:
         """Return factors, scale λα/√(r1 r2) and form of an adapter, as the operator takes them."""

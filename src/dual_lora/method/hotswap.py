@@ -65,7 +65,7 @@ def hotswap_from_state_dict(
             scales[layer] = layer.strength_tensor(adapter_name)
             if adapter_name in layer.tied:
                 continue  # its factors are the embedding's
-            warn_of_rounded((new.get(f"{name}.dual_lora_{letter}") for letter in RANK_DIMENSION), layer.warned)
+            warn_of_rounded((new.get(f"{name}.dual_lora_{letter}") for letter in RANK_DIMENSION), layer.shared)
             for letter, factors in zip(RANK_DIMENSION, layer.factor_dicts(adapter_name), strict=False):
                 _write(factors[adapter_name], new.get(f"{name}.dual_lora_{letter}"))
             if adapter_name in layer.dual_lora_seed and (seed := new.get(f"{name}.dual_lora_seed")) is not None:

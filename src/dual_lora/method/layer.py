@@ -47,7 +47,7 @@ class DualLoraLayer(MergeLayer):
     """The base class of all adapted layers: factors, warm-up, merge, and the checks of a forward pass."""
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: DualLoraConfig, **options: Any) -> None:
-        super().__init__(base_layer, options.pop("warned", None))
+        super().__init__(base_layer, options.pop("shared", None))
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config=config, **options)
 
@@ -93,9 +93,9 @@ class DualLoraLayer(MergeLayer):
         if torch.is_grad_enabled() or is_traced() or torch._C._len_torch_dispatch_stack():  # make_fx, fake tensors
             return False
         if x is not None and x.dim() == 3:
-            self.warned.decoding, self.warned.several = _is_decoded(x), x.shape[1] > 1
-            self.warned.longer += not self.warned.decoding
-        if not self.warned.decoding or sharded.is_gathered(self):
+            self.shared.decoding, self.shared.several = _is_decoded(x), x.shape[1] > 1
+            self.shared.longer += not self.shared.decoding
+        if not self.shared.decoding or sharded.is_gathered(self):
             return False
         return not self.training or (x is not None and x.dim() == 3 and x.shape[1] == 1)
 
@@ -105,8 +105,8 @@ class DualLoraLayer(MergeLayer):
         """Return the cached composed weight; call `make` if there is none for this `weight` and these adapters."""
         own = [t for n in chosen for t in (*self.stored_factors(n), self.dual_lora_scale[n])]
         counts = [self.left(n) for n in chosen if self.states[n].warmup]
-        extra = tuple(chosen), dtype, self.warned.longer
-        return composed_weights.get(self, [weight, *own, *counts], extra, make, wholly=self.warned.several)
+        extra = tuple(chosen), dtype, self.shared.longer
+        return composed_weights.get(self, [weight, *own, *counts], extra, make, wholly=self.shared.several)
 
     def _composed(
         self, weight: Tensor | None, chosen: Adapters, operand: Tensor, keeps: bool = True, dtype: Any = None
@@ -291,10 +291,10 @@ class Linear(MapLayer):
             return sharded.product(self, x, names, with_base)
         x, adapters = in_dtype_of(weight, x), self._adapters(names)
         if not with_base:
-            return self._product(x, None, None, adapters)
-        return self._product(x, self._matrix(weight), base.bias, adapters, weight)
+            return self.product(x, None, None, adapters)
+        return self.product(x, self._matrix(weight), base.bias, adapters, weight)
 
-    def _product(
+    def product(
         self, x: Tensor, weight: Tensor | Handle | None, bias: Tensor | None, chosen: Adapters, source: Any = None
     ) -> Tensor:
         """x (W + ΣΔW)ᵀ + bias; in inference by a composed weight that is kept while `source`, which W is of, stays."""

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from .precision import Warned
+from .shared import Shared
 from .state import AdapterState
 
 
@@ -45,7 +45,7 @@ class _FactorOfLora:
     def __get__(self, layer: Any, owner: type) -> Any:
         if layer is None:
             return self
-        layer.warned.once(
+        layer.shared.warn_once(
             f"A script asks a Dual LoRA layer for {self.name!r}, which it does not have: ΔW is made of four factors, "
             "`dual_lora_A` to `dual_lora_D`, and is no product of two. What the script does with LoRA's factors, such "
             "as a merge, a penalty or a strength, it does not do here. `isinstance(module, "
@@ -59,7 +59,7 @@ class LoraNames:
     """The part of a layer that has LoRA's names."""
 
     states: dict[str, AdapterState]
-    warned: Warned
+    shared: Shared
     dual_lora_dropout: nn.ModuleDict
 
     lora_A, lora_B = _FactorOfLora(), _FactorOfLora()

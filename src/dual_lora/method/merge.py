@@ -15,8 +15,9 @@ from .cache import composed_weights
 from .checksum import checksum
 from .factors import FactorsLayer
 from .parallel import sharded
-from .precision import Warned, warn_of_rounded
+from .precision import warn_of_rounded
 from .scaler import loss_scale
+from .shared import Shared
 
 _TORCH_TYPES = nn.Parameter, Tensor
 
@@ -26,20 +27,20 @@ class MergeLayer(FactorsLayer):
 
     merges_sharded_weight = False  # whether a merge may write to a part of a weight that is sharded
 
-    def __init__(self, base_layer: nn.Module, warned: Warned | None = None) -> None:
-        super().__init__(base_layer, warned)
+    def __init__(self, base_layer: nn.Module, shared: Shared | None = None) -> None:
+        super().__init__(base_layer, shared)
         self.merged_adapters: list[str] = []
-        self._original: dict[str, Tensor] | None = None  # the base weights' data while something is merged
+        self.original_weights: dict[str, Tensor] | None = None  # the base weights' data while something is merged
         self._written: dict[str, int] = {}  # of the merged weights, by which a later change shows
         self.register_load_state_dict_pre_hook(_refuse_while_merged)
         self.register_load_state_dict_pre_hook(_warn_of_missing_factors)
         self.register_load_state_dict_pre_hook(_warn_of_rounded_factors)
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
-        unchanged = self._original is not None and self._written == self._checksums()
+        unchanged = self.original_weights is not None and self._written == self._checksums()
         result = super()._apply(fn, recurse)
-        if self._original is not None:
-            self._original = {name: fn(data) for name, data in self._original.items()}
+        if self.original_weights is not None:
+            self.original_weights = {name: fn(data) for name, data in self.original_weights.items()}
             self._written = self._checksums() if unchanged else {}
         return result
 
@@ -81,7 +82,7 @@ class MergeLayer(FactorsLayer):
     def _write_merged(self, names: list[str], safe_merge: bool) -> None:
         composed_weights.drop(self)
         if not self.merged_adapters:  # ReLoRA empties the list of what it merges for good, and begins anew
-            self._original = None
+            self.original_weights = None
         if self._merges_with_embedding((*names, *self.merged_adapters)):
             for owner in set(self.tied.values()):
                 apart = [name for name in owner.merged_adapters if name not in self.tied]
@@ -91,7 +92,7 @@ class MergeLayer(FactorsLayer):
         parameters = self.merge_parameters()
         for parameter in parameters.values():
             self.refuse_computed(parameter)
-        if (originals := self._original) is None:
+        if (originals := self.original_weights) is None:
             originals = {n: _kept(p) for n, p in parameters.items()}
         else:
             self._refuse_changed()
@@ -110,7 +111,7 @@ class MergeLayer(FactorsLayer):
                 # In place, as PEFT's LoRA: a program or process that holds the same memory gets the merged weight too.
                 parameter.data.copy_(merged[name])
                 torch.autograd.graph.increment_version(parameter)  # a graph that waits for its backward raises an error
-        self._original = originals if names else None
+        self.original_weights = originals if names else None
         self._written = self._checksums() if names else {}
         self.merged_adapters = names
 
@@ -243,13 +244,13 @@ def _warn_of_missing_factors(
     """Before load_state_dict(): warn of a state with some factors of an adapter, as scripts for LoRA save `lora_A` and
     `lora_B`, or with the names of a saved file. With strict=False the layer's others stay as they are. It warns once a
     load, to which the list `missing` belongs."""
-    if layer.warned.last_load is missing:
+    if layer.shared.last_load is missing:
         return
     for name in layer.states:
         parts = [part for part in layer.adapter_layer_names if name in getattr(layer, part)]
         absent = [key for key in (f"{prefix}{part}.{name}" for part in parts) if key not in state]
         if 0 < len(absent) < len(parts):
-            layer.warned.last_load = missing
+            layer.shared.last_load = missing
             warn(
                 f"The loaded adapter lacks {' and '.join(absent)}: these keep their present values. All four factors "
                 "of a layer belong together: save what has 'dual_lora_' in its name, not 'lora_A' and 'lora_B' alone.",
@@ -257,7 +258,7 @@ def _warn_of_missing_factors(
             )
             return
         if absent and (found := next((key for key in (prefix + part for part in parts) if key in state), None)):
-            layer.warned.last_load = missing
+            layer.shared.last_load = missing
             warn(
                 f"The state has {found}, as a saved file names it, and the model's factor is called {found}.{name}: "
                 "load_state_dict puts in neither this factor nor the others. Use peft.set_peft_model_state_dict(model, "
@@ -270,4 +271,4 @@ def _warn_of_missing_factors(
 def _warn_of_rounded_factors(layer: MergeLayer, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
     """Before load_state_dict(): warn of factors that were saved in 16 or fewer bits."""
     for name in layer.states:
-        warn_of_rounded((state.get(f"{prefix}{part}.{name}") for part in layer.adapter_layer_names), layer.warned)
+        warn_of_rounded((state.get(f"{prefix}{part}.{name}") for part in layer.adapter_layer_names), layer.shared)

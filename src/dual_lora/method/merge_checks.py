@@ -20,7 +20,7 @@ def warn_of_second_names(model: nn.Module) -> None:
     bases = {layer.get_base_layer(): layer for layer in layers_of(model)}
     for name, module in model.named_modules(remove_duplicate=False):
         if module in bases and name.rpartition(".")[2] != "base_layer":
-            bases[module].warned.once(
+            bases[module].shared.warn_once(
                 f"{name!r} is the same module as one that is adapted under another name: the adapter does not act "
                 "there until it is merged, which changes both. Give it a module of its own, or call the other name."
             )
@@ -105,7 +105,7 @@ def refuse_shared_weights(tuner: Any, adapter_names: list[str] | None) -> None:
                     f"and {', '.join(sorted(theirs))}) differ: no single weight gives the same result as the unmerged "
                     "model. " + way_out
                 )
-            layer.warned.once(
+            layer.shared.warn_once(
                 f"Merging adapter {', '.join(sorted(own))} into {base} changes {other} as well, which shares its "
                 "weight and has no update of its own: the merged model differs from the unmerged one. " + way_out
             )

@@ -31,7 +31,7 @@ from .layers.quantized import dispatch_quantized
 from .layers.quantized_rows import keep_unpacked
 from .layers.read import READ_LAYERS, ReadLayer, is_read, set_fast_paths
 from .patterns import layer_options, token_share
-from .precision import Warned
+from .shared import Shared
 from .watch_training import Watch
 
 LAYERS: dict[type[nn.Module], type[DualLoraLayer]] = {
@@ -140,8 +140,8 @@ class DualLoraModel(BaseTuner):
         if isinstance(target, DualLoraLayer) and not wrapped:
             target.update_layer(adapter_name, r1=r1, r2=r2, alpha=alpha, share=share, key=key, config=config)
         else:
-            warned = vars(self).setdefault("_warned", Warned())
-            options: dict[str, Any] = {"r1": r1, "r2": r2, "alpha": alpha, "share": share, "key": key, "warned": warned}
+            shared = vars(self).setdefault("_shared", Shared())
+            options: dict[str, Any] = {"r1": r1, "r2": r2, "alpha": alpha, "share": share, "key": key, "shared": shared}
             options |= get_quantization_kwargs(self.model)
             if parameter_name is not None:
                 options["parameter_name"] = parameter_name
@@ -234,7 +234,7 @@ class DualLoraModel(BaseTuner):
         repeated = [name for name in adapter_names for _ in range(beams)]
         encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
         in_encoder = set() if encoder is None or encoder is self.model else set(encoder.modules())
-        inside = {id(m._out) for m in self.modules() if isinstance(m, MultiheadAttention)}
+        inside = {id(m.out_projection) for m in self.modules() if isinstance(m, MultiheadAttention)}
         with ExitStack() as hooks:
             for read in (m for m in self.modules() if isinstance(m, ReadLayer) and id(m) not in inside):
                 read.takes_no_reads = True
@@ -336,9 +336,9 @@ class DualLoraModel(BaseTuner):
 def _unmerge(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Put the original weights of merged layers into a model's state, from which PEFT saves embeddings."""
     merged = {
-        id(parameter): layer._original[part]
+        id(parameter): layer.original_weights[part]
         for layer in layers_of(model)
-        if layer.merged and layer._original is not None
+        if layer.merged and layer.original_weights is not None
         for part, parameter in layer.merge_parameters().items()
     }
     if not merged:

@@ -9,7 +9,7 @@ scores of its seeds, and the whole error is stored. What changed is written into
 import math
 import time
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import numpy as np
 
@@ -55,14 +55,15 @@ def rejudge(results: Results) -> Results:
     if foreign:
         ours = [note for note in ours if not note.startswith("Chance of any")]
         ours += notes.level_here(said.false_alarm, study.level)
-    rest = cast(Results, {key: value for key, value in results.items() if key not in GONE})
-    return rest | {
+    rest: Any = {key: value for key, value in results.items() if key not in GONE}
+    judged: Results = rest | {
         "format": RESULTS_FORMAT,
         "comparisons": said.comparisons,
         "false_alarm": said.false_alarm,
         "notes": ours + kept,
         "amendments": [*results.get("amendments", []), amendment],
     }
+    return judged
 
 
 def _missing(study: Study, pairs: list[verdicts.Comparison]) -> int:

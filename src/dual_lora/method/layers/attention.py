@@ -42,14 +42,14 @@ class MultiheadAttention(DualLoraLayer):
     ) -> None:
         """Add an adapter to the input projections and the output projection."""
         if config.dropout:
-            self.warned.once(
+            self.shared.warn_once(
                 f"dropout={config.dropout} has no effect on nn.MultiheadAttention (nor has LoRA's): its projections "
                 "are not called one by one, so that the adapter cannot see another input."
             )
         out, name = self._base.out_proj, f"{key}.out_proj"
         is_first = not isinstance(out, ReadLinear)  # the projection may have adapters that the attention lacks
         if is_first:
-            self._base.out_proj = ReadLinear(out, adapter_name, config=config, warned=self.warned, key=name, **ranks)
+            self._base.out_proj = ReadLinear(out, adapter_name, config=config, shared=self.shared, key=name, **ranks)
         super().update_layer(adapter_name, config=config, key=key, **ranks)
         if not is_first:
             out.update_layer(adapter_name, config=config, key=name, **ranks)
@@ -59,7 +59,7 @@ class MultiheadAttention(DualLoraLayer):
         return self.get_base_layer()
 
     @property
-    def _out(self) -> ReadLinear:
+    def out_projection(self) -> ReadLinear:
         return self._base.out_proj
 
     def merge_parameters(self) -> dict[str, Any]:
@@ -89,18 +89,18 @@ class MultiheadAttention(DualLoraLayer):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge the input projections and the output projection; see DualLoraLayer.merge."""
-        before = list(self._out.merged_adapters)
-        self._out.merge(safe_merge, self.active_adapters if adapter_names is None else adapter_names)
+        before = list(self.out_projection.merged_adapters)
+        self.out_projection.merge(safe_merge, self.active_adapters if adapter_names is None else adapter_names)
         try:
             super().merge(safe_merge, adapter_names)
         except ValueError:
-            self._out.unmerge([name for name in self._out.merged_adapters if name not in before])
+            self.out_projection.unmerge([name for name in self.out_projection.merged_adapters if name not in before])
             raise
 
     def unmerge(self, adapter_names: list[str] | None = None) -> None:
         """Take adapters out of all projections, bit for bit."""
         super().unmerge(adapter_names)
-        self._out.unmerge(adapter_names)
+        self.out_projection.unmerge(adapter_names)
 
     def _merged(self, originals: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
         adapters = [self._parts(self.adapter(name)) for name in self.scaling if name in names]
@@ -114,7 +114,7 @@ class MultiheadAttention(DualLoraLayer):
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         base = self._base
-        base.out_proj = self._out.get_base_layer()
+        base.out_proj = self.out_projection.get_base_layer()
         return base
 
     # Forward.
@@ -128,7 +128,7 @@ class MultiheadAttention(DualLoraLayer):
             )
         self._check_forward_args(query)
         names = self._names_to_add()
-        if (out_merged := self.known_names(self._out.merged_adapters)) != self.merged_adapters:
+        if (out_merged := self.known_names(self.out_projection.merged_adapters)) != self.merged_adapters:
             raise ValueError(
                 f"The output projection has {out_merged} merged, the attention itself "
                 f"{self.merged_adapters}: merge and unmerge the attention, which does both."
@@ -136,7 +136,7 @@ class MultiheadAttention(DualLoraLayer):
         if not names:
             return self.base_layer(query, *args, **kwargs)
         weights = {name: original(self._base, name) for name in self.merge_parameters()}
-        for weight in (*weights.values(), self._out.get_base_layer().weight):
+        for weight in (*weights.values(), self.out_projection.get_base_layer().weight):
             sharded.refuse_sharded(self._base, weight)
             refuse_meta(query, weight)
         parts = {n: self._parts(adapter) for n, adapter in self._adapters(names).items()}
@@ -151,5 +151,5 @@ class MultiheadAttention(DualLoraLayer):
     def __getattr__(self, name: str) -> Any:
         """As nn.Module; attributes that encoder layers read are the base's."""
         if name in READ_BY_ENCODERS:
-            return self._out.get_base_layer() if name == "out_proj" else getattr(self._base, name)
+            return self.out_projection.get_base_layer() if name == "out_proj" else getattr(self._base, name)
         return super().__getattr__(name)

@@ -130,13 +130,13 @@ class QuantizedLinear(Linear):
         base: Any = self.base_layer
         adapters = self._adapters(names)
         if not with_base:
-            return self._product(x, None, None, adapters)
+            return self.product(x, None, None, adapters)
         given, autocast = x.dtype, autocast_dtype(x.device, x.dtype)
         if autocast is None:
             x = x.to(getattr(base, "compute_dtype", None) or x.dtype)  # the library's own, where it says so
         bias = None if base.bias is None else base.bias.to(autocast or x.dtype)
         stored = base.W_q if isinstance(self.quantization_backend, HqqBackend) else base.weight
-        y = self._product(x, self._handle, bias, adapters, stored)
+        y = self.product(x, self._handle, bias, adapters, stored)
         return y if autocast is not None else y.to(given)
 
     def _base_call(self, x: Tensor, own: bool, *args: Any, **kwargs: Any) -> Tensor:

@@ -206,7 +206,7 @@ class _StandIn:
             adapters = with_factors(adapters, _SumGradients.apply(group, *(f for a in adapters for f in a.factors)))
         mine = {name: self.part.of(a) for name, a in zip(self.names, adapters, strict=True)}
         weight, whole = (weight, self.weight) if self.with_base else (None, None)
-        return self.layer._product(x, weight, bias, mine, whole)
+        return self.layer.product(x, weight, bias, mine, whole)
 
 
 class _SumGradients(torch.autograd.Function):
