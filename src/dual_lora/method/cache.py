@@ -90,7 +90,7 @@ class ComposedWeights:
     def __init__(self, limit_bytes: int = 4 << 30):
         self.limit_bytes = limit_bytes
         self._entries: weakref.WeakKeyDictionary[nn.Module, _Entry] = weakref.WeakKeyDictionary()
-        self._told_limit = 0  # the limit of the last warning
+        self._warned_limit = 0  # the limit of the last warning
         self._lock = threading.RLock()  # several threads may generate at once
 
     @property
@@ -132,8 +132,8 @@ class ComposedWeights:
                     [t.register_post_accumulate_grad_hook(forget) for t in sources if t.requires_grad and t.is_leaf],
                 )
                 return weight
-        if self._told_limit != self.limit_bytes:
-            self._told_limit = self.limit_bytes
+        if self._warned_limit != self.limit_bytes:
+            self._warned_limit = self.limit_bytes
             warn(
                 f"The cache of composed weights is full ({self.limit_bytes / 2**30:.1f} GiB): further layers compose "
                 "their weight at every step, which makes generation slow. Raise "
