@@ -209,9 +209,9 @@ def _field_problems(error: BaseException | None) -> str:
 
 
 def _in_a_sentence(error: Exception) -> str:
-    if said := memory_full(error):
+    if full := memory_full(error):
         return (
-            f"{said} What was finished is unharmed. Lower the batch size (--train.batch-size, --evaluate.batch-size), "
+            f"{full} What was finished is unharmed. Lower the batch size (--train.batch-size, --evaluate.batch-size), "
             "or take a smaller model. A file from somebody else may ask for more memory than it should."
         )
     if is_disk_full(error):
@@ -255,9 +255,9 @@ def _with_new_option_names(given: Iterable[str], names: dict[str, str]) -> list[
 
 def _usage_error(error: CycloptsError, command: str | None) -> str:
     """Cyclopts' sentence; ours for a flag that other trainers have, and for arguments that are left over."""
-    said = str(error)
-    option = next((a.partition("=")[0] for a in said.split() if a.startswith("--")), "").rstrip(".")
-    if command == "train" and said.startswith("Unknown option") and (ours := ELSEWHERE.get(option.replace("_", "-"))):
+    text = str(error)
+    option = next((a.partition("=")[0] for a in text.split() if a.startswith("--")), "").rstrip(".")
+    if command == "train" and text.startswith("Unknown option") and (ours := ELSEWHERE.get(option.replace("_", "-"))):
         return f"Unknown option: {option}. Did you mean {ours}?"
     if option.startswith("--method.") and isinstance(error, MissingArgumentError):
         return f"{option} needs a value, such as {option} true: it is a field of the method's configuration."
@@ -266,9 +266,9 @@ def _usage_error(error: CycloptsError, command: str | None) -> str:
         return _left_over(error, called)
     if isinstance(error, MissingArgumentError) and error.argument:
         return _missing(error, error.argument, called)
-    if isinstance(error, UnknownOptionError) and "Did you mean" not in said:
-        return f"{said} `{called} --help-all` lists all options."
-    return said
+    if isinstance(error, UnknownOptionError) and "Did you mean" not in text:
+        return f"{text} `{called} --help-all` lists all options."
+    return text
 
 
 def _missing(error: MissingArgumentError, argument: Argument, called: str) -> str:

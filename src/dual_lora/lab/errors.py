@@ -61,9 +61,9 @@ def described(error: BaseException, *plain: type[BaseException], lines: int | No
     if full := memory_full(error):
         return full
     notes = getattr(error, "__notes__", []) if lines is None else []
-    said = " ".join(" ".join([*str(error).strip().splitlines()[:lines], *notes]).split())
-    kind = "" if said and isinstance(error, (UserError, *plain)) else type(error).__name__
-    return ": ".join(filter(None, [kind, said]))[:KEPT_OF_AN_ERROR]
+    text = " ".join(" ".join([*str(error).strip().splitlines()[:lines], *notes]).split())
+    kind = "" if text and isinstance(error, (UserError, *plain)) else type(error).__name__
+    return ": ".join(filter(None, [kind, text]))[:KEPT_OF_AN_ERROR]
 
 
 @contextmanager
@@ -126,8 +126,8 @@ def _memory_full(error: BaseException) -> str:
     return f"The {'machine' if of_machine else 'device'}'s memory is full{limit}{more}.{where}"
 
 
-def _amount(said: str) -> str:
+def _amount(text: str) -> str:
     from dual_lora.lab.terminal import size
 
-    number, unit = said.split()
-    return size(int(number)) if unit == "bytes" else said
+    number, unit = text.split()
+    return size(int(number)) if unit == "bytes" else text

@@ -99,15 +99,16 @@ def chosen(card: str) -> str:
 
 def on_card(device: torch.device, tell: Callable[[str], None]) -> dict[str, Any]:
     """Find out all about one card. What breaks is said in its place, and the rest goes on."""
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as given:
         warnings.simplefilter("always")
         kernels = dispatch.triton_kernels(device)
     properties = torch.cuda.get_device_properties(device)
+    without = "; ".join(str(w.message) for w in given) or "PyTorch's operations"
     found: dict[str, Any] = {
         "device": str(device),
         "name": properties.name,
         "memory": properties.total_memory,
-        "path": "kernels" if kernels is not None else "; ".join(str(w.message) for w in said) or "PyTorch's operations",
+        "path": without if kernels is None else "kernels",
         "launches": [],
     }
     if kernels is None:

@@ -171,9 +171,9 @@ def parse_yaml(text: str, where: str) -> Any:
         if isinstance(error, yaml.MarkedYAMLError) and "'\\t'" in (error.problem or "") and (at := error.problem_mark):
             raise UserError(f"{where} is not valid YAML: line {at.line + 1} has a tab, expected blanks.") from None
         if isinstance(error, yaml.MarkedYAMLError) and (at := error.problem_mark) and error.problem:
-            said = " ".join(": ".join(filter(None, (error.context, error.problem))).split())[:KEPT_OF_AN_ERROR]
+            reason = " ".join(": ".join(filter(None, (error.context, error.problem))).split())[:KEPT_OF_AN_ERROR]
             place = f"line {at.line + 1}, column {at.column + 1}"
-            raise UserError(f"{where} is not valid YAML in {place}: {said}.") from None
+            raise UserError(f"{where} is not valid YAML in {place}: {reason}.") from None
         raise UserError(f"{where} is not valid YAML: {described(error, Exception)}") from None
     except RecursionError:
         raise UserError(f"{where} is nested too deeply.") from None

@@ -23,8 +23,8 @@ def layer_options(config: DualLoraConfig, key: str) -> tuple[int, int, float]:
 
 def token_share(config: DualLoraConfig, key: str) -> float:
     """Return the share of the tokens for the layer named `key`, as the operator takes it."""
-    said = _matching_value("sampling_pattern", config.sampling_pattern, key, config.token_sampling)
-    return EXACT if said is None else AUTO if said == "auto" else float(said)
+    share = _matching_value("sampling_pattern", config.sampling_pattern, key, config.token_sampling)
+    return EXACT if share is None else AUTO if share == "auto" else float(share)
 
 
 def _matching_value(name: str, patterns: dict[str, Any], key: str, otherwise: Any = None) -> Any:

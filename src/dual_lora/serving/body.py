@@ -40,21 +40,21 @@ def read_body(body: bytes, kind: str) -> Asked:
     if not body:
         return Asked("", False, b"")
     try:
-        said = bounded_json(body, MOST_VALUES) if is_json(kind) else None
-        whole = json.dumps(said).encode()
+        values = bounded_json(body, MOST_VALUES) if is_json(kind) else None
+        whole = json.dumps(values).encode()
     except OverflowError as error:
         raise Unclear(
             f"The request has {error} (a long number counts as several), of which at most {MOST_VALUES:,} are read."
         ) from None
     except (ValueError, RecursionError):
-        said = None
-    if not isinstance(said, dict):
+        values = None
+    if not isinstance(values, dict):
         raise Unclear(
             "While adapters have names here, the body of a request has to be a JSON object that is not nested too "
             "deeply, and its Content-Type application/json. For forms, as of sound, serve one adapter."
         )
-    model = said.get("model")
-    return Asked(model if isinstance(model, str) else "", bool(said.get("background")), whole)
+    model = values.get("model")
+    return Asked(model if isinstance(model, str) else "", bool(values.get("background")), whole)
 
 
 def bounded_json(body: bytes, most: int) -> Any:

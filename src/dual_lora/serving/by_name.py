@@ -89,10 +89,10 @@ class ByName:
         """Return the adapter's name in a request. Raises Unclear for a request that cannot be answered by name."""
         if not self.names:
             return None
-        said = asked()
-        if said.background:
+        request = asked()
+        if request.background:
             raise Unclear("No request can run in the background here: the turn of its adapter ends with its answer.")
-        return said.model if said.model in self.names else None
+        return request.model if request.model in self.names else None
 
     def _may_reach_the_model(self, scope: Message) -> bool:
         if scope["type"] != "http":
@@ -106,15 +106,15 @@ class ByName:
 def _has_key(scope: Message, keys: Collection[str]) -> bool:
     """Whether a request has one of the keys. Many versions of vLLM look at those below /v1 alone."""
     kind, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
-    told = hashlib.sha256(given.decode("latin-1").encode()).digest()  # as vLLM reads it
-    same = [hmac.compare_digest(told, hashlib.sha256(key.encode()).digest()) for key in keys]
+    digest = hashlib.sha256(given.decode("latin-1").encode()).digest()  # as vLLM reads it
+    same = [hmac.compare_digest(digest, hashlib.sha256(key.encode()).digest()) for key in keys]
     return kind.lower() == b"bearer" and any(same)
 
 
 def _content_type(scope: Message) -> str:
     """What a request says that its body is: the first such header, as Starlette reads it."""
-    said = (value for name, value in scope["headers"] if name.lower() == b"content-type")
-    return next(said, b"").decode("latin-1")
+    types = (value for name, value in scope["headers"] if name.lower() == b"content-type")
+    return next(types, b"").decode("latin-1")
 
 
 def _has_route(scope: Message) -> bool:
@@ -161,16 +161,16 @@ def _handed_on(body: bytes, receive: Receive) -> Receive:
     """Receive a body that was read, in one piece, and then what comes: it may have come as millions of pieces."""
     left = [body]
 
-    async def again() -> Message:
+    async def receive_left() -> Message:
         return {"type": "http.request", "body": left.pop(), "more_body": False} if left else await receive()
 
-    return again
+    return receive_left
 
 
 def _as_json(scope: Message, body: bytes) -> Message:
     """The request with the headers of a JSON body, whatever it called its own."""
-    told = (b"content-type", b"content-length", b"content-encoding", b"transfer-encoding")
-    kept = [(name, value) for name, value in scope["headers"] if name.lower() not in told]
+    replaced = (b"content-type", b"content-length", b"content-encoding", b"transfer-encoding")
+    kept = [(name, value) for name, value in scope["headers"] if name.lower() not in replaced]
     return {
         **scope,
         "headers": [*kept, (b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())],

@@ -115,9 +115,9 @@ class AdapterServer:
         if reply.is_redirect:
             raise ServerError(f"{self.url}{path} sends on to another address, which is not followed: name that one.")
         hint = " Was it started with VLLM_PLUGINS=dual_lora and --load-format dual_lora?" if reply.status == 404 else ""
-        said = reply.body[:SAID].decode(errors="replace")
-        said = "".join(c if c.isprintable() or c == "\n" else " " for c in said)  # no code for the terminal
-        raise ServerError(f"{self.url}{path} answers {reply.status}: {said}{hint}")
+        text = reply.body[:SAID].decode(errors="replace")
+        text = "".join(c if c.isprintable() or c == "\n" else " " for c in text)  # no code for the terminal
+        raise ServerError(f"{self.url}{path} answers {reply.status}: {text}{hint}")
 
 
 def _whole(numbers: Any) -> list[int]:

@@ -74,10 +74,11 @@ def check_patterns(values: dict[str, Any], model: Any) -> None:
             f"{field} {text[:200]!r} takes too long on this model's names (more than {SECONDS:g} seconds): write it "
             "without repeats inside repeats."
         ) from None
-    said = [json.loads(line) for line in done.stdout.splitlines()]
-    if done.returncode or isinstance(said[-1], str):
-        field, text = complex_ones[max((each for each in said if isinstance(each, int)), default=0)]
-        raise ValueError(_is_none(field, text, said[-1] if said and isinstance(said[-1], str) else "it was not tried"))
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    if done.returncode or isinstance(results[-1], str):
+        field, text = complex_ones[max((each for each in results if isinstance(each, int)), default=0)]
+        reason = results[-1] if results and isinstance(results[-1], str) else "it was not tried"
+        raise ValueError(_is_none(field, text, reason))
 
 
 def _is_none(field: str, text: str, why: object) -> str:

@@ -69,7 +69,7 @@ def advice_of(results: Results, whole: Study, work: Work, source: object, minute
     about = [_comparison_sentence(rival, judged[rival.name]) for rival in rivals]
     rival = next(r for name in (found.use, DUAL) for r in rivals if r.name == name)
     left_open = _open_reason([r for r in rivals if not r.ruled_out], judged, methods, minutes, needed, records)
-    again = f"dual-lora advise {quote(str(source))} --minutes {needed}"
+    longer = f"dual-lora advise {quote(str(source))} --minutes {needed}"
     loser = methods[LORA if found.why is Why.BETTER else rival.name]
     doubt = _learning_rate_doubt(loser, untrained, study.search) if found.why in (Why.BETTER, Why.NO_GAIN) else ""
     return Advice(
@@ -79,7 +79,7 @@ def advice_of(results: Results, whole: Study, work: Work, source: object, minute
         [_row(m, judged.get(m["method"]), methods[LORA]) for m in results["methods"]],
         _conditions(study, whole, work, methods, next(iter(study.margin)), margin),
         results["notes"],
-        f"dual-lora train {quote(str(out / 'recommended.yaml'))}" if found.use else again if needed else "",
+        f"dual-lora train {quote(str(out / 'recommended.yaml'))}" if found.use else longer if needed else "",
         (methods[found.use]["settings"] or {}).get(RATE) if found.use else None,
         needed,
         minutes,

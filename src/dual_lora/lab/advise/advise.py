@@ -54,8 +54,8 @@ def advise(
     """
     made = _AdviceStudy(source, minutes, out, metric, margin)
     study = made.next or made.begun or made.measured_study(progress)
-    if progress and (said := made.outlook(study)):
-        console.print(said, markup=False)
+    if progress and (outlook := made.outlook(study)):
+        console.print(outlook, markup=False)
     results = compare(study, made.folder.path, longer=made.next is not None, progress=progress)
     if not results["complete"]:
         raise UserError(
@@ -236,8 +236,8 @@ def _recommended_recipe(source: str | Path, made: _AdviceStudy, advice: Advice) 
 
 def _with_checksum(text: str) -> str:
     """The text below a line that tells whether somebody has changed it since."""
-    print_of = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return f"# Written by dual-lora advise, which keeps it once it is changed ({print_of}).\n{text}"
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return f"# Written by dual-lora advise, which keeps it once it is changed ({digest}).\n{text}"
 
 
 def _is_unchanged(file: Path) -> bool:

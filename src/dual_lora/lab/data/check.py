@@ -134,12 +134,12 @@ def _by_reason(failed: list[tuple[str, UserError]]) -> list[str]:
     reasons: dict[str, list[str]] = {}
     for where, error in failed:
         reasons.setdefault(str(error).removeprefix(where), []).append(where)
-    said = [
+    problems = [
         f"{where[0]}{reason}" + (f" The same in {len(where) - 1:,} more records." if len(where) > 1 else "")
         for reason, where in reasons.items()
     ]
     left = sum(map(len, list(reasons.values())[SHOWN:]))
-    return said[:SHOWN] + ([f"… and {left:,} more records that cannot be read."] if left else [])
+    return problems[:SHOWN] + ([f"… and {left:,} more records that cannot be read."] if left else [])
 
 
 def _is_empty(value: Any) -> bool:

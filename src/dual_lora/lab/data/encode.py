@@ -55,17 +55,17 @@ def fixed_date(tokenizer: Any) -> dict[str, Any]:
     """Arguments for a chat template that writes the day's date into a prompt: one that is the same tomorrow."""
     template = tokenizer.chat_template
     more: dict[str, Any] = {"date_string": _DATE.strftime("%d %b %Y")} if "date_string" in str(template) else {}
-    if isinstance(template, str) and (told := _TODAY.sub(lambda m: repr(_DATE.strftime(m[2])), template)) != template:
-        more["chat_template"] = told
+    if isinstance(template, str) and (dated := _TODAY.sub(lambda m: repr(_DATE.strftime(m[2])), template)) != template:
+        more["chat_template"] = dated
     return more
 
 
 def rows_digest(rows: Iterable[Encoded]) -> str:
     """A print of what is learned from."""
-    print_of = hashlib.sha256()
+    digest = hashlib.sha256()
     for row in rows:
-        print_of.update(repr((row.input_ids, row.labels, row.token_types)).encode())
-    return print_of.hexdigest()[:16]
+        digest.update(repr((row.input_ids, row.labels, row.token_types)).encode())
+    return digest.hexdigest()[:16]
 
 
 MOST_WRITTEN = 250_000  # messages of one record, those before each answer counted again: five hundred answers
@@ -170,12 +170,12 @@ class Prompter:
                     f"{example.where}: a message of the assistant has weight 0, and every answer of a conversation is "
                     "learned: end the record before it, or give the answers records of their own."
                 )
-            said = answer_of(message, example.where)
-            answer = self.answer_ids(said, end=last)
+            answer_text = answer_of(message, example.where)
+            answer = self.answer_ids(answer_text, end=last)
             ids += context + answer
             labels += taught + answer
             if not last:
-                written = self.prompt_text(example.messages[:i], example.tools) + said
+                written = self.prompt_text(example.messages[:i], example.tools) + answer_text
         labels[:1] = [IGNORED]  # nothing stands before it; in a padded row that would be padding
         return Encoded(example.where, ids, labels)
 

@@ -155,10 +155,10 @@ def prompts_together(examples: list[Example]) -> list[str]:
 
 def digests(messages: Iterable[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], str]]:
     """Each message with a print of the conversation up to it: in one pass, however long the conversation is."""
-    print_of = hashlib.sha256()
+    digest = hashlib.sha256()
     for message in messages:
-        print_of.update(repr(message).encode("utf-8", "surrogatepass") + b"\n")
-        yield message, print_of.hexdigest()
+        digest.update(repr(message).encode("utf-8", "surrogatepass") + b"\n")
+        yield message, digest.hexdigest()
 
 
 def last_digest(messages: Iterable[dict[str, Any]]) -> str:

@@ -181,8 +181,8 @@ def _generation(record: Record, messages: tuple[Any, ...], answer: str, tools: t
     if not answer.strip():
         raise UserError(f"{record.where}: the answer is empty, there is nothing to learn from.")
     before = {name: record.values.get(name) for name in ("system", "history", "completion")}
-    said = [message["content"] for message in messages]
-    if unread := [name for name, value in before.items() if not is_missing(value) and value not in said]:
+    contents = [message["content"] for message in messages]
+    if unread := [name for name, value in before.items() if not is_missing(value) and value not in contents]:
         warn(f"Records hold {' and '.join(unread)}, which is not read: write it as one of the messages.", stacklevel=2)
     target = record.values.get("answer")
     target = answer if is_missing(target) else text_in(record, "answer")

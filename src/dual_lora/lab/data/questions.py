@@ -74,8 +74,8 @@ def _check_has_question(records: list[Record], data: DataSection, head: str) -> 
 
 def is_blank(example: Example) -> bool:
     """Whether a record asks nothing: its texts, or all its messages, are empty."""
-    said = example.text or [message.get("content") for message in example.prompt]
-    return not any(part.strip() if isinstance(part, str) else part for part in said)
+    parts = example.text or [message.get("content") for message in example.prompt]
+    return not any(part.strip() if isinstance(part, str) else part for part in parts)
 
 
 def _has_header(source: str, data: DataSection) -> bool:

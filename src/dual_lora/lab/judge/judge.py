@@ -88,20 +88,20 @@ def judge(
         by = chosen[at], direction[at]
         rows += [_method(at, method, runs, *by, scores.costs.get((at, method))) for method, runs in own.items()]
         pairs += _pairs(at, own, against, *by, margin, level)
-    said = conclude(study, pairs, rows, [])
+    conclusion = conclude(study, pairs, rows, [])
     whole = any(runs.items == [WHOLE] for own in paired.values() for runs in own.values())
     results: Results = {
         "format": results_of_studies.RESULTS_FORMAT,
         "study": study.model_dump(mode="json"),
         "complete": True,
         "methods": rows,
-        "comparisons": said.comparisons,
-        "false_alarm": said.false_alarm,
+        "comparisons": conclusion.comparisons,
+        "false_alarm": conclusion.false_alarm,
         "pareto": results_of_studies.pareto(rows),
         "notes": [
-            *(note for note in said.notes if not note.startswith("Chance of any")),
-            *level_here(said.false_alarm, level),
-            *([TUNED] + [WHOLE_ONLY] * whole) * any(c["p"] is not None for c in said.comparisons),
+            *(note for note in conclusion.notes if not note.startswith("Chance of any")),
+            *level_here(conclusion.false_alarm, level),
+            *([TUNED] + [WHOLE_ONLY] * whole) * any(c["p"] is not None for c in conclusion.comparisons),
             *_one_seed_note(paired),
             *guessed,
             *_other_units(paired),
@@ -164,15 +164,15 @@ def _directions(
     found, guessed = {}, dict[str, str]()
     for scenario, metric in chosen.items():
         name = metric.partition(",")[0]
-        told = asked or scores.better.get((scenario[1], name)) or scores.better.get(("", name))
-        if told is None and metric in metrics.METRICS:
-            told = metrics.better(metric)
-        if told is None:
+        direction = asked or scores.better.get((scenario[1], name)) or scores.better.get(("", name))
+        if direction is None and metric in metrics.METRICS:
+            direction = metrics.better(metric)
+        if direction is None:
             words = set(re.findall("[a-z0-9]+", name.lower().replace("_", " ")))
-            told = "less" if LESS & words else "more"
-            if told == "less" or not MORE & words or TURNED & words or name.startswith("1-"):
-                guessed[metric] = told
-        found[scenario] = told
+            direction = "less" if LESS & words else "more"
+            if direction == "less" or not MORE & words or TURNED & words or name.startswith("1-"):
+                guessed[metric] = direction
+        found[scenario] = direction
     return found, [
         f"Which way {metric} is better was not said: {way} of it is taken as better. If it is the other way, give "
         f"--better {'more' if way == 'less' else 'less'}."

@@ -155,9 +155,9 @@ def _means(task: str, rows: list[Score], results: dict[str, Any]) -> dict[str, b
         own = items.setdefault(row.metric, {})
         twice |= {row.metric} if row.item in own else set()  # named later
         own[row.item] = row.value
-    told, found = _part(results, "results", task), {}
+    figures, found = _part(results, "results", task), {}
     for metric, values in items.items():
-        figure = told.get(metric if "," in metric else f"{metric},none")
+        figure = figures.get(metric if "," in metric else f"{metric},none")
         if isinstance(figure, int | float) and metric not in twice:
             mean = math.fsum(values.values()) / len(values)
             found[metric] = math.isclose(figure, mean, rel_tol=1e-6, abs_tol=1e-9)

@@ -36,14 +36,14 @@ def converted(records: Iterable[Record], query: str, answer: str) -> tuple[list[
     made, left = [], 0
     for record in records:
         try:
-            asked, said = str(record.values[query]).strip(), str(record.values[answer]).strip()
+            asked, solution = str(record.values[query]).strip(), str(record.values[answer]).strip()
         except KeyError as error:
             raise UserError(f"{record.where}: field {error} is missing, found {', '.join(record.values)}.") from None
-        number = number_in(said)
-        if number is None or len(f"{asked} {said}") > LONGEST:
+        number = number_in(solution)
+        if number is None or len(f"{asked} {solution}") > LONGEST:
             left += 1
             continue
-        made.append({"instruction": TEMPLATE.format(query=asked), "input": "", "output": said, "answer": number})
+        made.append({"instruction": TEMPLATE.format(query=asked), "input": "", "output": solution, "answer": number})
     return made, left
 
 

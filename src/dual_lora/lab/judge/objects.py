@@ -61,8 +61,8 @@ def _run_git(folder: Path, command: list[str], env: dict[str, str], cwd: str, en
     try:
         assert running.stdout is not None
         with running.stdout as output:
-            said = output.read(LARGEST + 1)
-            if len(said) > LARGEST:
+            content = output.read(LARGEST + 1)
+            if len(content) > LARGEST:
                 running.kill()
         code = running.wait()
     finally:
@@ -70,14 +70,14 @@ def _run_git(folder: Path, command: list[str], env: dict[str, str], cwd: str, en
         running.kill()
     if time.monotonic() > ends:
         raise UserError(f"The history of {folder} could not be read within {SECONDS} seconds.")
-    if len(said) > LARGEST:
+    if len(content) > LARGEST:
         raise UserError(f"The history of {folder} holds more than {LARGEST:,} bytes in one place.")
     if code:
         raise UserError(
             f"{folder} does not hold the whole of its history (git {command[1]}: status {code}): give a clone that was "
             "made without --depth and without --filter."
         )
-    return said
+    return content
 
 
 def _check_objects(folder: Path, objects: Path) -> None:

@@ -129,8 +129,8 @@ def _cost(train: dict[str, Any]) -> dict[str, float | None]:
         "all_parameters": "num_total_params",
         "adapter_bytes": "file_size",
     }
-    told = {name: train.get(theirs) for name, theirs in names.items()}
-    return {n: v if isinstance(v, int | float) and 0 <= v < MOST else None for n, v in told.items()}
+    numbers = {name: train.get(theirs) for name, theirs in names.items()}
+    return {n: v if isinstance(v, int | float) and 0 <= v < MOST else None for n, v in numbers.items()}
 
 
 def _medians(costs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -43,13 +43,13 @@ class Conversation:
             raise UserError("The prompt is empty.")
         asked = [*self.messages, {"role": "user", "content": prompt}]
         variant = None if self.adapter else "base"
-        said = ""
+        reply = ""
         pieces = answer_to(self.tuned, asked, variant=variant, **self.options)
         with contextlib.closing(pieces):
             try:
                 for piece in pieces:
-                    said += piece
+                    reply += piece
                     yield piece
             finally:
-                if said:
-                    self.messages = [*asked, {"role": "assistant", "content": said}]
+                if reply:
+                    self.messages = [*asked, {"role": "assistant", "content": reply}]

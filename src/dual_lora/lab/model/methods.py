@@ -136,8 +136,8 @@ def apply_method(loaded: Loaded, config: PeftConfig | None, base: ModelSection, 
     except Exception as error:
         if memory_full(error):
             raise
-        said = described(error, ValueError, NotImplementedError)
-        raise UserError(f"The method does not fit the model: {said}") from error
+        reason = described(error, ValueError, NotImplementedError)
+        raise UserError(f"The method does not fit the model: {reason}") from error
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError("The method left no trainable parameters: check method.target_modules.")
     model.peft_config["default"].base_model_name_or_path = base.path

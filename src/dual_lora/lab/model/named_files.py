@@ -52,10 +52,10 @@ def check_tokenizer_arguments(model: str, revision: str | None = None) -> None:
         raise UserError(f"The folder {model}: {error}") from None
     for name, settings in every.items():
         _check_token_count(settings, f"{name} of {model}", of_model)
-        elsewhere = [key for key in _SOUGHT if settings.get(key)]
+        others = [key for key in _SOUGHT if settings.get(key)]
         if name == ARGUMENTS[1]:
-            elsewhere += [key for key in _NOTED if key in settings]
-        for key in elsewhere:
+            others += [key for key in _NOTED if key in settings]
+        for key in others:
             raise UserError(
                 f"{name} of {model} has {key} {settings[key]!r:.200}, by which the tokenizer would be sought in "
                 f"another place. Nothing was read: remove {key}."

@@ -70,7 +70,7 @@ def name_in_adapter(folder: Path, model: Any, classes: list[str]) -> None:
         return
     base = type(plain.get_base_model() if hasattr(plain, "get_base_model") else getattr(plain, "model", plain))
     values = read_object(file)
-    told: dict[str, Any] = {"base_model_class": base.__name__, "parent_library": base.__module__}
-    told |= {"id2label": label_settings(classes)["id2label"]}
-    values["auto_mapping"] = {**(values.get("auto_mapping") or {}), **told}
+    mapping: dict[str, Any] = {"base_model_class": base.__name__, "parent_library": base.__module__}
+    mapping |= {"id2label": label_settings(classes)["id2label"]}
+    values["auto_mapping"] = {**(values.get("auto_mapping") or {}), **mapping}
     file.write_text(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -255,8 +255,8 @@ def _open_adapter(
             raise
         if type(error).__name__ == "SafetensorError":
             raise UserError(f"The adapter file in {adapter} is damaged: {error}") from error
-        said = described(error, ValueError, RuntimeError, OSError, lines=2)
-        raise UserError(f"The adapter {adapter} does not fit {part.path}: {said}") from error
+        reason = described(error, ValueError, RuntimeError, OSError, lines=2)
+        raise UserError(f"The adapter {adapter} does not fit {part.path}: {reason}") from error
     check_finite_weights(brought, f"The adapter {adapter}")
     _warn_of_unread(adapter, model)
     untrained = partial(untrained_model, part, seed, labels, str(model.device))

@@ -144,8 +144,8 @@ def _plain(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, str]]
         if isinstance(value, dict):
             yield from _plain(value, above if name.startswith("rope_") else f"{above}{name}.")
         elif isinstance(value, str | int | float | list):
-            told = json.dumps([_number(v) for v in value] if isinstance(value, list) else _number(value))
-            yield above + name, told if len(told) < 80 else hashlib.sha256(told.encode()).hexdigest()[:16]
+            text = json.dumps([_number(v) for v in value] if isinstance(value, list) else _number(value))
+            yield above + name, text if len(text) < 80 else hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _number(value: Any) -> Any:
@@ -190,8 +190,8 @@ def _tensors_of(file: Path) -> dict[str, Callable[[], str]]:
     return read
 
 
-def _sampled_tensor(file: Path, first: int, last: int, told: str) -> str:
-    return _sampled(file, 4, 1024, first, last, told)[:8]
+def _sampled_tensor(file: Path, first: int, last: int, kind: str) -> str:
+    return _sampled(file, 4, 1024, first, last, kind)[:8]
 
 
 def folder_here(name: str, revision: str | None) -> Path | None:
@@ -206,13 +206,13 @@ def folder_here(name: str, revision: str | None) -> Path | None:
 
 
 def _sampled(
-    file: Path, samples: int = 64, size: int = 4096, first: int = 0, last: int | None = None, told: str = ""
+    file: Path, samples: int = 64, size: int = 4096, first: int = 0, last: int | None = None, kind: str = ""
 ) -> str:
     """A print of the size of a file, or of the bytes from `first` to `last` in it, and of parts spread over them."""
     whole = (file.stat().st_size if last is None else last) - first
-    print_of = hashlib.sha256((told or str(whole)).encode())
+    digest = hashlib.sha256((kind or str(whole)).encode())
     with file.open("rb") as held:
         for k in range(samples):
             held.seek(first + max(0, whole - size) * k // (samples - 1))
-            print_of.update(held.read(min(size, whole)))
-    return print_of.hexdigest()[:16]
+            digest.update(held.read(min(size, whole)))
+    return digest.hexdigest()[:16]

@@ -18,8 +18,8 @@ def inconsistencies(results: Results) -> list[str]:
     try:
         found = [*_score_inconsistencies(results), *_verdict_inconsistencies(results)]
     except Exception as error:  # whatever a stranger's file makes the statistics raise
-        said = described(error)[:200]
-        return [f"Whether these verdicts follow from the file's figures could not be computed ({said})."]
+        reason = described(error)[:200]
+        return [f"Whether these verdicts follow from the file's figures could not be computed ({reason})."]
     if not found:
         return []
     more = f" and {len(found) - LISTED} more" if len(found) > LISTED else ""
@@ -30,11 +30,11 @@ def inconsistencies(results: Results) -> list[str]:
 
 
 def _verdict_inconsistencies(results: Results) -> Iterator[str]:
-    for said, follows in zip(results["comparisons"], rejudge(results)["comparisons"], strict=True):
-        if NEW_WORDS.get(said["verdict"], said["verdict"]) != follows["verdict"]:
-            yield f"{_pair(said)} is called {said['verdict']}, and by its figures it is {follows['verdict']}"
-        elif not all(_same(said[key], follows[key]) for key in ("low", "high", "p_holm", "p_same_holm")):
-            yield f"the interval or p of {_pair(said)} is another than its spread gives"
+    for stated, follows in zip(results["comparisons"], rejudge(results)["comparisons"], strict=True):
+        if NEW_WORDS.get(stated["verdict"], stated["verdict"]) != follows["verdict"]:
+            yield f"{_pair(stated)} is called {stated['verdict']}, and by its figures it is {follows['verdict']}"
+        elif not all(_same(stated[key], follows[key]) for key in ("low", "high", "p_holm", "p_same_holm")):
+            yield f"the interval or p of {_pair(stated)} is another than its spread gives"
 
 
 def _score_inconsistencies(results: Results) -> Iterator[str]:

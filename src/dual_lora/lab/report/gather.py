@@ -115,8 +115,8 @@ def gather(paths: list[str | Path]) -> Material:
             else:
                 _add_json(material, file, file in named)
         except Exception as error:  # whatever a stranger's file makes its readers raise
-            said = described(error, Exception)[:200].rstrip(".")
-            material.problems.append(f"{short_path(file)} could not be read: {said}.")
+            reason = described(error, Exception)[:200].rstrip(".")
+            material.problems.append(f"{short_path(file)} could not be read: {reason}.")
     return material
 
 

@@ -99,21 +99,21 @@ def _tuned(result: Row, items: list[Row], task: str | None = None) -> list[Row]:
 
 def _confusion(result: Row, items: list[Row]) -> list[Block]:
     """Show which class is taken for which, of the evaluations that noted the right one."""
-    told = [item for item in _tuned(result, items, "classification") if "expected" in item]
-    pairs = Counter((str(item["expected"]), str(item["predicted"])) for item in told)
+    labelled = [item for item in _tuned(result, items, "classification") if "expected" in item]
+    pairs = Counter((str(item["expected"]), str(item["predicted"])) for item in labelled)
     names = sorted({name for pair in pairs for name in pair})
     if not 2 <= len(names) <= MOST_CLASSES:
         return []
     counts = {name: sum(pairs[name, other] for other in names) for name in names}
     rows = [
-        {"class": right} | {f"n{k}": pairs[right, said] for k, said in enumerate(names)}
+        {"class": right} | {f"n{k}": pairs[right, predicted] for k, predicted in enumerate(names)}
         | {"found": pairs[right, right] / counts[right] if counts[right] else None}
         for right in names
     ]  # fmt: skip
     columns = [Column("class", "right class")]
-    columns += [Column(f"n{k}", f"predicted {said}", "g") for k, said in enumerate(names)]
+    columns += [Column(f"n{k}", f"predicted {predicted}", "g") for k, predicted in enumerate(names)]
     columns.append(Column("found", "found", ".1%", "Share of a class's records that are predicted as it (recall)."))
-    points = [{"label": right, "x": said, "y": pairs[right, said]} for right in names for said in names]
+    points = [{"label": right, "x": predicted, "y": pairs[right, predicted]} for right in names for predicted in names]
     view = View("", Axis("predicted"), Axis("records"), points)
     title = f"Confusion matrix of {_records_text(result)}"
     return [Chart(title, "heat", [view]), Table(f"{title}, in numbers", columns, rows)]

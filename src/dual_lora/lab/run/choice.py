@@ -52,8 +52,8 @@ def score_choice(asked: Asked) -> Rows:
             right = examples[i].target
             rows[i] = {"correct": chosen == right, "predicted": chosen, "expected": right, "scores": values}
         asked.advance(len(part))
-    told = [r["scores"] for r, e in zip(rows, examples, strict=True) if len(set(e.choices)) == len(e.choices)]
-    if even := sum(sorted(scores)[-2:-1] == [max(scores)] for scores in told):
+    distinct = [r["scores"] for r, e in zip(rows, examples, strict=True) if len(set(e.choices)) == len(e.choices)]
+    if even := sum(sorted(scores)[-2:-1] == [max(scores)] for scores in distinct):
         coarse = getattr(asked.model, "dtype", torch.float32) != torch.float32
         warn(
             f"In {even} of {len(rows)} questions the two best choices are equally likely, and the first of them counts."

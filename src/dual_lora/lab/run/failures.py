@@ -42,8 +42,8 @@ def clear_failures(folder: RunFolder, recipe: Recipe) -> Iterator[None]:
         number = getattr(error, "number", signal.SIGINT)
         raise Stopped(number, f"Interrupted. {_kept_checkpoint(folder)}") from None
     except Exception as error:
-        if said := memory_full(error):
-            raise UserError(f"{said} {_less_memory(recipe)}") from error
+        if message := memory_full(error):
+            raise UserError(f"{message} {_less_memory(recipe)}") from error
         if not is_disk_full(error):
             raise
         failed = f"The disk is full, writing {folder.path} failed: make room, or begin anew in another --out."

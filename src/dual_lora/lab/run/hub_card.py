@@ -182,8 +182,8 @@ def known_base(card: ModelCard | None, recipe: Recipe, given: str | None) -> str
             raise UserError(f"The base model is {given!r}, expected its name on the hub: OWNER/NAME.")
         return given
     if card is not None and BEGIN in card.text:
-        said = card.data.get("base_model")
-        return said if isinstance(said, str) and is_hub_name(said) else None
+        name = card.data.get("base_model")
+        return name if isinstance(name, str) and is_hub_name(name) else None
     path = recipe.model.path
     return path if is_hub_name(path) and not Path(path).exists() else None
 

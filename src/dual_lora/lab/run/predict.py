@@ -82,10 +82,10 @@ def predict(
     check_out(out, overwrite)
     check_columns(records, _result_columns(tuned, examples))
     unfinished = partial_file(out)
-    told = _inputs_digest(tuned, records, data, spec, variant)
+    inputs = _inputs_digest(tuned, records, data, spec, variant)
     if overwrite:
         unfinished.unlink(missing_ok=True)
-    done = _earlier_results(unfinished, told, _names_of(tuned, data, examples))
+    done = _earlier_results(unfinished, inputs, _names_of(tuned, data, examples))
     earlier = len(done)
     ask = _predictor(tuned, data, spec)
     size = spec.batch_size * BATCHES
@@ -93,7 +93,7 @@ def predict(
     file = unfinished.open("a" if unfinished.exists() else "x", encoding="utf-8")
     with quiet(), tuned.as_variant(variant or tuned.variants[-1]) as model, bar, file:
         if not done:
-            file.write(json_text({"of": told}) + "\n")
+            file.write(json_text({"of": inputs}) + "\n")
         for start in range(earlier, len(examples), size):
             try:
                 rows = ask(model, examples[start : start + size], bar.advance)
@@ -122,7 +122,7 @@ def predict(
     )
 
 
-def _earlier_results(file: Path, told: str, expected: list[Names]) -> list[dict[str, Any]]:
+def _earlier_results(file: Path, inputs: str, expected: list[Names]) -> list[dict[str, Any]]:
     """The results of an earlier session; what a kill has cut off is removed from the file. Raises UserError for a file
     that no session has left.
 
@@ -133,7 +133,7 @@ def _earlier_results(file: Path, told: str, expected: list[Names]) -> list[dict[
     way_out = "give --overwrite to begin anew, or another --out"
     if file.is_symlink() or (file.is_file() and has_second_name(file)):
         raise UserError(f"{file} is a link: remove it.")
-    begun, whole = json_text({"of": told}), 0
+    begun, whole = json_text({"of": inputs}), 0
     rest: list[dict[str, Any]] = []
     try:
         # Line by line, and none that is longer than a result: a file may seem to be larger than the disk.
@@ -141,7 +141,7 @@ def _earlier_results(file: Path, told: str, expected: list[Names]) -> list[dict[
             first = lines.readline(LONGEST)
             if not first.endswith("\n") and not begun.startswith(first):
                 raise ValueError("it was not begun here")
-            same = not first.endswith("\n") or parse_json(first)["of"] == told
+            same = not first.endswith("\n") or parse_json(first)["of"] == inputs
             while same and (line := lines.readline(LONGEST)).endswith("\n"):
                 row = parse_json(line)
                 if len(rest) == len(expected) or not _is_row(row, expected[len(rest)]):
@@ -165,13 +165,13 @@ def _is_row(row: Any, names: Names) -> bool:
     """Whether a line of the file is a result, as `_predictor` makes it."""
     if not isinstance(row, dict) or {*row} != (_LABEL if names else _TEXT):
         return False
-    said = row["predicted"]
+    predicted = row["predicted"]
     if names is None:
-        return isinstance(said, float) and math.isfinite(said)
+        return isinstance(predicted, float) and math.isfinite(predicted)
     if not names:
-        return isinstance(said, str)
+        return isinstance(predicted, str)
     numbers = [row["probability"], *row["probabilities"].values()]
-    known = {*row["probabilities"]} == {*names} and said in names
+    known = {*row["probabilities"]} == {*names} and predicted in names
     return known and all(isinstance(number, int | float) and 0 <= number <= 1 for number in numbers)
 
 
@@ -234,8 +234,8 @@ def _predictor(tuned: Tuned, data: DataSection, spec: EvaluateSection) -> Predic
 
 def _labelled(names: Any, probabilities: list[float]) -> dict[str, Any]:
     best = max(range(len(probabilities)), key=probabilities.__getitem__)
-    told = {name: round(p, 6) for name, p in zip(names, probabilities, strict=True)}
-    return {"predicted": names[best], "probability": round(probabilities[best], 6), "probabilities": told}
+    rounded = {name: round(p, 6) for name, p in zip(names, probabilities, strict=True)}
+    return {"predicted": names[best], "probability": round(probabilities[best], 6), "probabilities": rounded}
 
 
 def _softmax(scores: list[float]) -> list[float]:
@@ -253,10 +253,10 @@ def _result_columns(tuned: Tuned, examples: list[Example]) -> Iterator[str]:
 
 
 def _is_same_answer(row: dict[str, Any], given: str) -> bool:
-    said = row["predicted"]
-    if isinstance(said, float):
+    predicted = row["predicted"]
+    if isinstance(predicted, float):
         return False
-    return str(said) == given.strip()
+    return str(predicted) == given.strip()
 
 
 def _count_truncated(tuned: Tuned, examples: list[Example], data: DataSection) -> int:

@@ -107,12 +107,12 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _escape_formula(said: Any) -> Any:
+def _escape_formula(value: Any) -> Any:
     """Escape a text that a spreadsheet would take for a formula; a number such as +1 is none."""
-    if not isinstance(said, str) or not FORMULA.match(said):
-        return said
+    if not isinstance(value, str) or not FORMULA.match(value):
+        return value
     try:
-        float(said)
+        float(value)
     except ValueError:
-        return f"'{said}"
-    return said
+        return f"'{value}"
+    return value

@@ -47,7 +47,10 @@ def rewards_of(recipe: Recipe) -> list[Callable[..., list[float]]]:
 
 def _reward(name: str, rule: Rule) -> Callable[..., list[float]]:
     def reward(completions: Sequence[Any], expected: Sequence[str], **_: Any) -> list[float]:
-        return [float(rule(_completion_text(said), answer)) for said, answer in zip(completions, expected, strict=True)]
+        return [
+            float(rule(_completion_text(completion), answer))
+            for completion, answer in zip(completions, expected, strict=True)
+        ]
 
     reward.__name__ = name
     return reward

@@ -209,8 +209,8 @@ def class_rows(asked: Asked) -> Rows:
     label = "0" if list(asked.classes) == [VALUE] else asked.classes[0]  # any: it is not looked at
     unlabelled = replace(asked, examples=[replace(example, label=label) for example in asked.examples])
     for part, found, _ in _encoder_logits(unlabelled):
-        told = found if list(asked.classes) == [VALUE] else found.double().softmax(1)
-        for i, values in zip(part, told.tolist(), strict=True):
+        outputs = found if list(asked.classes) == [VALUE] else found.double().softmax(1)
+        for i, values in zip(part, outputs.tolist(), strict=True):
             rows[i] = {"values": values}
     return rows
 

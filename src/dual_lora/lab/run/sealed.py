@@ -39,8 +39,10 @@ def seal(checkpoint: Path) -> None:
 def check_seal(checkpoint: Path) -> None:
     """Raise UserError unless this user's own run wrote the checkpoint, and nobody changed it since."""
     try:
-        told = read_object(checkpoint / SEAL).get("seal")
-        if isinstance(told, str) and hmac.compare_digest(told.encode(), _signature(checkpoint, _key()).encode()):
+        signature = read_object(checkpoint / SEAL).get("seal")
+        if isinstance(signature, str) and hmac.compare_digest(
+            signature.encode(), _signature(checkpoint, _key()).encode()
+        ):
             return
     except (OSError, ValueError):
         pass

@@ -228,19 +228,19 @@ class Runner:
     def _warn(self, job: Job, outcome: Outcome) -> None:
         """Say each warning once a task, whichever run and process it comes from, and whatever numbers it has there."""
         for message in outcome.warnings:
-            if (said := (job.scenario, notes.without_numbers(message))) not in self.warnings:
+            if (known := (job.scenario, notes.without_numbers(message))) not in self.warnings:
                 self._print(f"warning: {message}")
-            self.warnings.add(said)
+            self.warnings.add(known)
 
     def _note(self, left: dict[str, Job], job: Job | None = None, outcome: Outcome | None = None) -> str:
         remaining = self.times.left([*left.values(), *self.later], self.options.workers)
         note = f"about {in_words(remaining)} left" if left and remaining is not None else ""
         if job is None:
             return note
-        said: str = "failed" if outcome is None else outcome.status
+        end: str = "failed" if outcome is None else outcome.status
         if outcome and outcome.score is not None:
-            said = f"{outcome.metric} {outcome.score:.4g}"
-        return f"{job}: {said}" + (f" · {note}" if note else "")
+            end = f"{outcome.metric} {outcome.score:.4g}"
+        return f"{job}: {end}" + (f" · {note}" if note else "")
 
     def _outcome(self, job: Job) -> Outcome | None:
         """Return the outcome of the job, None without one; its files are the truth."""

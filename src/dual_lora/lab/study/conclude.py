@@ -42,13 +42,13 @@ def conclude(
     late = "Amended after final runs had ended." if any(a.get("ended", 0) > 0 for a in amendments) else ""
     false_alarm = verdicts.false_alarm(judged, study.level, missing)
 
-    def said(c: verdicts.Comparison) -> ComparisonRow:
+    def row_of(c: verdicts.Comparison) -> ComparisonRow:
         verdict, learned = _verdict_if_learned(c, unlearned)
         doubts = [_unfinished_search_note(c, ends), *_failed_tuning_notes(c, failing)]
         return _comparison_row(_with_note(c, _settings(c, at), learned, *doubts, late, verdict=verdict))
 
     return PairNotes(
-        [said(c) for c in judged],
+        [row_of(c) for c in judged],
         false_alarm,
         [
             *notes.level(false_alarm, study.level),

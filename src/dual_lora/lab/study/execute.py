@@ -171,12 +171,12 @@ def _worker_environment(slot: int, workers: int) -> dict[str, str]:
     """Return the environment of the worker in this slot: how many cores it uses, and which GPU, in turn; and that it
     imports nothing from the folder that the command is given in."""
     cores = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // workers))
-    said = {"OMP_NUM_THREADS": cores, permission.SAFE_PATH: "1"}
+    variables = {"OMP_NUM_THREADS": cores, permission.SAFE_PATH: "1"}
     cards = torch.cuda.device_count()
     if not cards:
-        return said
+        return variables
     visible = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(cards)))).split(",")
-    return {**said, "CUDA_VISIBLE_DEVICES": visible[slot % cards].strip()}
+    return {**variables, "CUDA_VISIBLE_DEVICES": visible[slot % cards].strip()}
 
 
 @guarded()

@@ -157,10 +157,10 @@ class StudyFolder:
         """Return the folder of the runs: inside this folder, or the user's. A file cannot name another folder."""
         if asked is not None:
             return Path(asked)
-        inside, elsewhere = self.path / "runs", self.known.runs
+        inside, other = self.path / "runs", self.known.runs
         earlier = (self.path / "state.sqlite").is_file() and not inside.is_dir()
-        if elsewhere or earlier or inside.is_symlink():
-            where = repr(elsewhere) if elsewhere else "another folder"
+        if other or earlier or inside.is_symlink():
+            where = repr(other) if other else "another folder"
             raise UserError(f"The runs of this study lie in {where}, outside of {self.path}: name it with --runs.")
         return inside
 
@@ -183,8 +183,8 @@ class StudyFolder:
         if changed:
             self.amend(f"Changed: {', '.join(changed)}.", runs, changed)
         if changed or not known.plan.hash:
-            print_of = hashlib.sha256(json.dumps([study, recipes], sort_keys=True).encode()).hexdigest()[:16]
-            known.plan = PlanMark(hash=print_of, written=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+            digest = hashlib.sha256(json.dumps([study, recipes], sort_keys=True).encode()).hexdigest()[:16]
+            known.plan = PlanMark(hash=digest, written=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
             known.jobs = {}  # of the plan before; those that belong to this one too come again
         if precision and not known.precision:
             known.precision = precision
@@ -230,8 +230,8 @@ def progress(file: Path) -> Plain | None:
         if not inside or not key.isalnum():
             pass
         elif outcome := read_outcome(runs, key):
-            told = outcome.model_dump(exclude={"weights"})
-            row |= {"status": outcome.status, "outcome": told, "seconds": outcome.seconds}
+            kept = outcome.model_dump(exclude={"weights"})
+            row |= {"status": outcome.status, "outcome": kept, "seconds": outcome.seconds}
         elif (error := run_file(runs, key, "error")).is_file():
             row |= {"status": "failed", "error": str(read_json(unlinked(error)))}
         elif (runs / key).is_dir():

@@ -101,10 +101,10 @@ def other_choice(scores: NDArray[np.float64], deviation: float, repeats: int, wo
     random = np.random.default_rng(0)
     if worst:
         ours, other = random.standard_normal((2, 4000, len(scores), repeats)).min(-1)
-        again = scores + deviation * (other - ours)
+        repeated = scores + deviation * (other - ours)
     else:
-        again = scores + math.sqrt(2 / repeats) * deviation * random.standard_normal((4000, len(scores)))
-    return float((again.argmax(1) != scores.argmax()).mean())
+        repeated = scores + math.sqrt(2 / repeats) * deviation * random.standard_normal((4000, len(scores)))
+    return float((repeated.argmax(1) != scores.argmax()).mean())
 
 
 def level_searches(methods: Sequence[MethodRow]) -> Iterator[str]:

@@ -44,10 +44,10 @@ def perform(job: Job, runs: Path, keep: str = "adapters", at_a_time: int | None 
     """
     if (done := read_outcome(runs, job.key)) is not None:
         return done
-    start, code, said = time.monotonic(), code_version(), list[str]()
+    start, code, messages = time.monotonic(), code_version(), list[str]()
     try:
         runs.mkdir(parents=True, exist_ok=True)
-        with _locked(runs / job.key), _kept_warnings(said):
+        with _locked(runs / job.key), _kept_warnings(messages):
             if (done := read_outcome(runs, job.key)) is not None:
                 return done  # an orphan finished it while we waited
             try:
@@ -59,15 +59,15 @@ def perform(job: Job, runs: Path, keep: str = "adapters", at_a_time: int | None 
                 came = {"status": "diverged", "error": str(error)}
                 if job.kind == "base":
                     came["weights"] = weights_digest(job.recipe.model)
-            came |= {"warnings": said}
+            came |= {"warnings": messages}
             came |= {"runs_at_a_time": at_a_time, "device": device_name()[:200], "code": code}
             outcome = Outcome(key=job.key, seconds=round(time.monotonic() - start, 3), **came)
             write_outcome(runs, outcome)
             _tidy(job, runs / job.key, keep)
             return outcome
     except Exception as error:
-        if said:
-            error.add_note(f"Warned before: {' '.join(said)}")
+        if messages:
+            error.add_note(f"Warned before: {' '.join(messages)}")
         with contextlib.suppress(OSError):
             write_json(run_file(runs, job.key, "error"), described(error))
         if is_disk_full(error) or is_disk_full(error.__cause__):
@@ -197,17 +197,17 @@ def _all_finite(figures: dict[str, float], items: list[dict[str, Any]]) -> bool:
 
 
 @contextlib.contextmanager
-def _kept_warnings(said: list[str]) -> Iterator[None]:
-    """This package's own warnings go into `said`, for the person who leads the study, wherever the run is done; those
-    of libraries go where they went before."""
+def _kept_warnings(messages: list[str]) -> Iterator[None]:
+    """This package's own warnings go into `messages`, for the person who leads the study, wherever the run is done;
+    those of libraries go where they went before."""
     with warnings.catch_warnings():
-        elsewhere = warnings.showwarning
+        show_others = warnings.showwarning
 
         def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
             if not issubclass(category, DualLoraWarning):
-                elsewhere(message, category, *rest, **more)
-            elif str(message) not in said:
-                said.append(str(message))
+                show_others(message, category, *rest, **more)
+            elif str(message) not in messages:
+                messages.append(str(message))
 
         warnings.filterwarnings("always", category=DualLoraWarning)
         warnings.showwarning = show

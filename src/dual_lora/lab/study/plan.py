@@ -293,11 +293,11 @@ def _check_training(study: Study, scale: Scale, cell: Cell) -> None:
             )
 
 
-def settled_plan(study: Study, folder: StudyFolder, elsewhere: Short | None = None) -> Plan:
+def settled_plan(study: Study, folder: StudyFolder, on_card: Short | None = None) -> Plan:
     """The plan of the study with bf16 or fp32 instead of every `auto`.
 
     A study that was begun in `folder` keeps its choice, by `precision` in its study.yaml. Nothing is chosen where the
-    study leaves nothing open. elsewhere: what another machine would choose, on which the study would begin.
+    study leaves nothing open. on_card: what another machine would choose, on which the study would begin.
     """
     for name, values in _varied_settings(study):
         if name.removeprefix("train.") == "autocast" and AUTO in values:
@@ -318,7 +318,7 @@ def settled_plan(study: Study, folder: StudyFolder, elsewhere: Short | None = No
     if before != AUTO:
         found = Fast(before, "as the study was begun")
     else:
-        found = Fast(elsewhere, "as on the card") if elsewhere else fast_precision()
+        found = Fast(on_card, "as on the card") if on_card else fast_precision()
     return _with_precision(study, recipes, found.precision, {"asked": AUTO, **asdict(found)})
 
 
@@ -330,13 +330,13 @@ def _varied_settings(study: Study) -> Iterator[tuple[str, list[Any]]]:
         yield from ((name, values) for name, values in space.items() if isinstance(values, list))
 
 
-def _with_precision(study: Study, recipes: dict[Scenario, Recipe], short: Short, said: dict[str, Any]) -> Plan:
+def _with_precision(study: Study, recipes: dict[Scenario, Recipe], short: Short, precision: dict[str, Any]) -> Plan:
     """The plan with the precision `short` instead of every `auto` of the study and of its recipes."""
     values = study.model_dump(mode="json")
     for part, name, laid in _auto_in(_override_parts(values)):
         laid[part][name] = FIELDS[part, name][short]
     chosen = {at: with_precision(recipe, short) for at, recipe in recipes.items()}
-    return Plan(Study.model_validate(values | {"precision": short}), chosen, said)
+    return Plan(Study.model_validate(values | {"precision": short}), chosen, precision)
 
 
 def _override_parts(values: dict[str, Any]) -> list[dict[str, Any]]:

@@ -42,24 +42,24 @@ def rejudge(results: Results) -> Results:
     except (KeyError, TypeError) as error:
         raise UserError(f"These are no results of a study: {error!r} is missing or not what it should be.") from None
     missing = 0 if results.get("complete", True) else _missing(study, pairs)
-    said = conclude(study, pairs, methods, untrained, results.get("amendments", []), missing)
+    conclusion = conclude(study, pairs, methods, untrained, results.get("amendments", []), missing)
     changed = [
         {key: new[key] for key in ("candidate", "reference", "model", "task")}
         | {"before": old["verdict"], "after": str(new["verdict"])}
-        for old, new in zip(before, said.comparisons, strict=True)
+        for old, new in zip(before, conclusion.comparisons, strict=True)
         if NEW_WORDS.get(old["verdict"], old["verdict"]) != new["verdict"]
     ]
     amendment: AmendmentRow = {"date": time.strftime("%Y-%m-%d"), "what": WHY, "changed": changed}
-    kept = [note for note in results["notes"] if note not in said.notes and not note.startswith("Chance of any")]
-    ours = said.notes
+    kept = [note for note in results["notes"] if note not in conclusion.notes and not note.startswith("Chance of any")]
+    ours = conclusion.notes
     if foreign:
         ours = [note for note in ours if not note.startswith("Chance of any")]
-        ours += notes.level_here(said.false_alarm, study.level)
+        ours += notes.level_here(conclusion.false_alarm, study.level)
     rest: Any = {key: value for key, value in results.items() if key not in GONE}
     judged: Results = rest | {
         "format": RESULTS_FORMAT,
-        "comparisons": said.comparisons,
-        "false_alarm": said.false_alarm,
+        "comparisons": conclusion.comparisons,
+        "false_alarm": conclusion.false_alarm,
         "notes": ours + kept,
         "amendments": [*results.get("amendments", []), amendment],
     }

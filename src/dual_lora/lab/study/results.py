@@ -65,14 +65,14 @@ def build_results(
     alone = dict.fromkeys(key[:2] for key, table in tables.items() if table.shape[1] == 1)
     pairs += _pairs(study, finished, _forgetting_tables(finished, runs, lost), {}, "forgetting")
     ended = [*(run for f in finished for run in f.finals), *bases, *(run for f in finished for run in f.trials)]
-    said = conclude(study, pairs, methods, untrained, amendments, missing)
+    conclusion = conclude(study, pairs, methods, untrained, amendments, missing)
     return {
         "format": RESULTS_FORMAT,
         "study": study.model_dump(mode="json"),
         "complete": all(f.complete for f in finished),
         "methods": methods,
-        "comparisons": said.comparisons,
-        "false_alarm": said.false_alarm,
+        "comparisons": conclusion.comparisons,
+        "false_alarm": conclusion.false_alarm,
         "pareto": pareto(methods),
         "plan": plan,
         "amendments": list(amendments),
@@ -81,7 +81,7 @@ def build_results(
             *[f"p values are corrected for the {missing} comparison{'s'[: missing != 1]} still to come as well."]
             * bool(missing and pairs),
             *lost,
-            *said.notes,
+            *conclusion.notes,
             *notes.seen_before(plan, amendments),
             *(f"{task_name(*where)} has one test item: it says nothing about others." for where in alone),
             *["With one seed no winner can be called: give seeds: 5, or at least 2."] * (len(study.seeds) == 1),
@@ -95,7 +95,7 @@ def build_results(
     }
 
 
-def _score_tables(finished: Sequence[Finished], runs: Path, said: list[str], seeds: int) -> tuple[Tables, Reaches]:
+def _score_tables(finished: Sequence[Finished], runs: Path, remarks: list[str], seeds: int) -> tuple[Tables, Reaches]:
     """Item shares [S, N], better is more, of every complete cell, and how far an answer moves each scenario's metric.
 
     A diverged run has NaN for each item: what it counts with depends on the other method (`stats.with_lost`).
@@ -116,7 +116,7 @@ def _score_tables(finished: Sequence[Finished], runs: Path, said: list[str], see
             )
         good = {key: metrics.score_table(metric, list(rows.values())) for key, rows in came.items() if rows}
         if not good:
-            said.append(f"Every run on {task_name(*scenario)} diverged: there is nothing to compare.")
+            remarks.append(f"Every run on {task_name(*scenario)} diverged: there is nothing to compare.")
             continue
         reaches[scenario] = metrics.reach(metric, [row for rows in came.values() for row in rows.values()])
         for key, rows in came.items():
@@ -125,9 +125,9 @@ def _score_tables(finished: Sequence[Finished], runs: Path, said: list[str], see
                 tables[key][list(rows)] = good[key]
             lost = seeds - len(rows)
             if lost == seeds:
-                said.append(f"Every run of {cell_name(*key)} diverged: it has no score there, and ranks last.")
+                remarks.append(f"Every run of {cell_name(*key)} diverged: it has no score there, and ranks last.")
             elif lost:
-                said.append(
+                remarks.append(
                     f"{lost} of {seeds} runs of {cell_name(*key)} diverged; each counts with the worst score of the "
                     "two methods' runs in a comparison."
                 )
@@ -273,7 +273,7 @@ def pareto(methods: Sequence[MethodRow]) -> list[ParetoRow]:
     return fronts
 
 
-def _forgetting_tables(finished: Sequence[Finished], runs: Path, said: list[str]) -> Tables:
+def _forgetting_tables(finished: Sequence[Finished], runs: Path, remarks: list[str]) -> Tables:
     """Item shares [seeds, texts] of every cell that has them for all of its runs."""
     tables: Tables = {}
     for f in finished:
@@ -284,7 +284,7 @@ def _forgetting_tables(finished: Sequence[Finished], runs: Path, said: list[str]
                 raise ValueError("A run without an end has no figure.")
             features = [read_scores(runs, job.key, "forgetting") for job, _ in f.finals]
         except (OSError, ValueError):
-            said.append(f"Forgetting of {f.cell} is not compared: not every run of it came to an end with a figure.")
+            remarks.append(f"Forgetting of {f.cell} is not compared: not every run of it came to an end with a figure.")
             continue
         tables[f.cell.at] = metrics.score_table("forgetting", features)
     return tables

@@ -81,10 +81,10 @@ class Endpoint:
         """
         body = {"messages": list(messages), "max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": 5}
         try:
-            told = self._post("/chat/completions", body)
+            answer = self._post("/chat/completions", body)
         except _Refused:
             return None, []
-        return _prompt_tokens(told), _entries(told)
+        return _prompt_tokens(answer), _entries(answer)
 
     def text_tokens(self, text: str) -> int | None:
         """Return how many tokens the server makes of a text; None if it does not say."""
@@ -97,11 +97,11 @@ class Endpoint:
         values: list[float | None] = []
         written: dict[int, str] = {}
         for i, probe in enumerate(probes):
-            told = first if i == 0 else _entries(self._complete(list(probe.ids), echo=True))
-            if not _is_echo(told, len(probe.ids)):
+            entries = first if i == 0 else _entries(self._complete(list(probe.ids), echo=True))
+            if not _is_echo(entries, len(probe.ids)):
                 raise UserError(f"{self.url} echoed one prompt and not another: it gives no usable log-probabilities.")
-            written |= {token: entry.token for token, entry in zip(probe.ids, told, strict=False)}
-            values += [told[place].logprob for place in probe.places]
+            written |= {token: entry.token for token, entry in zip(probe.ids, entries, strict=False)}
+            values += [entries[place].logprob for place in probe.places]
         if any(value is None for value in values):
             raise UserError(f"{self.url} echoes prompts without their log-probabilities.")
         found = torch.tensor(values, dtype=torch.float64)
@@ -115,13 +115,13 @@ class Endpoint:
         for index in range(0, len(every), step):
             probe, place = every[index]
             answer = self._complete(list(probe.ids[:place]), echo=False)
-            told = _entries(answer)
-            if not told and _is_part_of_a_character(answer):
+            entries = _entries(answer)
+            if not entries and _is_part_of_a_character(answer):
                 continue  # which llama.cpp's server holds back, with its log-probabilities
-            if not told or not told[0].others:
+            if not entries or not entries[0].others:
                 raise UserError(self._gives_none())
-            short_digest.append((probe.ids[place], told[0]))
-            written |= told[0].names
+            short_digest.append((probe.ids[place], entries[0]))
+            written |= entries[0].names
             kept.append(index)
         if not kept:
             raise UserError(self._gives_none())
@@ -149,8 +149,8 @@ class Endpoint:
                 try:
                     body.pop("echo", None)
                     return self._post("/completions", body if echo else {**body, "logprobs": 5})
-                except _Refused as again:
-                    error = again
+                except _Refused as second:
+                    error = second
             raise UserError(str(error)) from None
 
     def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
@@ -174,22 +174,22 @@ class Endpoint:
         if len(reply.body) > LARGEST:
             raise UserError(f"{self.url} answered with more than {LARGEST:,} bytes.")
         try:
-            told = bounded_json(reply.body, MOST_VALUES)
+            answer = bounded_json(reply.body, MOST_VALUES)
         except OverflowError:
             raise UserError(f"{self.url} answered with more than {MOST_VALUES:,} values.") from None
         except (ValueError, RecursionError):
-            told = None
-        if not isinstance(told, dict):
+            answer = None
+        if not isinstance(answer, dict):
             raise UserError(f"{self.url}{path} did not answer in JSON: is it an OpenAI-compatible server?")
-        return told
+        return answer
 
     def _error_text(self, path: str, reply: Response) -> str:
         if reply.is_redirect:
             return f"{self.url} sends on to another address, which is not followed: name that one."
         try:
-            told = bounded_json(reply.body, MOST_VALUES)
-            told = told.get("error", told) if isinstance(told, dict) else told  # OpenAI's way, or FastAPI's
-            text = told.get("message", told.get("detail", "")) if isinstance(told, dict) else str(told)
+            answer = bounded_json(reply.body, MOST_VALUES)
+            answer = answer.get("error", answer) if isinstance(answer, dict) else answer  # OpenAI's way, or FastAPI's
+            text = answer.get("message", answer.get("detail", "")) if isinstance(answer, dict) else str(answer)
         except (OverflowError, ValueError, RecursionError):
             text = ""
         if reply.status in (401, 403):
@@ -233,10 +233,10 @@ class _Refused(Exception):
         self.status = status
 
 
-def _entries(told: dict[str, Any]) -> list[Entry]:
+def _entries(answer: dict[str, Any]) -> list[Entry]:
     """The positions of an answer, in either form: parallel lists (vLLM, OpenAI), or a list of contents (llama.cpp)."""
     try:
-        logprobs = told["choices"][0].get("logprobs")
+        logprobs = answer["choices"][0].get("logprobs")
         if not isinstance(logprobs, dict):
             return []
         if isinstance(logprobs.get("content"), list):
@@ -248,17 +248,17 @@ def _entries(told: dict[str, Any]) -> list[Entry]:
         return []
 
 
-def _prompt_tokens(told: dict[str, Any]) -> int | None:
+def _prompt_tokens(answer: dict[str, Any]) -> int | None:
     """Return how many tokens of the prompt an answer counts, if it says so."""
-    usage = told.get("usage")
+    usage = answer.get("usage")
     count = usage.get("prompt_tokens") if isinstance(usage, dict) else None
     return count if isinstance(count, int) else None
 
 
-def _is_part_of_a_character(told: dict[str, Any]) -> bool:
+def _is_part_of_a_character(answer: dict[str, Any]) -> bool:
     """Whether the token that was generated is a part of a character of several bytes."""
     try:
-        return "\ufffd" in told["choices"][0]["text"]
+        return "\ufffd" in answer["choices"][0]["text"]
     except (KeyError, IndexError, TypeError):
         return False
 
@@ -289,9 +289,9 @@ def _number(value: Any) -> float | None:
     return max(float(value), -1e4) if known else None
 
 
-def _is_echo(told: list[Entry], length: int) -> bool:
+def _is_echo(entries: list[Entry], length: int) -> bool:
     """Whether these are the prompt's own tokens, with or without the one that was generated."""
-    return len(told) in (length, length + 1) and all(entry.logprob is not None for entry in told[1:length])
+    return len(entries) in (length, length + 1) and all(entry.logprob is not None for entry in entries[1:length])
 
 
 def _clean(text: str) -> str:

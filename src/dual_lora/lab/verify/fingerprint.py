@@ -47,8 +47,8 @@ def _check_probe(probe: Probe) -> Probe:
     """Check of a probe in a file what the bounds of its single fields leave open. Raises ValueError."""
     if max(probe.places) >= len(probe.ids) or len(probe.texts) != len(probe.ids) or probe.start > len(probe.ids):
         raise ValueError("places or texts do not fit ids")
-    said = [message.get(key) for message in probe.messages for key in ("role", "content")]
-    if not all(isinstance(text, str) and len(text) <= 512 for text in said):
+    texts = [message.get(key) for message in probe.messages for key in ("role", "content")]
+    if not all(isinstance(text, str) and len(text) <= 512 for text in texts):
         raise ValueError("messages are no short texts of roles")
     return probe
 

@@ -161,7 +161,7 @@ def _with_continuations(tuned: Tuned, prompter: Prompter, questions: list[str]) 
     for prompt, uncut, messages, row in zip(prompts, whole, asked, rows, strict=True):
         end = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
         ids = tuple(prompt + row[:end])
-        told: tuple[dict[str, Any], ...] = messages if prompter.kind == "chat" else ()
+        shown: tuple[dict[str, Any], ...] = messages if prompter.kind == "chat" else ()
         places = tuple(range(max(1, len(prompt)), len(ids)))
-        probes.append(Probe(ids, places, start=len(prompt) if prompt == uncut else 0, messages=told))
+        probes.append(Probe(ids, places, start=len(prompt) if prompt == uncut else 0, messages=shown))
     return probes

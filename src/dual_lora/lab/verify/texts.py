@@ -75,21 +75,21 @@ def compare_server(
     texts: how the adapter's tokenizer writes tokens, by their ids. right: its weights are the adapter's, so that an
     answer with another first token had another prompt.
     """
-    said = {i: (theirs, texts[i]) for i, theirs in answer.written.items() if i in texts and theirs.strip()}
+    written = {i: (theirs, texts[i]) for i, theirs in answer.written.items() if i in texts and theirs.strip()}
     differing = [
         pair
-        for pair in said.values()
+        for pair in written.values()
         if _without_blanks(pair[0]) != _without_blanks(pair[1]) and not _is_number(pair[0])
     ]
-    if len(differing) > OTHERWISE * len(said):
+    if len(differing) > OTHERWISE * len(written):
         theirs, ours = differing[0]
         return Finding(
-            OTHER, f"of {len(said)} tokens it writes {len(differing)} otherwise, {theirs!r} for {ours!r}"
+            OTHER, f"of {len(written)} tokens it writes {len(differing)} otherwise, {theirs!r} for {ours!r}"
         ), []
     for text, count in plain.items():
-        told = endpoint.text_tokens(text)
-        if told is not None and not count <= told <= count + 2:  # with the tokens that begin and end a text
-            return Finding(OTHER, f"it makes {told} tokens of {shortened(text)!r}, the adapter's tokenizer {count}"), []
+        made = endpoint.text_tokens(text)
+        if made is not None and not count <= made <= count + 2:  # with the tokens that begin and end a text
+            return Finding(OTHER, f"it makes {made} tokens of {shortened(text)!r}, the adapter's tokenizer {count}"), []
     asked, otherwise = 0, 0
     whole = [conversation for conversation in conversations if conversation.start]
     for conversation in whole[:CONVERSATIONS]:

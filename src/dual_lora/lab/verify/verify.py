@@ -182,8 +182,8 @@ def _opened(source: str, base: str | None, dtype: str | None) -> Tuned:
 
 
 def _from_fingerprint(saved: Fingerprint) -> Reference:
-    told, exact = (saved.known(), StoredGuesses(saved), saved.texts(), saved.plain), saved.dtype == "float32"
-    return Reference(saved.probes, *told, "the fingerprint's", exact, saved=saved)
+    answers, exact = (saved.known(), StoredGuesses(saved), saved.texts(), saved.plain), saved.dtype == "float32"
+    return Reference(saved.probes, *answers, "the fingerprint's", exact, saved=saved)
 
 
 def _verify_itself(
