@@ -66,7 +66,7 @@ def export_gguf(
         written = space / target.name
         tensors = _run([*command, merged.folder, "--outfile", str(written), "--outtype", outtype], written)
         if quantiser:
-            whole = written.replace(space / "whole.gguf")
+            whole = written.replace(written.with_suffix(".whole"))  # no name that the result could have
             tensors = _run([quantiser, str(whole), str(written), str(quantize)], written)
         modelfile, remark = _write_modelfile(Path(merged.folder), target)
     return GgufResult(str(target), target.stat().st_size, tensors, command[-1], modelfile, remark)
