@@ -119,3 +119,21 @@ def test_a_name_in_a_file_is_no_pattern():
     assert get_pattern_key(config.rank_pattern, "a" * 40) == "a" * 40
     assert get_pattern_key(config.rank_pattern, trap) in config.rank_pattern
     assert get_pattern_key(config.alpha_pattern, "to_q") in config.alpha_pattern
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        ({"to_q.dual_lora_A": torch.zeros(8)}, r"to_q.dual_lora_A has the shape \(8,\), expected a matrix"),
+        ({"to_q.dual_lora_C": torch.tensor(1.0)}, "expected a matrix"),
+        ({"to_q.dual_lora_B": torch.zeros(8, 2)}, "no factor A or C"),
+        ({"to_q.dual_lora_A": torch.zeros(2, 8), "to_q.dual_lora_alpha": torch.zeros(3)}, "expected a number"),
+        ({"to_q.dual_lora_A": torch.zeros(2, 8), "to_q.dual_lora_alpha": torch.tensor(torch.nan)}, "expected a number"),
+        ({"to_q.dual_lora_A": torch.zeros(2, 8)}, "r2"),
+    ],
+)
+def test_a_file_of_other_tensors_is_said(state, said):
+    from dual_lora.method.diffusers_files import make_configuration
+
+    with pytest.raises(ValueError, match=said):
+        make_configuration(None, state)

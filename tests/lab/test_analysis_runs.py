@@ -73,6 +73,26 @@ def test_start_is_made_again_from_the_seed(runs):
     assert all(found.strength == 0 for found in first.values())
 
 
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"processes": "x"}, "processes 'x'"),
+        ({"processes": 0}, "processes 0"),
+        ({"total_steps": [3]}, r"total_steps \[3\]"),
+        ({"total_steps": None}, "total_steps None"),
+        ({"result": {"steps": math.nan}}, "how many steps"),
+        ({"result": {"steps": "many"}}, "how many steps"),
+        ({"result": []}, "how many steps"),
+    ],
+)
+def test_a_record_of_other_values_is_said(changed, said, runs, tmp_path):
+    shutil.copytree(runs / "dual", tmp_path / "run")
+    record = json.loads((tmp_path / "run/record.json").read_text())
+    (tmp_path / "run/record.json").write_text(json.dumps(record | changed))
+    with pytest.raises(UserError, match=said):
+        analyze([tmp_path / "run"], options=Options(held_out=0, ranks="none"), progress=False)
+
+
 def test_rebuilt_batches_are_training_s(runs):
     opened = open_run(runs / "dual")
     batches = opened.step_batches

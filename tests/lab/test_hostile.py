@@ -248,6 +248,20 @@ def test_a_task_is_measured_once():
     assert EvaluateSection(tasks=["choice", "loss", "choice"]).tasks == ["choice", "loss"]
 
 
+def test_tensors_without_an_end_are_not_looked_up(source, monkeypatch):
+    """28 MB name 300,000 empty ones, each of which is looked for in the model: a minute and more."""
+    monkeypatch.setattr("dual_lora.lab.model.bounds.FEW", 1000)
+    monkeypatch.setattr("dual_lora.lab.model.bounds.MOST_TENSORS", 1)
+    file = source / "adapter" / "adapter_model.safetensors"
+    own = load_file(file)
+    save_file(own | {f"base_model.model.x{i}.lora_A.weight": torch.zeros(0) for i in range(1000)}, file)
+    with pytest.raises(UserError, match=r"holds 1,\d+ tensors, and at most 1,000 are read"):
+        open_tuned(source)
+    save_file(own | {f"base_model.model.x{i}.lora_A.weight": torch.zeros(0) for i in range(10)}, file)
+    with pytest.warns(UserWarning, match="10 tensors that this model has no place for"):
+        open_tuned(source)
+
+
 def test_classes_without_an_end_are_no_head_s(source):
     """Each has a row, which is drawn before the file of the weights is looked at."""
     change(source / "adapter/lab.json", classes=list(map(str, range(100_001))))

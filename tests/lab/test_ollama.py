@@ -36,6 +36,7 @@ REFUSED = {
     + ANSWER,
     "no system": "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     "{{ m['content'] }}{% endfor %}",
+    "a quote before the Modelfile's own three": CHATML + ANSWER.replace("assistant\n", 'assistant "'),
     "Go's signs": "{% for m in messages %}{{ '{{ ' + m['role'] + m['content'] }}{% endfor %}" + ANSWER,
 }
 

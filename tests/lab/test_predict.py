@@ -15,6 +15,7 @@ from dual_lora.lab.errors import UserError
 from dual_lora.lab.files.write import held
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.recipe.schema import DataSection
+from dual_lora.lab.run import predict
 from dual_lora.lab.run.results_file import check_cells, write_rows
 from dual_lora.lab.run.train import run
 
@@ -203,6 +204,28 @@ def test_two_commands_do_not_write_the_same_results(classifier, sentences, call,
         code, _, err = call("predict", classifier, sentences, "--out", tmp_path / "out.csv")
     assert code == 1
     assert "is being written by another command" in " ".join(err.split())
+
+
+def test_a_file_that_came_meanwhile_stays(classifier, sentences, call, tmp_path, monkeypatch):
+    out = tmp_path / "out.csv"
+    code, _, err = call("predict", classifier, sentences, "--out", tmp_path / "expected.csv")
+    assert code == 0, err
+
+    def late(*given):
+        out.write_text("mine")
+        return class_rows(*given)
+
+    class_rows = predict.class_rows
+    monkeypatch.setattr(predict, "class_rows", late)
+    code, _, err = call("predict", classifier, sentences, "--out", out)
+    assert code == 1
+    assert "has come meanwhile" in err
+    assert out.read_text() == "mine"
+    out.unlink()
+    monkeypatch.setattr(predict, "class_rows", lambda *_: pytest.fail("it was done again"))
+    code, _, err = call("predict", classifier, sentences, "--out", out)
+    assert code == 0, err
+    assert out.read_text() == (tmp_path / "expected.csv").read_text()
 
 
 def test_other_records_or_settings_are_not_gone_on_with(classifier, sentences, call, tmp_path):

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -357,7 +358,7 @@ def test_ray_hands_out_every_job_and_takes_what_comes(tmp_path, monkeypatch):
         return answer
 
     def remote(**_):
-        return lambda work: SimpleNamespace(remote=lambda of, *_: of.seed)
+        return lambda work: SimpleNamespace(remote=lambda here, of, *_: of.seed)
 
     ray = SimpleNamespace(is_initialized=lambda: True, remote=remote, get=get, cancel=cancelled.append)
     ray.wait = lambda tasks, num_returns: (tasks[:1], tasks[1:])
@@ -370,6 +371,43 @@ def test_ray_hands_out_every_job_and_takes_what_comes(tmp_path, monkeypatch):
         seen.extend(executors.run_jobs(executors.Options("ray", 2), jobs, tmp_path))
     assert seen == [(jobs[0].key, done, ""), (jobs[1].key, None, "RuntimeError: no luck")]
     assert cancelled == [3]
+
+
+def test_ray_is_started_outside_of_the_study_s_folder(tmp_path, monkeypatch):
+    """It puts that folder before all others from which its workers import."""
+    seen = []
+    ray = SimpleNamespace(is_initialized=lambda: False, init=lambda **_: seen.append(os.getcwd()))
+    ray.remote = lambda **_: lambda work: SimpleNamespace(remote=lambda *given: seen.append((work, *given)))
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["src", "", str(tmp_path)]))
+    with pytest.raises(AttributeError, match="wait"):
+        list(executors.run_jobs(executors.Options("ray"), [job()], Path("runs")))
+    started, (work, here, _, runs, *_) = seen
+    assert started == tmp_path.anchor
+    assert os.getcwd() == here == str(tmp_path), "where relative paths of records begin"
+    assert runs == tmp_path / "runs"
+    assert os.environ["PYTHONPATH"] == os.pathsep.join([str(tmp_path / "src"), str(tmp_path)])
+    monkeypatch.setattr(executors, "do", lambda *of: (os.getcwd(), *of))
+    monkeypatch.chdir("/")
+    assert work(here, 1, 2) == (here, 1, 2)
+    assert work(str(tmp_path / "nowhere"), 1)[1:] == (1,), "a folder that this node does not have"
+
+
+@pytest.mark.slow
+def test_ray_s_workers_import_nothing_from_the_working_folder(tiny, tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray")
+    ray.shutdown()
+    study = write_study(tiny, **SHORT)
+    for name in ("peft", "statistics", "yaml", "datasets"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'it-ran')!r}, 'w')\n")
+    monkeypatch.chdir(tmp_path)
+    try:
+        results = compare(study, tmp_path / "out", executor="ray", workers=1, progress=False)
+    finally:
+        ray.shutdown()
+    assert not (tmp_path / "it-ran").exists()
+    assert results["failed"] == []
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -9,10 +10,12 @@ from pathlib import Path
 import pytest
 
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.files.folder import RunFolder
 from dual_lora.lab.files.write import (
     free_file,
     free_folder,
     held,
+    hold,
     write_atomically,
     write_folder_atomically,
     write_json,
@@ -156,12 +159,54 @@ def test_what_came_into_an_output_meanwhile_stays(tmp_path):
 def test_an_empty_folder_and_our_own_are_replaced(tmp_path):
     (tmp_path / "out/empty").mkdir(parents=True)
     for _ in range(2):
-        write_folder_atomically(tmp_path / "out", one_file, listed=True)
+        write_folder_atomically(tmp_path / "out", one_file, listed=True, anew=True)
         assert names(tmp_path / "out") == ["a", "complete.json"]
     (tmp_path / "out/a").write_text("edited")
     with pytest.raises(UserError, match="meanwhile, or changed"):
-        write_folder_atomically(tmp_path / "out", one_file, listed=True)
+        write_folder_atomically(tmp_path / "out", one_file, listed=True, anew=True)
     assert (tmp_path / "out/a").read_text() == "edited"
+
+
+def test_a_run_s_weights_that_came_into_an_output_meanwhile_stay(tmp_path):
+    """They have a list too, by which a longer run replaces its own: here nobody asked for it."""
+    (tmp_path / "run").mkdir()
+    write_folder_atomically(tmp_path / "run/adapter", one_file, listed=True)
+
+    def late(folder):
+        (folder / "b").write_text("2")
+        shutil.copytree(tmp_path / "run/adapter", tmp_path / "out")
+
+    with pytest.raises(UserError, match="was put into the output folder meanwhile"):
+        write_folder_atomically(tmp_path / "out", late)
+    assert names(tmp_path / "out") == ["a", "complete.json"]
+
+
+def test_an_output_that_another_command_has_just_filled_is_not_empty(tmp_path, monkeypatch):
+    """It was empty when this one looked, and free when this one took it."""
+
+    def filled(file, busy):
+        (tmp_path / "out").mkdir(exist_ok=True)
+        one_file(tmp_path / "out")
+        return hold(file, busy)
+
+    monkeypatch.setattr("dual_lora.lab.files.write.hold", filled)
+    with pytest.raises(UserError, match="is not empty"):
+        free_folder(tmp_path / "out").__enter__()
+    shutil.rmtree(tmp_path / "out")
+    monkeypatch.setattr("dual_lora.lab.files.folder.hold", filled)
+    with pytest.raises(UserError, match="is not empty"):
+        RunFolder(tmp_path / "out").open(resume=False, overwrite=False)
+    assert (tmp_path / "out/a").read_text() == "1"
+    monkeypatch.undo()
+    hold(tmp_path / "out/.lock", "it is still held").release()
+
+
+@pytest.mark.parametrize("output", [free_folder, held, RunFolder])
+def test_a_folder_that_cannot_be_made_is_said(output, tmp_path):
+    (tmp_path / "file").write_text("")
+    out = output(tmp_path / "file/below/out")
+    with pytest.raises(UserError, match=r"The folder .*file.* cannot be made \(.*give another one"):
+        out.open(False, False) if isinstance(out, RunFolder) else out.__enter__()
 
 
 @pytest.mark.parametrize("free", [free_folder, free_file])

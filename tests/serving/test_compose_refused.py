@@ -179,6 +179,24 @@ def test_a_base_that_transformers_does_not_know(changed, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("field", "said"),
+    [
+        ({"use_rslora": "false"}, "use_rslora is 'false', expected true or false"),
+        ({"lora_alpha": True}, "lora_alpha holds True, expected a number"),
+        ({"lora_alpha": float("nan")}, "lora_alpha holds nan, expected a finite number"),
+        ({"alpha_pattern": {"q_proj": float("inf")}}, "alpha_pattern holds inf, expected a finite number"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_strength_of_another_kind_is_not_served(field, said, tmp_path):
+    """PEFT takes each of them, and the update would have another size, or none."""
+    saved(peft.LoraConfig(r=4, target_modules=TARGETS), tmp_path)
+    changed(tmp_path, field)
+    with pytest.raises(AdapterError, match=said):
+        ComposedWeights(tmp_path / "base", tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
     ("config", "field", "said"),
     [
         (

@@ -19,7 +19,7 @@ from dual_lora.lab.data.tool_calls import TEST_SETS
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.files.folder import OWN as OF_A_RUN
 from dual_lora.lab.files.folder import check_plain, files_in, remove_own
-from dual_lora.lab.files.write import WHOLE, write_folder_atomically, write_json
+from dual_lora.lab.files.write import WHOLE, make_folder, write_folder_atomically, write_json
 from dual_lora.lab.interrupt import Stopped
 from dual_lora.lab.read import read_object
 from dual_lora.lab.recipe.read import read_recipe
@@ -94,7 +94,7 @@ def run(
         hint = "" if files_in(out, OWN)[1] else ", or --overwrite"
         raise UserError(f"{out} holds a demo with {there}, not {wanted}: give another --out{hint}.")
     if overwrite or not there:
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         write_json(out / "settings.json", wanted)
     if not (out / "data").is_dir():
         size = (examples, test_examples)

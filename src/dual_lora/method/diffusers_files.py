@@ -7,6 +7,7 @@ diffusers' files without metadata have no α, so α is saved next to the factors
 `lora_alpha` = rank, as for LoRA.
 """
 
+import math
 import re
 import types
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from .config import DualLoraConfig
 from .lora_fields import LORA_ALPHA
 
 _MARK, _ALPHA = ".dual_lora_", ".dual_lora_alpha"
+_AGAIN = ": it is damaged, or no adapter. Save it again."
 
 
 def patch_in_place(function: Any, ours: str) -> Callable[..., Any]:
@@ -69,12 +71,16 @@ def make_configuration(original: Callable[..., Any], state: dict[str, Any], *arg
             "This file holds a Dual LoRA adapter with frozen signs but not its configuration, which the "
             "tensors alone do not determine: save the adapter with `save_pretrained`, which writes both."
         )
-    noted = {name.removesuffix(_ALPHA): float(state.pop(name)) for name in [*state] if name.endswith(_ALPHA)}
+    noted = {name.removesuffix(_ALPHA): _number(name, state.pop(name)) for name in [*state] if name.endswith(_ALPHA)}
     ranks: dict[str, Any] = {}
     for name, factor in state.items():
         layer, _, letter = name.partition(_MARK)
         if letter in ("A", "C"):
+            if factor.ndim < 2:
+                raise ValueError(f"{name} has the shape {tuple(factor.shape)}, expected a matrix{_AGAIN}")
             ranks.setdefault(layer, [0, 0])[letter == "C"] = factor.shape[-2]
+    if not ranks:
+        raise ValueError(f"This file names layers of a Dual LoRA adapter, but has no factor A or C of any{_AGAIN}")
     usual = max(ranks.values(), key=[*ranks.values()].count)
     others = {f"^{re.escape(layer)}": pair for layer, pair in ranks.items() if pair != usual}
     alphas = {f"^{re.escape(layer)}": noted.get(layer, LORA_ALPHA * sum(pair)) for layer, pair in ranks.items()}
@@ -86,6 +92,13 @@ def make_configuration(original: Callable[..., Any], state: dict[str, Any], *arg
         alpha_pattern=alphas,
         target_modules=sorted(ranks),
     )
+
+
+def _number(name: str, tensor: Any) -> float:
+    """The one number in a tensor, an α. Raises ValueError for anything else."""
+    if tensor.numel() != 1 or not math.isfinite(value := float(tensor)):
+        raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, or no finite value, expected a number{_AGAIN}")
+    return value
 
 
 def connect_conversion() -> None:

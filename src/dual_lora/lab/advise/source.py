@@ -9,7 +9,7 @@ from dual_lora.lab.data.guess import guess
 from dual_lora.lab.data.records import read_joined
 from dual_lora.lab.data.starter import as_trained, read_starter, run_name, starter
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.files.write import write_output
+from dual_lora.lab.files.write import make_folder, write_output
 from dual_lora.lab.read import regular
 from dual_lora.lab.recipe.read import read_recipe
 
@@ -55,6 +55,6 @@ def _write_once(path: Path, text: str) -> str:
             if regular(path).read_text(encoding="utf-8") == text:
                 return str(path)
         raise UserError(f"{path} is there and differs from what these options make: give its name, or move it.")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     write_output(path, text)
     return str(path)

@@ -20,7 +20,7 @@ from dual_lora.lab.analysis.trajectory import chosen_layers, states_of
 from dual_lora.lab.analysis.walk import Options, Row, RunAnalysis, Walk
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.files.folder import RunFolder
-from dual_lora.lab.files.write import write_output
+from dual_lora.lab.files.write import make_folder, write_output
 from dual_lora.lab.model.device import check_device
 from dual_lora.lab.progress import Bar
 from dual_lora.lab.recipe.schema import Recipe
@@ -84,7 +84,7 @@ def check_free(file: Path) -> None:
 def save(analysis: Analysis, file: str | Path) -> Path:
     """Write the analysis as JSON (numbers that are not finite become null)."""
     path = Path(file)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     values = {"format": ANALYSIS, "version": VERSION, **asdict(analysis)}
     write_output(path, json.dumps(_finite(values), indent=None, ensure_ascii=False, allow_nan=False) + "\n")
     return path

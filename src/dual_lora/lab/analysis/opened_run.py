@@ -61,7 +61,7 @@ class OpenedRun:
             examples,
             self.tokenizer,
             self.classes,
-            _processes(self.record),
+            _count(self.record, "processes"),
             ends_of(self.record),
         )
         check_same_inputs(RunFolder(self.path), {"rows": rows_digest(ready.rows)})
@@ -122,7 +122,7 @@ def open_run(path: str | Path, device: str | None = None) -> OpenedRun:
         classes = classes_of(recipe.model.head, load_split(recipe.data, "train"))
     check_same_inputs(folder, {"weights": weights_digest(recipe.model)})
     loaded = load_base(recipe.model, recipe.train.seed, len(classes) or None, device)
-    config = method_config(recipe.method, recipe.model.head, int(record.get("total_steps", 1)), loaded.fresh)
+    config = method_config(recipe.method, recipe.model.head, _count(record, "total_steps"), loaded.fresh)
     if config is None:
         return OpenedRun(folder.path, recipe, record, loaded.model, loaded.tokenizer, classes)
     before = _sizes(loaded.model)
@@ -132,7 +132,7 @@ def open_run(path: str | Path, device: str | None = None) -> OpenedRun:
             load_split(recipe.data, "train"),
             loaded.tokenizer,
             classes,
-            _processes(record),
+            _count(record, "processes"),
             ends_of(record),
         )
         collate = collator(loaded.tokenizer, bool(classes), loaded.model)
@@ -143,9 +143,16 @@ def open_run(path: str | Path, device: str | None = None) -> OpenedRun:
     return OpenedRun(folder.path, recipe, record, model, loaded.tokenizer, classes, origin)
 
 
-def _processes(record: dict[str, Any]) -> int:
-    """Return how many processes trained together."""
-    return int(record.get("processes", 1))
+def _count(record: dict[str, Any], name: str) -> int:
+    """A number of a run's record, as of the processes that trained together; 1 where it says none. Raises UserError
+    for what is none."""
+    value = record.get(name, 1)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserError(
+            f"The run's record.json has {name} {value!r:.100}, expected a whole number of at least 1: take the record "
+            "from a copy, or make the run again."
+        )
+    return value
 
 
 def _sizes(model: Any) -> dict[str, float]:

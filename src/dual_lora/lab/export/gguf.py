@@ -66,7 +66,7 @@ def export_gguf(
         written = space / target.name
         tensors = _run([*command, merged.folder, "--outfile", str(written), "--outtype", outtype], written)
         if quantiser:
-            whole = written.replace(space / "whole.gguf")
+            whole = written.replace(written.with_suffix(".whole"))  # no name that the result could have
             tensors = _run([quantiser, str(whole), str(written), str(quantize)], written)
         modelfile, remark = _write_modelfile(Path(merged.folder), target)
     return GgufResult(str(target), target.stat().st_size, tensors, command[-1], modelfile, remark)
@@ -205,7 +205,8 @@ def modelfile(tokenizer: Any, weights: str, adapter: str | None = None) -> str:
         ends.append(around["assistant"][1].strip())
         _check(tokenizer, around, default, start)
         texts = [*(text for pair in around.values() for text in pair), default, start]
-        if any(sign in text for text in texts for sign in ('"""', "{{", "}}")) or default.endswith('"'):
+        ends_early = any(text.endswith('"') for text in (default, start))  # of three quotes, with the Modelfile's own
+        if ends_early or any(sign in text for text in texts for sign in ('"""', "{{", "}}")):
             raise UserError(
                 "The chat template holds signs that a Modelfile gives a meaning: write its TEMPLATE by hand."
             )

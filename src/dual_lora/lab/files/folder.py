@@ -23,7 +23,7 @@ from shlex import quote
 from typing import Any
 
 from dual_lora.lab.errors import UserError, suggest
-from dual_lora.lab.files.write import REMAINS, WHOLE, hold, is_held, listed_in, remove_remains, sync
+from dual_lora.lab.files.write import REMAINS, WHOLE, hold, is_held, listed_in, make_folder, remove_remains, sync
 from dual_lora.lab.read import has_second_name, read_object
 
 LOCK = ".lock"
@@ -94,10 +94,15 @@ class RunFolder:
     def open(self, resume: bool, overwrite: bool) -> None:
         """Take the folder for a run. Raises UserError when it is in use, or holds something and nothing was said."""
         self.check(resume, overwrite)
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path)
         sync(self.path.parent)
         busy = f"The output folder {self.path} is in use by another run; wait for it or give another --out."
         self._lock = hold(self.path / LOCK, busy)
+        try:
+            self.check(resume, overwrite)  # another one may have ended meanwhile
+        except UserError:
+            self.close()
+            raise
         remove_remains(self.path)
         if overwrite and not resume:
             remove_own(self.path, OWN, keep=LOCK)

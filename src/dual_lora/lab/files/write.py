@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path, PurePath
 from typing import Any
 
-from dual_lora.lab.errors import UserError
+from dual_lora.lab.errors import UserError, is_disk_full
 from dual_lora.lab.read import read_object
 
 WHOLE = "complete.json"  # written last into a folder: the names and sizes of its files
@@ -32,13 +32,13 @@ def _next_to(target: Path) -> Path:
 
 
 @contextmanager
-def _in_place_of(target: Path) -> Iterator[Path]:
-    """A name next to the target for what is to take its place, and does so at the end."""
+def _in_place_of(target: Path, anew: bool = False) -> Iterator[Path]:
+    """A name next to the target for what is to take its place, and does so at the end. anew: see `_make_way`."""
     part = _next_to(target)
     try:
         yield part
         if part.is_dir() and target.is_dir():
-            _make_way(target)
+            _make_way(target, anew)
         part.replace(target)
     except BaseException:
         if part.is_dir():
@@ -49,10 +49,10 @@ def _in_place_of(target: Path) -> Iterator[Path]:
     sync(target.parent)
 
 
-def _make_way(target: Path) -> None:
-    """Empty the folder that another is to replace, of our own files. Raises UserError, and removes nothing, if it
-    holds others."""
-    listed = {file for file, same in listed_in(target).items() if same} | {target / WHOLE}
+def _make_way(target: Path, anew: bool) -> None:
+    """Empty the folder that another is to replace. Raises UserError, and removes nothing, if it holds files that may
+    not go: all files, or with `anew` all but those that it lists as ours."""
+    listed = {file for file, same in listed_in(target).items() if same} | {target / WHOLE} if anew else set()
     files = [path for path in target.rglob("*") if path.is_symlink() or not path.is_dir()]
     others = [path for path in files if path not in listed]
     if others:
@@ -91,12 +91,15 @@ def write_output(path: Path, content: str | bytes) -> None:
     write_atomically(path, content)
 
 
-def write_folder_atomically(target: Path, write: Callable[[Path], object], listed: bool = False) -> None:
-    """``write(folder)`` fills a folder next to ``target``, which then takes its place. listed: see `mark_whole`.
+def write_folder_atomically(
+    target: Path, write: Callable[[Path], object], listed: bool = False, anew: bool = False
+) -> None:
+    """``write(folder)`` fills a folder next to ``target``, which then takes its place. listed: see `mark_whole`. anew:
+    it may take the place of one that was written in the same way; else of an empty one alone.
 
     Every file in it may be read by whoever may read the folder.
     """
-    with _in_place_of(target) as part:
+    with _in_place_of(target, anew) as part:
         part.mkdir()
         write(part)
         _share_as_the_folder(part)
@@ -174,10 +177,15 @@ def free_folder(out: str | Path) -> Iterator[Path]:
     target = Path(out)
     if target.is_symlink():
         target = target.resolve()
+    _check_empty(target, out)
+    with held(target):
+        _check_empty(target, out)  # another command may have ended meanwhile
+        yield target
+
+
+def _check_empty(target: Path, out: str | Path) -> None:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"The output folder {out} is not empty: give another one.")
-    with held(target):
-        yield target
 
 
 @contextmanager
@@ -212,7 +220,7 @@ def space_next_to(target: Path) -> Iterator[Path]:
 def held(target: Path) -> Iterator[None]:
     """Hold the target: no other command writes to it meanwhile. What killed ones have left next to it is removed."""
     made = [folder for folder in target.absolute().parents if not folder.exists()]
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     file = target.with_name(f".{target.name}.lock")
     lock = hold(file, f"{target} is being written by another command: wait for it, or give another output.")
     try:
@@ -225,6 +233,19 @@ def held(target: Path) -> Iterator[None]:
         for folder in made:  # those that nothing came into
             with suppress(OSError):
                 folder.rmdir()
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder for an output, with those above it. Raises UserError where the system does not let us."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if is_disk_full(error):
+            raise
+        raise UserError(
+            f"The folder {folder} for the output cannot be made ({error.strerror or error}): give another one, in a "
+            "folder that you may write."
+        ) from error
 
 
 def remove_remains(folder: Path, name: str | None = None, after: float = 0) -> None:

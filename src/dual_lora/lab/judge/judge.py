@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.files.write import text_of_json, write_output
+from dual_lora.lab.files.write import make_folder, text_of_json, write_output
 from dual_lora.lab.judge import packed
 from dual_lora.lab.judge.copies import copied, one_under_several_names, repeated, repeated_items
 from dual_lora.lab.judge.lm_eval import read_lm_eval, sample_files
@@ -119,7 +119,7 @@ def judge(
     }
     if out is not None:
         file = _free_output(Path(out) / "results.json")
-        file.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(file.parent)
         write_output(file, text_of_json(results))
     return results
 

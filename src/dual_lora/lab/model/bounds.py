@@ -18,6 +18,7 @@ from dual_lora.verify.sources import check_sources
 
 MOST_OF_FILE = 100  # an adapter may become so many times as large as its file
 SMALL = 10**8  # numbers that fit into any memory
+MOST_TENSORS, FEW = 100, 10_000  # of a file, for each module of the base, which a method gives some ten; of any file
 
 _RANKS = ("r", "r1", "r2", "init_r", "rank_pattern")
 _FACTORED = ("LORA", "DUAL_LORA", "ADALORA")  # every layer has factors of its own, and all of them are saved
@@ -40,13 +41,31 @@ def check_config(config: Any, model: Any, where: str, file: Path | None = None) 
     field, rank = max(ranks, key=lambda found: found[1], default=("r", 0))
     shapes = [tuple(parameter.shape) for parameter in model.parameters()]
     kind = getattr(values.get("peft_type"), "value", values.get("peft_type"))
-    if file is None or not file.is_file() or kind not in _FACTORED:
+    if file is None or not file.is_file():
+        return
+    _check_count(file, model, where)
+    if kind not in _FACTORED:
         return
     asked, held = rank * sum(shape[0] + shape[1] for shape in shapes if len(shape) == 2), file.stat().st_size
     if asked > SMALL and asked > MOST_OF_FILE * held:
         raise UserError(
             f"{where}: {field} holds {rank:,}, which may take {asked:,} numbers, and {file.name} has {held:,} bytes: "
             "the configuration and the weights do not belong together."
+        )
+
+
+def _check_count(file: Path, model: Any, where: str) -> None:
+    """Raise UserError for more tensors than any method has: each is looked up by its name, an empty one too. A damaged
+    file is left to whoever reads it."""
+    try:
+        count = len(header(file))
+    except (OSError, SafetensorError):
+        return
+    most = max(FEW, MOST_TENSORS * sum(1 for _ in model.modules()))
+    if count > most:
+        raise UserError(
+            f"{where}: {file.name} holds {count:,} tensors, and at most {most:,} are read for a model of this size: it "
+            "is no adapter of this base."
         )
 
 

@@ -6,7 +6,7 @@ The page has the same lines with it and saves those of the rows that a reader ha
 import re
 from pathlib import Path
 
-from dual_lora.lab.files.write import write_output
+from dual_lora.lab.files.write import make_folder, write_output
 from dual_lora.lab.report.blocks import Page, Table
 from dual_lora.lab.run.results_file import FORMULA, as_markdown
 
@@ -55,7 +55,7 @@ def written(table: Table, kind: str) -> str:
 
 def export(page: Page, folder: Path) -> list[Path]:
     """Write every table of the page in all three forms; returns the files."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     files = []
     for table in (b for s in page.sections for b in s.blocks if isinstance(b, Table)):
         for kind in FORMS:

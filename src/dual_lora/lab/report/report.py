@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dual_lora.lab.errors import UserError, described
-from dual_lora.lab.files.write import write_output
+from dual_lora.lab.files.write import make_folder, write_output
 from dual_lora.lab.report.blocks import Chart, Page, Section, Table, slug, unused
 from dual_lora.lab.report.charts import drawings
 from dual_lora.lab.report.columns import columns
@@ -78,7 +78,7 @@ def report(
     file = _free_output(Path(out))
     page = build_page(material, title)
     text = render(page, live).encode("utf-8", "replace").decode()  # half of a surrogate pair cannot be written
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(file.parent)
     write_output(file, text)
     exported = [str(path) for path in export(page, Path(tables))] if tables is not None else []
     counts = len(material.studies), len(material.analyses), len(material.ledgers), len(material.runs)

@@ -164,6 +164,6 @@ def _save(session: Session, begun: Begun, fitted: Fitted, result: RunResult, pas
     noted = "" if begun.ready.classes or begun.config is None else ", fingerprint (for `dual-lora verify`)"
     with stage(f"saving {target}: weights{noted}, card", session.progress):
         if session.main:
-            write_folder_atomically(target, write, listed=True)
+            write_folder_atomically(target, write, listed=True, anew=True)
         else:
             trainer.save_model(str(target.with_name(target.name + ".part")))

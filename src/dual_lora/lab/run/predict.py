@@ -102,6 +102,11 @@ def predict(
             file.writelines(json_text(row) + "\n" for row in rows)
             file.flush()
             done += rows
+    if out.exists() and not overwrite:
+        raise UserError(
+            f"{out} has come meanwhile, and is left as it is. The results are in {unfinished}: move that file away and "
+            "give the same command again, which goes on from there."
+        )
     write_rows(out, records, done, source)
     unfinished.unlink(missing_ok=True)
     agree = [_is_same_answer(row, own) for row, e in zip(done, examples, strict=True) if (own := e.label or e.answer)]

@@ -163,7 +163,7 @@ def _begin(session: Session) -> Begun:
     if session.main:
         begin(recipe, folder, record.written(), start)
         if wants_gradients(config):
-            write_folder_atomically(folder.start, lambda part: model.save_pretrained(str(part)), listed=True)
+            write_folder_atomically(folder.start, lambda part: model.save_pretrained(str(part)), listed=True, anew=True)
     return Begun(ready, config, model, record, start, checkpoint, ends, earlier)
 
 

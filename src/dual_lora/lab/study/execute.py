@@ -218,22 +218,44 @@ def _process_error(code: int | None) -> str:
     return f"Its process {killed}; too little memory is the usual reason."
 
 
+def _start_ray(ray: Any, workers: int) -> None:
+    """Start a Ray of our own with so many workers, or reach the cluster that the surroundings name.
+
+    From the root of the file system: Ray puts the folder in which it is started before all others from which its
+    workers import, and a module that lies in the folder of a study would run there.
+    """
+    here = os.getcwd()
+    own = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers}
+    if named := os.environ.get("PYTHONPATH"):  # by the user, who may mean this folder
+        os.environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, filter(None, named.split(os.pathsep))))
+    os.chdir(Path(here).anchor)
+    try:
+        ray.init(log_to_driver=False, include_dashboard=False, **own)
+    except Exception as error:
+        raise UserError(f"Ray could not be reached or started: {described(error)}") from error
+    finally:
+        os.chdir(here)
+
+
+def _do_in(here: str, *of: Any) -> Outcome:
+    """Do a job in a process of Ray, where records are found from the same folder as in the command."""
+    with contextlib.suppress(OSError):  # it may not be on this node
+        os.chdir(here)
+    return do(*of)
+
+
 def _on_ray(options: Options, jobs: Sequence[Job], runs: Path, at_a_time: int) -> Iterator[Answer]:
     import ray
 
+    here = os.getcwd()
     if not ray.is_initialized():
-        try:
-            # A Ray of our own with so many workers, unless the surroundings name a cluster.
-            own = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": options.workers}
-            ray.init(log_to_driver=False, include_dashboard=False, **own)
-        except Exception as error:
-            raise UserError(f"Ray could not be reached or started: {described(error)}") from error
+        _start_ray(ray, options.workers)
     needs: dict[str, Any] = {"num_cpus": 1, "num_gpus": 1 if torch.cuda.is_available() else 0}
     if permission.allowed():  # a cluster's workers do not inherit this process's environment
         needs["runtime_env"] = {"env_vars": {permission.VARIABLE: ",".join(permission.allowed())}}
-    remote = ray.remote(max_calls=1 if options.fresh else 0, max_retries=0, **needs)(do)
+    remote = ray.remote(max_calls=1 if options.fresh else 0, max_retries=0, **needs)(_do_in)
     folder = runs.resolve()  # every node has to see it; results also come back with the answer
-    pending = {remote.remote(job, folder, options.keep, at_a_time): job.key for job in jobs}
+    pending = {remote.remote(here, job, folder, options.keep, at_a_time): job.key for job in jobs}
     try:
         while pending:
             (ready, *_), _ = ray.wait(list(pending), num_returns=1)

@@ -26,7 +26,7 @@ from pydantic import BaseModel
 
 from dual_lora.lab import yaml_text
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.files.write import OLD, hold, remove_remains, write_atomically, write_json
+from dual_lora.lab.files.write import OLD, hold, make_folder, remove_remains, write_atomically, write_json
 from dual_lora.lab.model.weights import is_other_base, other_settings, short_digest, tensor_digests, warn_of_doubt
 from dual_lora.lab.read import read_json, unlinked
 from dual_lora.lab.study.job import Job, Kind, Settings, read_outcome, run_file
@@ -125,7 +125,7 @@ class StudyFolder:
         self.before: set[str] = set()  # keys of the runs that it knew
 
     def __enter__(self) -> StudyFolder:
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path)
         busy = f"Another process is working on the study in {self.path}. Wait for it, or give another --out."
         self._lock = hold(self.path / "study.lock", busy)
         remove_remains(self.path)
