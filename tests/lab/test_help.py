@@ -1,9 +1,13 @@
 """Help pages in panels, what is folded away, and the shells' completion."""
 
+import re
 import subprocess
+from importlib import import_module
 
 import pytest
+from cyclopts import App
 
+from dual_lora.lab.cli import COMMANDS, build_app
 from dual_lora.lab.commands.parameters import COMMON
 from dual_lora.lab.recipe.schema import Recipe
 
@@ -29,6 +33,27 @@ def test_every_field_of_a_recipe_is_on_the_whole_page(call, monkeypatch):
             assert f"--{part}.{name.replace('_', '-')}" in page
     assert "Training: more" in out
     assert "Training: more" not in call("train", "--help")[1]
+
+
+def documented():
+    """Every command's words, and the text of its help."""
+    yield [], build_app().help
+    for name, target, _ in COMMANDS:
+        module, _, function = target.partition(":")
+        found = getattr(import_module(module), function)
+        yield [name], found.help if isinstance(found, App) else found.__doc__
+        if isinstance(found, App):
+            yield from (([name, part], found[part].default_command.__doc__) for part in found if part[0] != "-")
+
+
+@pytest.mark.parametrize(("words", "text"), [pytest.param(*each, id=" ".join(each[0])) for each in documented()])
+def test_an_example_is_one_line(words, text, call, monkeypatch):
+    """A command that is copied from two lines does not run."""
+    examples = re.findall("`((?:dual-lora|accelerate|cat) [^`]+)`", text)
+    assert examples
+    monkeypatch.setenv("COLUMNS", "77")
+    lines = call(*words, "--help")[1].splitlines()
+    assert [example for example in examples if not any(example in line for line in lines)] == []
 
 
 def test_the_usual_options_are_fields():

@@ -188,6 +188,35 @@ def test_a_first_recipe_trains(table, tiny_encoder, call):
     assert "Write another one (mine-2.yaml), or go on with this one (`dual-lora check-data mine.yaml`)" in err
 
 
+def test_a_first_recipe_names_what_else_could_be_the_label(table, tiny_encoder, call):
+    """By a name that is known or by values; of a table that a person reads again after months."""
+    head, *lines = table.read_text().splitlines()
+    extra = [f"{line},{i % 3},{i % 5},2027-01-0{i % 2 + 1},n{i}" for i, line in enumerate(lines)]
+    table.write_text("\n".join([f"{head},stars,kind: a,day,no", *extra]) + "\n")
+    given = ("--data", table.name, "--base", tiny_encoder)
+    code, out, err = call("recipes", "init", "mine.yaml", *given)
+    assert code == 0, err
+    assert "or --label stars, --label 'kind: a'" in " ".join(out.replace("│", "").split())
+    said = "# The label is guessed. It could also be: stars, 'kind: a' (fields: {label: COLUMN})"
+    assert said in Path("mine.yaml").read_text()
+    assert read_recipe("mine.yaml").data.fields == {"text": "review", "label": "sentiment"}
+    assert call("recipes", "init", "named.yaml", *given, "--label", "stars")[0] == 0
+    assert "could also be" not in Path("named.yaml").read_text()
+
+
+@pytest.mark.parametrize(("words", "rows", "times"), [(4, 8, 1), (100, 4, 2), (900, 1, 8)])
+def test_a_first_recipe_of_a_language_model_fits_into_a_small_memory(words, rows, times, tmp_path, tiny_lm, call):
+    """Its logits are the most: eight records a step, whatever their length."""
+    lines = [json.dumps({"prompt": "is it red ? " * words, "answer": f"{i}"}) + "\n" for i in range(20)]
+    (tmp_path / "x.jsonl").write_text("".join(lines))
+    file = tmp_path / "mine.yaml"
+    code, _, err = call("recipes", "init", file, "--data", tmp_path / "x.jsonl", "--base", tiny_lm)
+    assert code == 0, err
+    recipe = read_recipe(file)
+    assert (recipe.train.batch_size, recipe.train.accumulate) == (rows, times)
+    assert recipe.evaluate.batch_size == (16 if rows == 8 else 2 * rows), "a validation holds logits too"
+
+
 def test_columns_without_a_name(tmp_path, tiny_encoder, call, monkeypatch):
     """pandas writes one on the left, for its index; a spreadsheet leaves empty ones on the right."""
     monkeypatch.chdir(tmp_path)
@@ -241,6 +270,7 @@ def test_a_first_recipe_for_a_text_counts_records_as_a_run_does(tmp_path, tiny_l
     assert code == 0, err
     assert "1 text, none held out" in out
     assert "diary.txt: 1 text, all of which is learned." in Path("x.yaml").read_text()
+    assert (read_recipe("x.yaml").train.batch_size, read_recipe("x.yaml").train.accumulate) == (2, 4)
     code, out, err = call("check-data", "x.yaml", "--data.max-length", 64)
     assert code == 0, err
     assert "of at most 64 tokens, into which the text is cut" in out
@@ -281,6 +311,7 @@ def test_preferences_begin_with_dpo(tmp_path, tiny_lm, call, monkeypatch):
     recipe = read_recipe("mine.yaml")
     assert (recipe.objective.name, recipe.data.format, recipe.train.learning_rate) == ("dpo", "preference", 1e-4)
     assert recipe.data.max_length == 128  # with room for a template
+    assert (recipe.train.batch_size, recipe.train.accumulate) == (4, 2)  # of two answers each
 
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x\nname: other.jsonl", "x\u2028name: other.jsonl"])

@@ -105,7 +105,7 @@ def build_app(wanted: str | None = None, everything: bool = False) -> App:
     """
     app = App(
         name="dual-lora",
-        help="Fine-tune by LoRA, Dual LoRA or another PEFT method; use, merge and verify adapters; compare methods. "
+        help="Fine-tune by LoRA, Dual LoRA or another PEFT method; use, merge and verify adapters; compare methods.\n\n"
         "Example: `dual-lora train boolq-smollm2`",
         version=dual_lora.__version__,
         help_format="markdown",

@@ -42,9 +42,9 @@ def advise(
 
     Example: `dual-lora advise sst2-minilm --minutes 20`
 
-    Your own recipe, or a run: `dual-lora advise my-recipe.yaml --minutes 60 --margin 0.005`
+    Your recipe or run: `dual-lora advise mine.yaml --minutes 60 --margin 0.005`
 
-    Without a recipe: `dual-lora advise --base ./my-model --data my.csv --test my-test.csv`
+    No recipe: `dual-lora advise --base my-model --data my.csv --test my-test.csv`
 
     LoRA, Dual LoRA and Dual LoRA without Sign get equal parameters, equal tuning and the same seeds. After a
     stop, the same command continues where it was; with more minutes it adds seeds. `dual-lora report` shows the study

@@ -58,7 +58,7 @@ def analyze(
 ) -> None:
     """Measure what runs did to the weights: signs, zeros, ranks, gradients, similarity to full fine-tuning.
 
-    Example: `dual-lora analyze runs/dual runs/lora --reference runs/full --page analysis.html`
+    Example: `dual-lora analyze runs/dual runs/lora --reference runs/full`
 
     States are a run's checkpoints: train with `--train.checkpoint-every 20 --train.keep-checkpoints 20` to keep them.
     """

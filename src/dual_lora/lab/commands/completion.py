@@ -36,9 +36,9 @@ def completion(
 ) -> None:
     """Print or install the script that completes commands and options in a shell with the tab key.
 
-    Example: `dual-lora completion --install`, then open a new terminal
+    Example: `dual-lora completion --install` (then open a new terminal)
 
-    By hand: `dual-lora completion bash > ~/.local/share/bash-completion/completions/dual-lora`
+    By hand: `dual-lora completion bash > dual-lora.bash` (for `source dual-lora.bash` in ~/.bashrc)
     """
     from dual_lora.lab.cli import build_app
 

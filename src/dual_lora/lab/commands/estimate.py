@@ -91,11 +91,11 @@ def estimate(
 ) -> None:
     """Estimate memory, arithmetic and time of a training step, without weights and without a device.
 
-    Example: `dual-lora estimate llama-3-8b --max-length 2048 --batch-size 1 --gradient-checkpointing --on gpu`
+    Example: `dual-lora estimate llama-3-8b --max-length 2048 --on gpu`
 
-    Many devices: `dual-lora estimate llama-3-70b-eight-cards --devices 8 --strategy fsdp2 --on gpu`
+    Devices: `dual-lora estimate llama-3-8b --devices 8 --strategy fsdp2 --on gpu`
 
-    What fits: `dual-lora estimate qwen3-4b --fits 24GB --gradient-checkpointing --on gpu`
+    What fits: `dual-lora estimate qwen3-4b --fits 24GB --on gpu`
 
     Your recipe: `dual-lora estimate boolq-smollm2`
     """

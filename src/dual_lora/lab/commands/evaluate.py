@@ -39,7 +39,7 @@ def evaluate(
 
     Example: `dual-lora evaluate runs/boolq-smollm2`
 
-    An adapter from elsewhere: `dual-lora evaluate my-adapter --recipe boolq-smollm2 --data.test-limit 200`
+    An adapter alone: `dual-lora evaluate my-adapter --recipe boolq-smollm2`
     """
     # A wrong value, recipe or source shows before a library is imported.
     overrides = flag_values(given)

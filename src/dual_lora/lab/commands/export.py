@@ -88,7 +88,7 @@ def export(
 ) -> None:
     """Write an adapter for other programs: merged, as GGUF or as LoRA.
 
-    Example: `dual-lora export runs/boolq-smollm2 served --to lora --energy 0.9 --data my-records.jsonl`
+    Example: `dual-lora export runs/mine served --to lora --energy 0.9`
 
     A LoRA keeps only a part of the update. The command shows how much is lost (of every layer with `--json`), and how
     that changes the loss on your records.

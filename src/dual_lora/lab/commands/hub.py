@@ -54,7 +54,7 @@ def push(
 
     Uploads only the files of the result, without paths of this machine. Sign in with `hf auth login` before.
 
-    Example: `dual-lora push runs/boolq-smollm2 me/boolq --base-model HuggingFaceTB/SmolLM2-135M`
+    Example: `dual-lora push runs/mine me/mine --base-model Qwen/Qwen3-4B`
 
     Look first, without a network: add `--dry-run`
     """

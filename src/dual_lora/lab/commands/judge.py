@@ -53,16 +53,19 @@ def judge(
 ) -> None:
     """Judge scores from elsewhere: the verdicts, intervals and notes of a study, without training anything.
 
-    Example: `dual-lora judge scores.csv --reference lora --margin 0.01 --out judged`
+    Example: `dual-lora judge scores.csv --reference lora --margin 0.01`
 
-    Scores of the lm-evaluation-harness: `dual-lora judge evaluations --metric acc`, where `lm_eval --log_samples` wrote
-    into `evaluations/METHOD/seed-1`, `evaluations/METHOD/seed-2`, …
+    The lm-evaluation-harness: `dual-lora judge evaluations --metric acc` (`lm_eval --log_samples` wrote into
+    `evaluations/METHOD/seed-1`, `evaluations/METHOD/seed-2`, …)
 
-    Results of PEFT's method comparison: `dual-lora judge method_comparison/MetaMathQA --metric "test accuracy"`
+    Results of PEFT's method comparison:
 
-    A study written for it: `dual-lora judge studies/mine --peft method_comparison/mine`
+    `dual-lora judge method_comparison/MetaMathQA --metric "test accuracy"`
 
-    What PEFT's table can detect, by the reruns in its history: `dual-lora judge --peft peft --out peft-verdicts`
+    A study, for it: `dual-lora judge studies/mine --peft method_comparison/mine`
+
+    What its table can detect: `dual-lora judge --peft peft --out peft-verdicts` (by the reruns in the
+    history of PEFT's repository)
     """
     from dual_lora.lab.errors import UserError
     from dual_lora.lab.report.tables import show_results

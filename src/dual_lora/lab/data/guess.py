@@ -49,7 +49,7 @@ RECIPE_OPTIONS = "--data.fields.text and --data.fields.label, or --data.fields.p
 class Guess:
     """format, head and fields: as a recipe has them. names: of the columns. classes: of a classification.
 
-    rivals: columns that could be the label just as well, where its values alone chose it.
+    rivals: further columns that could be the label, where nobody named one.
     """
 
     format: str
@@ -156,7 +156,21 @@ def _labelled(seen: list[Record], found: dict[str, str], names: list[str], given
     if head == "causal":
         _check_label(found["label"], values, "label" in given)
         return None
-    return _guess_of("text", head, found | {"text": text}, names, ("text", "label", *pair), classes)
+    used = ("text", "label", *pair)
+    rivals = [] if given.get("label") else _rivals(seen, names, [text, *(found[ours] for ours in used[1:])])
+    return _guess_of("text", head, found | {"text": text}, names, used, classes, rivals)
+
+
+def _rivals(seen: list[Record], names: list[str], taken: list[str]) -> list[str]:
+    """Columns that could be the label as well: by their names, or because their values repeat as classes do."""
+    free = [name for name in names if name not in taken and not _dates(seen, name)]
+    kinds = {name: _kind_of(_values(seen, name)) for name in free}
+    return [
+        name
+        for name, (head, classes) in kinds.items()
+        if (head != "causal" and _first_known([name], NAMES["label"]))
+        or (head == "classification" and len(classes) <= len(seen) // 5)
+    ]
 
 
 def _check_label(name: str, values: list[Any], given: bool) -> None:

@@ -23,6 +23,9 @@ MOST_HELD = 500
 LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)
 TEMPLATE = 240  # characters that a chat template may write around a record
 ROW = 512  # tokens, of a text that is learned as a whole
+EXAMPLES = 8  # of an optimizer step
+TOKENS = 2048  # of a language model at a time, at the most: with 1,024 SmolLM2-135M takes 2.6 GB, with 4,096 8.6 GB
+MOST_RIVALS = 5  # columns that are named in a comment
 CHARACTERS = 3  # a token, at the least: of English four or five
 RATES = (
     "1.0e-3  # try 3e-4 and 3e-3 too; 1e-5 to 1e-4 for method full",
@@ -66,7 +69,7 @@ def starter(
     around = TEMPLATE if found.head == "causal" else 0
     longest_row = LENGTHS[-1] if held else ROW  # one record is a text, which is learned in rows
     length = next(n for n in LENGTHS if n * CHARACTERS >= longest + around or n == longest_row)
-    preferred = found.format == "preference"
+    preferred, rows = found.format == "preference", _at_a_time(found, length)
     lines = [
         f"# A first recipe for {_value(data)}: {_counted(count, found)}, {_task(found)}. Change what you like.",
         *_next_commands(file),
@@ -89,16 +92,18 @@ def starter(
         pairs = ", ".join(f"{ours}: {_value(theirs)}" for ours, theirs in found.fields.items())
         lines.append(f"  fields: {{{pairs}}}  # field of the format: column of the file")
     lines += [
+        *_other_labels(found),
         f"  max_length: {length}  # tokens; `dual-lora check-data` counts the longer records",
         *(DPO if preferred else ()),
         "train:",
         "  epochs: 3",
-        "  batch_size: 8",
+        *_batch(rows),
         *(["  # gradient_checkpointing: true  # takes less memory, and a third more time"] * (found.head == "causal")),
         f"  learning_rate: {RATES[preferred]}",
         *(_validation(count) if held else ()),
         "evaluate:",
         f"  tasks: [{_tasks(found)}",
+        *([f"  batch_size: {2 * rows}  # records at a time"] * (rows < EXAMPLES)),
         *([] if test or not held else ["  split: validation  # there is no test set yet"]),
     ]
     return "\n".join(lines) + "\n"
@@ -142,6 +147,32 @@ def _readable(records: list[Record], found: Guess) -> Iterator[Example]:
         for record in records:
             with suppress(UserError):
                 yield from read_examples("-", data, [record])
+
+
+def _other_labels(found: Guess) -> list[str]:
+    """A comment with the columns that the label could have been, of which a run says nothing."""
+    if not found.rivals:
+        return []
+    shown = [_value(name) for name in found.rivals[:MOST_RIVALS]] + ["…"] * (len(found.rivals) > MOST_RIVALS)
+    return [f"  # The label is guessed. It could also be: {', '.join(shown)} (fields: {{label: COLUMN}})"]
+
+
+def _at_a_time(found: Guess, length: int) -> int:
+    """Records of a forward pass, few enough for a laptop: most memory of a language model is that of its logits."""
+    if found.head != "causal":
+        return EXAMPLES
+    # Rows of a text are all full, and a record of preferences is two.
+    return max(1, min(EXAMPLES, TOKENS // length) // (2 if found.format in ("document", "preference") else 1))
+
+
+def _batch(rows: int) -> list[str]:
+    """EXAMPLES a step, `rows` at a time."""
+    if rows == EXAMPLES:
+        return [f"  batch_size: {EXAMPLES}"]
+    return [
+        f"  batch_size: {rows}  # records at a time; more are faster and take more memory",
+        f"  accumulate: {EXAMPLES // rows}  # times: {EXAMPLES} records a step",
+    ]
 
 
 def _validation(count: int) -> list[str]:
