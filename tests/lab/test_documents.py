@@ -40,6 +40,15 @@ def test_conversations_in_parquet(tmp_path):
     assert example.answer == "red"
 
 
+def test_a_column_of_maps_does_no_harm(tmp_path):
+    file, more = tmp_path / "a.parquet", pyarrow.map_(pyarrow.string(), pyarrow.list_(pyarrow.string()))
+    column = pyarrow.array([[("a", ["x"])], [], None], more)
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": ["sea", "sky", "ice"], "label": ["a", "b", "b"], "m": column}), file
+    )
+    assert [record.values["m"] for record in read_records(str(file))] == [[("a", ["x"])], [], None]
+
+
 def test_a_missing_value_is_told_from_an_empty_one(tmp_path):
     file = parquet(tmp_path / "a.parquet", text=["sea", None], label=["a", "b"])
     with pytest.raises(UserError, match=r"a\.parquet, row 2: field 'text' is null"):

@@ -542,6 +542,21 @@ def test_an_output_that_is_a_link_is_followed(there, source, tmp_path):
         merge(source, tmp_path / "link")
 
 
+def test_a_token_that_the_model_does_not_have_is_said(tiny_lm, tmp_path, call):
+    base = shutil.copytree(tiny_lm, tmp_path / "base")
+    held = json.loads((base / "tokenizer.json").read_text())
+    more = {
+        "id": len(held["model"]["vocab"]),
+        "content": "more",
+        **dict.fromkeys(("lstrip", "rstrip", "special"), False),
+    }
+    held["added_tokens"].append(more | {"single_word": False, "normalized": False})
+    (base / "tokenizer.json").write_text(json.dumps(held))
+    code, _, said = call("generate", base, "is the more", "--max-new-tokens", 1)
+    assert code == 1
+    assert "a token or a position that it has no embedding for" in " ".join(said.split())
+
+
 def test_exit_status_is_128_and_the_signal():
     assert exit_status(KeyboardInterrupt()) == 130
 

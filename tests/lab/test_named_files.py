@@ -214,6 +214,15 @@ def test_a_tokenizer_s_rules_make_no_text_without_an_end(part, rules, said, base
         load_tokenizer(str(base))
 
 
+def test_a_token_has_no_number_without_an_end(base):
+    """It is saved with each run, for which the library takes memory for every number below."""
+    held = json.loads((base / "tokenizer.json").read_text())
+    held["model"]["vocab"]["more"] = 4_000_000_000
+    (base / "tokenizer.json").write_text(json.dumps(held))
+    with pytest.raises(UserError, match=r"a token of the number 4,000,000,000, expected at most 2,000,000"):
+        load_tokenizer(str(base))
+
+
 def test_nor_those_of_another_version_s_file(base):
     own = json.loads((base / "tokenizer.json").read_text())
     (base / "tokenizer.4.0.json").write_text(json.dumps(own | {"pre_tokenizer": SLOW}))

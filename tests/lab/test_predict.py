@@ -1,6 +1,8 @@
 """Every record of a file gets a label with probabilities, a value, a choice or a text; what was interrupted goes on."""
 
 import csv
+import datetime
+import decimal
 import json
 import os
 import shutil
@@ -383,6 +385,20 @@ def test_a_file_of_the_user_is_not_written_over(linked, classifier, sentences, c
     assert code == 1
     assert ("is a link" if linked else "is damaged") in " ".join(said.split())
     assert unfinished.read_text() == mine.read_text() == "a text without a line feed"
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_dates_and_decimals_of_a_record_are_written(suffix, tmp_path):
+    """The results of hours were there, and no command could write them."""
+    values = {
+        "when": datetime.datetime(2026, 1, 2, 3),
+        "much": decimal.Decimal("1.50"),
+        "days": [datetime.date(1, 2, 3)],
+    }
+    write_rows(tmp_path / f"out{suffix}", [Record(values, "here")], [{"predicted": "yes"}])
+    (row,) = rows_of(tmp_path / f"out{suffix}")
+    assert (row["when"], row["much"], row["predicted"]) == ("2026-01-02 03:00:00", "1.50", "yes")
+    assert "0001-02-03" in str(row["days"])
 
 
 def test_a_carriage_return_begins_no_row(tmp_path):

@@ -220,6 +220,12 @@ def _in_a_sentence(error: Exception) -> str:
         return f"The disk is full{where}: make room and give the same command again. What was there before is unharmed."
     if isinstance(error, RecursionError):
         return "Something in the input is nested too deeply (--debug shows where)."
+    if isinstance(error, IndexError) and str(error) == "index out of range in self":  # torch's, of an embedding
+        return (
+            "The model was given a token or a position that it has no embedding for (--debug shows where). Either its "
+            "tokenizer has tokens that are not the model's, or a text is longer than the model knows positions "
+            "(--data.max-length)."
+        )
     if isinstance(error, OSError):
         return f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
     return f"{described(error, lines=1)} (--debug shows where)"

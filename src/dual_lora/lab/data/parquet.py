@@ -75,6 +75,8 @@ def _unpacked_bytes(array: Any) -> int:
         return held + int(pyarrow.compute.sum(lengths.cast("int64")).as_py() or 0)
     if types.is_struct(kind):
         return held + STRUCT * len(array) + sum(map(_unpacked_bytes, array.flatten()))
+    if types.is_map(kind):
+        return held + _unpacked_bytes(array.keys) + _unpacked_bytes(array.items)
     if types.is_nested(kind):
         return held + _unpacked_bytes(array.flatten())
     return held + int(array.nbytes)

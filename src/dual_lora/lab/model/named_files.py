@@ -31,6 +31,7 @@ MOST_TEMPLATES = 100
 # By these a tokenizer makes tokens of its own, or fills up a text's; published ones have some 100, and widths of 1000.
 MADE = re.compile(r"extra_ids|offset|num_\w+|(max|pad)_(width|depth)")
 MOST_MADE = 2000
+LARGEST_NUMBER = 2_000_000  # of a token; the largest published vocabularies have 262,144
 MOST_SPECIAL = 10_000  # the time that they take grows with their square; published ones have some 1000
 
 
@@ -98,6 +99,12 @@ def check_tokenizer_rules(model: str, revision: str | None, tokenizer: Any = Non
         for name in ["tokenizer.json", *map(str, others if isinstance(others, list) else ())]:
             check_rules(_settings(model, name, revision), f"{name} of {model}")
     elif backend is not None:
+        largest = max(tokenizer.get_vocab().values(), default=0)
+        if largest > LARGEST_NUMBER:
+            raise UserError(
+                f"The tokenizer of {model} has a token of the number {largest:,}, expected at most "
+                f"{LARGEST_NUMBER:,}: to save it takes memory for each number below."
+            )
         parts = {name: getattr(backend, name) for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder")}
         check_rules({name: json.loads(part.__getstate__()) for name, part in parts.items() if part}, model)
 

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -69,7 +70,7 @@ def write_rows(out: Path, records: Sequence[Record], rows: Sequence[dict[str, An
     source: the records' file. The results of a table have its separator and its byte order mark, by which a spreadsheet
     knows how to read them.
     """
-    together = [{**record.values, **row} for record, row in zip(records, rows, strict=True)]
+    together = [{**_plain(record.values), **row} for record, row in zip(records, rows, strict=True)]
     if out.suffix == ".jsonl":
         write_atomically(out, "".join(json_text(row) + "\n" for row in together))
         return
@@ -96,6 +97,12 @@ def _separator_and_mark(source: str, columns: int) -> tuple[str, str]:
         line = file.readline()
     mark = "\ufeff" if line.startswith("\ufeff") else ""
     return delimiter_of(line.removeprefix(mark), columns), mark
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """A record with texts in place of what JSON does not have: dates, times and decimal numbers of a Parquet file."""
+    plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
+    return plain
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:
