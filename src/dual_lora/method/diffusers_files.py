@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
+from .alpha_units import LORA_ALPHA
 from .config import DualLoraConfig
-from .lora_fields import LORA_ALPHA
 
 _MARK, _ALPHA = ".dual_lora_", ".dual_lora_alpha"
 
