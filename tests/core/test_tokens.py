@@ -73,6 +73,21 @@ def test_the_expectation_is_the_gradient(kind, n):
     assert (total / len(NUMBERS) - G).norm() < 0.05 * G.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_rare_token_is_weighed_in_fp32(dtype):
+    """Its weight 1/π was rounded first: infinite in fp16, so that a GradScaler skipped the step, and off in bf16."""
+    dy = torch.full((4096, 2), 1e-6, dtype=dtype)
+    dy[-100:] = 1
+    x = torch.full((4096, 1), 0.5, dtype=dtype)
+    made = tokens.water_filling(tokens.leverage(dy, x))
+    at, weights = made.draw(64, torch.tensor(1e-3))
+    assert at[0] < 4096 - 100
+    assert weights[0] > 65504
+    rows, _ = tokens.weighted_rows(dy, x, (at, weights))
+    expected = dy[at].double() * weights.unsqueeze(1)
+    assert ((rows.double() - expected).abs() <= torch.finfo(dtype).eps / 2 * expected).all()
+
+
 def test_tokens_that_carry_nothing_make_room_for_the_others():
     dy, x = tensors("zeros")
     for n in (110, 150):  # of 106 that carry something

@@ -141,7 +141,7 @@ def _convolution_gradient(
         )[1]
     at, weights = drawn
     patches = _patches(x, at, dy.shape[2:], kernel, geometry)
-    rows = places.flatten(0, 1)[at] * weights.to(dy.dtype).view(-1, 1, 1)
+    rows = tokens.weighted(places.flatten(0, 1)[at], weights)
     if groups == 1:
         found = rows[:, 0].mT @ patches.flatten(1)
     else:

@@ -101,7 +101,13 @@ def sample(dy: Tensor, x: Tensor, n: int, draw: Tensor) -> tuple[Tensor, Tensor]
 def weighted_rows(dy: Tensor, x: Tensor, drawn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Select the drawn rows of dy [T, O], multiplied by their weights, and of x [T, I]."""
     at, weights = drawn
-    return dy.index_select(0, at) * weights.to(dy.dtype).unsqueeze(1), x.index_select(0, at)  # faster than dy[at]
+    return weighted(dy.index_select(0, at), weights), x.index_select(0, at)  # faster than dy[at]
+
+
+def weighted(rows: Tensor, weights: Tensor) -> Tensor:
+    """Multiply rows [n, …] by their weights [n], and round once: a weight may lie beyond fp16, its product does not."""
+    weights = weights.to(torch.promote_types(rows.dtype, torch.float32))
+    return (rows * weights.view(-1, *(1,) * (rows.ndim - 1))).to(rows.dtype)
 
 
 def sample_size(T: int, share: float, made: WaterFilling, variance: Callable[[], Tensor]) -> int:

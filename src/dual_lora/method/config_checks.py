@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from .lora_fields import LORA_ALPHA, is_positive, scaled
+from .alpha_units import LORA_ALPHA, scaled
+from .lora_fields import is_positive
 
 PAPER_WARMUP = 50
 

@@ -289,10 +289,10 @@ class Linear(MapLayer):
         weight = base.weight  # once: a parametrisation computes it
         if sharded.is_sharded(weight):
             return sharded.product(self, x, names, with_base)
-        x, adapters = in_dtype_of(weight, x), self._adapters(names)
-        if not with_base:
+        adapters = self._adapters(names)
+        if not with_base:  # whose call may compute in another dtype than its weight has (diffusers' layerwise casting)
             return self.product(x, None, None, adapters)
-        return self.product(x, self._matrix(weight), base.bias, adapters, weight)
+        return self.product(in_dtype_of(weight, x), self._matrix(weight), base.bias, adapters, weight)
 
     def product(
         self, x: Tensor, weight: Tensor | Handle | None, bias: Tensor | None, chosen: Adapters, source: Any = None

@@ -40,8 +40,9 @@ class _Conv(MapLayer):
 
     def _map(self, x: Tensor, names: list[str], with_base: bool) -> Tensor:
         base: Any = self.get_base_layer()
-        x = in_dtype_of(base.weight, x)
-        weight, bias = (base.weight, base.bias) if with_base else (None, None)
+        weight = bias = None
+        if with_base:
+            weight, bias, x = base.weight, base.bias, in_dtype_of(base.weight, x)
         composed = self._composed(weight, self._adapters(names), x)
         W, share = self._from_matrix(composed.result), self._token_share(names)
         with recompose_in_backward(composed):
