@@ -12,7 +12,7 @@ from peft.config import PeftConfig
 from peft.utils import PeftType
 
 from ..core.reference import Form, Magnitude, Ste
-from . import alpha_units, lora_fields
+from . import lora_fields
 from .config_checks import PAPER_WARMUP, check_frozen, check_share, check_start, upgrade_format_1
 from .fused_experts import READ
 from .lora_fields import is_positive
@@ -193,8 +193,8 @@ class DualLoraConfig(PeftConfig):
         for name in ("rank_pattern", "alpha_pattern", "sampling_pattern"):
             if not isinstance(getattr(self, name), dict):
                 raise ValueError(f"{name} must be a mapping of names to values, got {getattr(self, name)!r}.")
-            setattr(self, name, alpha_units.ordered(getattr(self, name)))
-        self.alpha_pattern = alpha_units.beside(self.alpha, self.alpha_pattern)
+            # As the file has them: the first that fits counts.
+            setattr(self, name, dict(sorted(getattr(self, name).items())))
         for key, rank in self.rank_pattern.items():
             ranks_of(rank, where=f"rank_pattern[{key!r}]", one_group=self.one_group)
         alphas = {"alpha": self.alpha} | {f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()}
@@ -232,7 +232,7 @@ class DualLoraConfig(PeftConfig):
                     )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
-        alpha_units.note_alphas(self)
+        lora_fields.note_alphas(self)
         self._complete = True
 
     def _check_start(self) -> None:
@@ -252,7 +252,7 @@ class DualLoraConfig(PeftConfig):
         """Set a field and keep the others consistent: a new r1 or r2 changes `r`, a new start its warm-up."""
         if vars(self).get("_complete"):
             name, value = lora_fields.written(name, value, {f.name for f in fields(self)})
-            value = alpha_units.keep_units(self, name, value)
+            lora_fields.keep_units(self, name, value)
         if not vars(self).get("_complete") or name not in CHECKED:
             super().__setattr__(name, value)
             return
@@ -296,7 +296,7 @@ class DualLoraConfig(PeftConfig):
         return (EARLIER_ALPHA if self.init_weights in ("paper", "zero") else ALPHA) * (r1 + r2)
 
     lora_alpha = property(
-        alpha_units.lora_alpha,
+        lora_fields.lora_alpha,
         doc="LoRA's `lora_alpha` at equal strength; where each layer has its own default, that of `r`.",
     )
     lora_dropout = property(lambda self: self.dropout, doc="`dropout` for code that knows LoRA.")

@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from .alpha_units import LORA_ALPHA, scaled
-from .lora_fields import is_positive
+from .lora_fields import LORA_ALPHA, is_positive, scaled
 
 PAPER_WARMUP = 50
 

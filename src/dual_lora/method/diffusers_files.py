@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from .alpha_units import LORA_ALPHA
 from .config import DualLoraConfig
+from .lora_fields import LORA_ALPHA
 
 _MARK, _ALPHA = ".dual_lora_", ".dual_lora_alpha"
 _AGAIN = ": it is damaged, or no adapter. Save it again."

@@ -10,7 +10,7 @@ from typing import Any
 from peft.utils import PeftType
 from torch import nn
 
-from .alpha_units import note_alphas
+from .lora_fields import note_alphas
 
 READ = "_read_from_file"  # whether a configuration is that of a saved adapter, which names what it has
 

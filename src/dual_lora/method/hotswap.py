@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from .._warning import warn
 from ..core.reference import scaling
-from .alpha_units import alphas, note_alphas
 from .cache import composed_weights
 from .config import DualLoraConfig
 from .layer import DualLoraLayer, layers_of, named_layers
@@ -131,8 +130,7 @@ def _write_options(config: Any, model: nn.Module, adapter: str) -> None:
     config.r1, config.r2, config.alpha = usual = max(layers.values(), key=[*layers.values()].count)
     others = {f"^{re.escape(key)}": options for key, options in layers.items() if options != usual}
     config.rank_pattern = {key: [r1, r2] for key, (r1, r2, _) in others.items()}
-    vars(config)["alpha_pattern"] = alphas({key: alpha for key, (*_, alpha) in others.items()})
-    note_alphas(config)
+    vars(config)["alpha_pattern"] = {key: alpha for key, (*_, alpha) in others.items()}
 
 
 def _stored_options(layer: DualLoraLayer, adapter: str) -> tuple[int, int, float]:

@@ -4,12 +4,16 @@ Values that mean plain LoRA are accepted, so that a call of `LoraConfig(…)` wo
 that means another method raises ValueError: ignoring it would train something else than the user asked for.
 """
 
+import copy
 from dataclasses import MISSING, fields
 from typing import Any
 
 from peft import LoraConfig
 
-from .alpha_units import LORA_ALPHA, Alphas, scaled
+from .._warning import warn
+
+LORA_ALPHA = 2.0
+"""α for each unit of LoRA's `lora_alpha`, at equal strength."""
 
 _DEFAULTS = {f.name: f.default_factory() if f.default_factory is not MISSING else f.default for f in fields(LoraConfig)}
 PLAIN_STARTS = (True, "gaussian")  # B = 0, A at random: as this method begins
@@ -45,6 +49,77 @@ def is_positive(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
 
 
+def scaled(alphas: Any, unit: float) -> Any:
+    """Multiply a number, or each number of a pattern, by `unit`. Other values stay as they are, to be checked later."""
+    if isinstance(alphas, dict):
+        return {name: scaled(alpha, unit) for name, alpha in alphas.items()}
+    return unit * alphas if type(alphas) in (int, float) else alphas
+
+
+def keep_units(config: Any, name: str, value: Any) -> None:
+    """Before `alpha` is set, convert the pattern to the unit in which it will be read; for `alpha_pattern`, warn."""
+    if name == "alpha" and (value is None) != (config.alpha is None):
+        unit = 1 / LORA_ALPHA if value is None else LORA_ALPHA
+        vars(config)["alpha_pattern"] = scaled(config.alpha_pattern, unit)
+        note_alphas(config)
+    elif name == "alpha_pattern":
+        warn_of_alphas(config, value, config.alpha_pattern)
+        note_alphas(config, value)
+
+
+def note_alphas(config: Any, pattern: Any = None) -> None:
+    """Note the pattern whose unit is known, so that a number that is entered into it later shows."""
+    vars(config)["_noted_alphas"] = copy.copy(config.alpha_pattern if pattern is None else pattern)
+
+
+def warn_of_alphas(config: Any, pattern: Any, known: Any) -> None:
+    """Warn of a pattern that was written after the configuration was made, next to `alpha`."""
+    if config.alpha is not None and pattern != known:
+        warn(
+            f"alpha_pattern={pattern!r} is written next to alpha={config.alpha:g} (lora_alpha="
+            f"{config.alpha / LORA_ALPHA:g}): its numbers count as `alpha`, {LORA_ALPHA:g} times LoRA's. Given "
+            "together with `lora_alpha`, in one call, they count as LoRA's.",
+            stacklevel=4,
+        )
+
+
+def warn_of_entered(config: Any) -> None:
+    """Warn of numbers that were entered in place, as `config.alpha_pattern["q_proj"] = 16`, when layers are made."""
+    warn_of_alphas(config, config.alpha_pattern, vars(config).get("_noted_alphas", config.alpha_pattern))
+    note_alphas(config)
+
+
+def lora_alpha(config: Any) -> float:
+    """Return LoRA's `lora_alpha` at equal strength. Warn once where that number does not go with the patterns.
+
+    Scripts make another configuration of `lora_alpha`, `alpha_pattern` and `rank_pattern`, or compute a layer's
+    strength from them. Here these have another unit, or each layer has a default of its own rank.
+    """
+    alpha = config.default_alpha(config.r1, config.r2) if config.alpha is None else config.alpha
+    number = alpha / LORA_ALPHA
+    if config.alpha is not None and config.alpha_pattern:
+        why = (
+            f"alpha_pattern={dict(config.alpha_pattern)!r} next to alpha={alpha:g} counts as `alpha`, "
+            f"{LORA_ALPHA:g} times LoRA's numbers"
+        )
+        instead = f"take alpha={alpha:g} with it"
+    elif config.alpha is None and config.rank_pattern:
+        why = f"it was not given, so {number:g} is for r={config.r} alone, and other ranks have their own default"
+        instead = "leave `lora_alpha` out there"
+    else:
+        return number
+    if not vars(config).get("_read_alpha_told"):
+        vars(config)["_read_alpha_told"] = True
+        warn(
+            f"lora_alpha={number:g} is read from a DualLoraConfig, and its patterns do not go with that number: {why}. "
+            "Layers that the patterns name would get another strength from both together. For another configuration "
+            f"copy all of this one (copy.deepcopy, dataclasses.replace), or {instead}; a layer's strength is "
+            "`layer.scaling[adapter]`.",
+            stacklevel=3,
+        )
+    return number
+
+
 def translate(options: dict[str, Any], own: set[str]) -> dict[str, Any]:
     """Translate options that may be LoraConfig's to those of `DualLoraConfig`.
 
@@ -56,9 +131,8 @@ def translate(options: dict[str, Any], own: set[str]) -> dict[str, Any]:
         if not is_positive(lora_alpha):
             raise ValueError(f"lora_alpha must be a positive number, got {lora_alpha!r}.")
         _set(result, "alpha", scaled(lora_alpha, LORA_ALPHA), "lora_alpha", lora_alpha)
-        pattern = options.get("alpha_pattern")
-        if pattern is not None and options.get("alpha") is None and not isinstance(pattern, Alphas):
-            result["alpha_pattern"] = scaled(pattern, LORA_ALPHA)
+        if "alpha_pattern" in options and options.get("alpha") is None:
+            result["alpha_pattern"] = scaled(options["alpha_pattern"], LORA_ALPHA)
     if options.get("lora_dropout") is not None:
         _set(result, "dropout", options["lora_dropout"], "lora_dropout", options["lora_dropout"])
     if (start := options.get("init_lora_weights")) is not None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .._warning import warn
 from ..core import decompositions  # noqa: F401 - so that torch.onnx.export finds them
-from . import alpha_units, diffusers_files, merge_checks, saved, weighted
+from . import diffusers_files, lora_fields, merge_checks, saved, weighted
 from .config import DualLoraConfig
 from .fused_experts import target_fused_experts
 from .layer import DualLoraLayer, dispatch_default, layers_of, named_layers
@@ -101,7 +101,7 @@ class DualLoraModel(BaseTuner):
                 "name: the files of the other adapters would lack layers. Choose another name."
             )
         is_reference = adapter_name == "ref" and self.peft_config["ref"] is self.peft_config.get("default")
-        alpha_units.warn_of_entered(self.peft_config[adapter_name])
+        lora_fields.warn_of_entered(self.peft_config[adapter_name])
         target_fused_experts(self.peft_config[adapter_name], model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         keep_unpacked(model)

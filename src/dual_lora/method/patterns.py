@@ -6,8 +6,8 @@ from peft.utils.other import get_pattern_key
 
 from .._warning import warn
 from ..core.tokens import AUTO, EXACT
-from .alpha_units import LORA_ALPHA
 from .config import DualLoraConfig
+from .lora_fields import LORA_ALPHA
 from .ranks import ranks_of
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from ..core.reference import Form, scaling
 from ..core.tokens import EXACT
-from .alpha_units import LORA_ALPHA
+from .lora_fields import LORA_ALPHA
 
 
 @dataclass

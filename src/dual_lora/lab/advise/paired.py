@@ -18,8 +18,8 @@ from dual_lora.lab.study.budget import planned_steps
 from dual_lora.lab.study.cell import rank_field
 from dual_lora.lab.study.read import build_study
 from dual_lora.lab.study.study import Study
-from dual_lora.method.alpha_units import LORA_ALPHA, scaled
 from dual_lora.method.config import ALPHA
+from dual_lora.method.lora_fields import LORA_ALPHA, scaled
 from dual_lora.method.ranks import ranks_of
 
 LORA, DUAL, NO_SIGN = "LoRA", "Dual LoRA", "Dual LoRA without Sign"
