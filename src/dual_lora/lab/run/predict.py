@@ -86,8 +86,7 @@ def predict(
     if overwrite:
         unfinished.unlink(missing_ok=True)
     done = _earlier_results(unfinished, inputs, _names_of(tuned, data, examples))
-    earlier = len(done)
-    ask = _predictor(tuned, data, spec)
+    earlier, ask = len(done), _predictor(tuned, data, spec)
     size = spec.batch_size * BATCHES
     bar = Bar(f"predicting {out.name}", len(examples), progress, start=earlier)
     file = unfinished.open("a" if unfinished.exists() else "x", encoding="utf-8")
@@ -102,8 +101,7 @@ def predict(
             file.writelines(json_text(row) + "\n" for row in rows)
             file.flush()
             done += rows
-    if not overwrite:
-        _check_arrival(out, unfinished)
+    _check_arrival(out, unfinished, overwrite)
     write_rows(out, records, done, source)
     unfinished.unlink(missing_ok=True)
     agree = [_is_same_answer(row, own) for row, e in zip(done, examples, strict=True) if (own := e.label or e.answer)]
@@ -124,12 +122,12 @@ def predict(
     )
 
 
-def _check_arrival(out: Path, unfinished: Path) -> None:
+def _check_arrival(out: Path, unfinished: Path, overwrite: bool) -> None:
     """Raise UserError for a file that came into the place of the results while they were computed."""
-    if out.exists():
+    if out.exists() and not overwrite:
         raise UserError(
-            f"{out} has come meanwhile, and is left as it is. The results are in {unfinished}: move {out.name} away and "
-            "give the same command again, which goes on from there."
+            f"{out} has come meanwhile, and is left as it is. The results are in {unfinished}: move {out.name} away "
+            "and give the same command again, which goes on from there."
         )
 
 
