@@ -257,20 +257,23 @@ def test_a_mode_sees_the_product_of_an_adapted_layer():
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float8_e4m3fn])
-@pytest.mark.parametrize("kind", [lambda: nn.Linear(12, 5), lambda: nn.Conv1d(12, 5, 1)], ids=["linear", "convolution"])
+@pytest.mark.parametrize("kind", [lambda: nn.Linear(12, 5), lambda: nn.Conv1d(12, 5, 1), lambda: nn.Embedding(9, 5)])
 def test_the_update_of_a_base_that_computes_in_more_bits_than_it_stores_is_not_rounded(kind, stored):
     """As in diffusers' layerwise casting, where hooks cast the weight for the call: the update's product was rounded
     to bf16 or fp16 with its input."""
     base = kind()
-    x = torch.randn(4, 12) if isinstance(base, nn.Linear) else torch.randn(2, 12, 4)
+    inputs = {nn.Linear: torch.randn(4, 12), nn.Conv1d: torch.randn(2, 12, 4), nn.Embedding: torch.arange(9)}
+    x = inputs[type(base)]
     model, layer = adapted(base)
     layer.base_layer.to(stored)
     layer.base_layer.register_forward_pre_hook(lambda module, _: module.to(torch.float32) and None)
     layer.base_layer.register_forward_hook(lambda module, *_: module.to(stored) and None)
     whole = kind().requires_grad_(False).double()
     whole.weight.copy_(layer.base_layer.weight.double() + layer.get_delta_weight("default").detach().double())
-    whole.bias.copy_(layer.base_layer.bias.double())
+    if (bias := getattr(layer.base_layer, "bias", None)) is not None:
+        whole.bias.copy_(bias.double())
+    expected = whole(x.double() if x.is_floating_point() else x)
     for mode in (model.train(), model.eval()):
         y = mode(x)
         assert y.dtype == torch.float32
-        torch.testing.assert_close(y.double(), whole(x.double()), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(y.double(), expected, atol=1e-5, rtol=1e-5)

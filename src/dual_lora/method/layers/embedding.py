@@ -90,12 +90,13 @@ class Embedding(MapLayer):
             max_norm=base.max_norm,
             norm_type=base.norm_type,
             scale_grad_by_freq=base.scale_grad_by_freq,
-            dtype=base.weight.dtype,
+            # Alone in full, as the base's call may look up rows of another dtype than it stores.
+            dtype=base.weight.dtype if with_base or base.weight.dtype == torch.float64 else torch.float32,
         )
         if isinstance(getattr(base, "embed_scale", None), int | float):  # as a tensor it would be rounded first
             return y * base.embed_scale
         scale = self._get_embed_scale()
-        return y if scale is None else y * scale.to(y.dtype)
+        return y if scale is None else y * scale.to(base.weight.dtype)
 
     def _compose(self, weight: Tensor | None, adapters: list[Adapter], dtype: torch.dtype) -> Tensor:
         return blocked.compose(weight, adapters, dtype)
