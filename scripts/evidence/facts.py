@@ -127,6 +127,8 @@ def _of_study(name: str, method: str, field: str) -> str:
         if field == "seconds":
             return f"{m['cost']['train_seconds']:.0f}"
         return number(m["score" if field == "score" else "score_deviation"], f".{decimals}f")
+    if field in COSTS and " vs " in method:  # whether or not their scores were compared
+        return f"{_ratio(*(_method(results, name) for name in method.split(' vs ')), field):.2f}"
     c = _comparison(results, method)
     if field in COSTS:
         return f"{_ratio(*(_method(results, c[side]) for side in ('candidate', 'reference')), field):.2f}"

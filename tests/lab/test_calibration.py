@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy.stats import chi2
 
 pytest.importorskip("pydantic")
 
 from benchmarks import calibration, families, rules
 
 from dual_lora.lab.advise.pace import LOOK_LEVEL
+from dual_lora.lab.study import statistics as stats
 
 FEW = 20_000
 
@@ -132,6 +135,17 @@ def test_the_level_holds_for_few_items(seeds, items):
         tally.add(mean, error, seed_error, seeds, items, float(mean.std()))
         assert_level(tally.shares()["one"], 0.05, FEW, (seeds, items, taste))
         assert_level(tally.shares()["same"], 0.05, FEW, (seeds, items, taste))
+
+
+def test_the_minimum_detectable_effect_is_as_rough_as_the_page_says():
+    page = " ".join(calibration.PAGE.read_text(encoding="utf-8").split())
+    true = stats.Spread(0.0, 1.0, 1.0, 8, 1)
+    for seeds, name in ((2, "two"), (3, "three"), (5, "five"), (8, "eight")):
+        drawn = np.sqrt(chi2.ppf([0.1, 0.9, 0.5], seeds - 1) / (seeds - 1))  # estimated deviations; the true one is 1
+        scale = [stats.smallest_visible(replace(true, error=e, seed_error=e, seeds=seeds), 0.05, 0.8) for e in (0.5, 1)]
+        assert scale[0] == pytest.approx(scale[1] / 2), "it is proportional to the error that was seen"
+        found = re.search(rf"\* (\S+) and (\S+) times[^*]*?, with {name} seeds \([^)]*?below ([\d.]+)\)", page)
+        assert [float(x) for x in found.groups()] == pytest.approx(drawn, abs=0.01)
 
 
 def test_the_page_is_filled_and_its_levels_hold():

@@ -140,6 +140,24 @@ def test_a_range_leaves_out_times_of_which_nobody_knows_whether_they_compare(mon
     assert int(facts.quoted("range/language model/studies")) == int(known) + 1
 
 
+def test_the_page_names_the_studies_outside_the_range_that_it_does_not_count():
+    """Sweeps name their methods otherwise; those outside are learning-rate, ranks at r = 16 and cola-rate's memory."""
+    time, memory = ([float(x) for x in facts.quoted(f"range/encoder/{kind}").split(" to ")] for kind in facts.COSTS)
+    pairs = {"valley": [(f"dual {r}", f"lora {r}") for r in ("r", "2r", "4r")], "sampled-gradient": [("exact", "lora")]}
+    pairs |= {"ranks": [(f"dual_lora r={r}", f"lora r={r}") for r in (2, 8, 32, 128, 256)]}
+    for study, methods in pairs.items():
+        for dual, lora in methods:
+            for kind, (low, high) in (("time", time), ("memory", memory)):
+                assert low <= float(facts.quoted(f"{study}/{dual} vs {lora}/{kind}")) <= high
+    assert float(facts.quoted("ranks/dual_lora r=16 vs lora r=16/time")) > time[1]
+    assert facts.quoted("ranks/dual_lora r=16 vs lora r=16/time") == facts.quoted("ranks/dual_lora r=16/time")
+    assert float(facts.quoted("cola-rate/dual_lora vs lora lr=0.0003/memory")) > memory[1]
+    page = (facts.ROOT / "docs" / "explanation" / "cost.md").read_text(encoding="utf-8")
+    small, large = facts.quoted("range/encoder/time"), facts.quoted("range/language model/time")
+    rounded = [" to ".join(f"{float(x):.1f}".removesuffix(".0") for x in text.split(" to ")) for text in (large, small)]
+    assert f"took {rounded[0]} times LoRA's time on SmolLM2, and {rounded[1]} times on MiniLM" in page
+
+
 def test_a_range_holds_every_study_of_its_model():
     low, high = map(float, facts.quoted("range/encoder/time").split(" to "))
     for name in ("quick", "methods-encoder", "longer-cola"):

@@ -327,6 +327,16 @@ def test_one_seed_and_whole_scores_claim_no_more_than_they_bear(tmp_path):
     assert c["verdict"] == "inconclusive", "two accuracies that agree to the last digit are no proof of equivalence"
 
 
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_the_page_says_what_bars_of_one_seed_are_for(tmp_path, seeds):
+    rows = rows_of({"a": 0.4, "b": 0.9}, seeds=seeds)
+    judge(write_table(tmp_path / "s.csv", rows), margin=0.02, out=tmp_path / "judged")
+    report([tmp_path / "judged"], tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert ("With one seed they are for other test items only" in page) == (seeds == 1)
+    assert "margin of equivalence, which goes by 90% intervals" in page
+
+
 def test_the_command_writes_results_and_a_page(tmp_path, call):
     from dual_lora.lab.results import load_study
 

@@ -140,6 +140,9 @@ def test_texts_and_choices(writer, questions, call, tmp_path):
     assert {row["predicted"] for row in rows} <= {"true", "false"}
     assert len(rows) == 5
     assert all(float(row["p(true)"]) + float(row["p(false)"]) == pytest.approx(1, abs=1e-5) for row in rows)
+    again = ("--out", tmp_path / "again.csv", "--data.choices", "true", "true", "false", "--limit", 5)
+    assert call("predict", writer, tmp_path / "asked.json", *again)[0] == 0
+    assert rows_of(tmp_path / "again.csv") == rows, "a choice that is named twice is no likelier"
 
 
 def test_what_was_interrupted_goes_on(classifier, sentences, call, tmp_path, monkeypatch):

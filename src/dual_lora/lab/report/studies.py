@@ -105,7 +105,11 @@ def _differences(metric: str, comparisons: list[ComparisonRow]) -> Chart:
     note = (
         f"Points are means over paired seeds and items, bars their {percent(comparisons[0]['confidence'])} intervals."
     )
-    note += " Shaded: margin of equivalence." if margin else ""
+    if any(c["spread"]["seeds"] == 1 for c in comparisons):
+        note += " With one seed they are for other test items only."
+    if margin:
+        share = percent(2 * comparisons[0]["confidence"] - 1)
+        note += f" Shaded: margin of equivalence, which goes by {share} intervals."
     band = (-margin, margin) if margin else None
     return Chart(f"Differences in {metric}", "intervals", [view], note, band, zero=True)
 

@@ -223,10 +223,13 @@ def _predictor(tuned: Tuned, data: DataSection, spec: EvaluateSection) -> Predic
         return [_labelled(tuned.classes, values) for values in rows]
 
     def choices(model: Any, examples: list[Example], advance: Callable[[int], None]) -> list[dict[str, Any]]:
-        known = [replace(e, answer=e.choices[0], target=e.choices[0]) for e in examples]
+        offered = [tuple(dict.fromkeys(e.choices)) for e in examples]  # one that is named twice is no likelier
+        known = [
+            replace(e, choices=own, answer=own[0], target=own[0]) for e, own in zip(examples, offered, strict=True)
+        ]
         asked = Asked(model, known, prompter, spec, (), data.max_length, advance)
         rows = score_choice(asked)
-        return [_labelled(e.choices, _softmax(row["scores"])) for e, row in zip(examples, rows, strict=True)]
+        return [_labelled(own, _softmax(row["scores"])) for own, row in zip(offered, rows, strict=True)]
 
     def texts(model: Any, examples: list[Example], advance: Callable[[int], None]) -> list[dict[str, Any]]:
         prompts = [prompter.prompt_ids(example.prompt, example.tools) for example in examples]
