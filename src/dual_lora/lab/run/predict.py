@@ -102,11 +102,7 @@ def predict(
             file.writelines(json_text(row) + "\n" for row in rows)
             file.flush()
             done += rows
-    if out.exists() and not overwrite:
-        raise UserError(
-            f"{out} has come meanwhile, and is left as it is. The results are in {unfinished}: move that file away and "
-            "give the same command again, which goes on from there."
-        )
+    _check_still_free(out, overwrite, unfinished)
     write_rows(out, records, done, source)
     unfinished.unlink(missing_ok=True)
     agree = [_is_same_answer(row, own) for row, e in zip(done, examples, strict=True) if (own := e.label or e.answer)]
@@ -125,6 +121,14 @@ def predict(
         empty=sum(map(is_blank, examples)),
         seconds=round(time.perf_counter() - began, 3),
     )
+
+
+def _check_still_free(out: Path, overwrite: bool, unfinished: Path) -> None:
+    if out.exists() and not overwrite:
+        raise UserError(
+            f"{out} has come meanwhile, and is left as it is. The results are in {unfinished}: move that file away and "
+            "give the same command again, which goes on from there."
+        )
 
 
 def _earlier_results(file: Path, told: str, expected: list[Names]) -> list[dict[str, Any]]:
