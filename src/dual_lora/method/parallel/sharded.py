@@ -199,7 +199,8 @@ class _StandIn:
     def _local(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [..., I or this part's columns] -> [..., this part's rows or O]."""
         weight = self.weight.to_local()
-        x = in_dtype_of(weight, x)
+        if self.with_base:
+            x = in_dtype_of(weight, x)
         adapters = [self.layer.adapter(name) for name in self.names]
         if torch.is_grad_enabled():
             group = self.weight.device_mesh.get_group(self.part.mesh_dim)
