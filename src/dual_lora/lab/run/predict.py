@@ -102,9 +102,7 @@ def predict(
             file.writelines(json_text(row) + "\n" for row in rows)
             file.flush()
             done += rows
-    _check_still_free(out, overwrite, unfinished)
-    write_rows(out, records, done, source)
-    unfinished.unlink(missing_ok=True)
+    _keep(out, overwrite, unfinished, records, done, source)
     agree = [_is_same_answer(row, own) for row, e in zip(done, examples, strict=True) if (own := e.label or e.answer)]
     labels = [str(row["predicted"]) for row in done if "probability" in row]
     names, counts = [*tuned.classes, *sorted({*labels} - {*tuned.classes})], Counter(labels)
@@ -123,12 +121,17 @@ def predict(
     )
 
 
-def _check_still_free(out: Path, overwrite: bool, unfinished: Path) -> None:
+def _keep(
+    out: Path, overwrite: bool, unfinished: Path, records: list[Record], done: list[dict[str, Any]], source: str
+) -> None:
+    """Write the results, and remove the unfinished ones. Raises UserError for a file that has come meanwhile."""
     if out.exists() and not overwrite:
         raise UserError(
             f"{out} has come meanwhile, and is left as it is. The results are in {unfinished}: move that file away and "
             "give the same command again, which goes on from there."
         )
+    write_rows(out, records, done, source)
+    unfinished.unlink(missing_ok=True)
 
 
 def _earlier_results(file: Path, told: str, expected: list[Names]) -> list[dict[str, Any]]:
