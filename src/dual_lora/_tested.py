@@ -1,17 +1,25 @@
-"""The newest PEFT that this version was tested with. With a newer one the import warns."""
+"""The PEFT that this version needs, and the newest that it was tested with. With others the import warns."""
 
 import re
 import sys
 
 from ._warning import warn
 
+OLDEST_PEFT = (0, 21)  # as pyproject.toml has it; an older one may come by `pip install --no-deps`
 NEWEST_PEFT = (0, 21)
 
 
 def check_peft() -> None:
-    """Warn if the imported PEFT is newer than the newest tested one. A version that cannot be read gets no warning."""
+    """Warn if the imported PEFT is too old, or newer than the tested ones. One that cannot be read gets no warning."""
     version = str(getattr(sys.modules.get("peft"), "__version__", ""))
     found = re.match(r"(\d+)\.(\d+)", version)
+    if found and (int(found[1]), int(found[2])) < OLDEST_PEFT:
+        oldest = ".".join(map(str, OLDEST_PEFT))
+        warn(
+            f"PEFT {version} is installed, and this version of dual-lora needs {oldest} or later: its method cannot be "
+            f"imported with it. `pip install --upgrade 'peft>={oldest}'` in this environment.",
+            stacklevel=2,
+        )
     if found and (int(found[1]), int(found[2])) > NEWEST_PEFT:
         tested = ".".join(map(str, NEWEST_PEFT))
         following = f"{NEWEST_PEFT[0]}.{NEWEST_PEFT[1] + 1}"

@@ -209,3 +209,15 @@ def test_a_missing_recipe_file_suggests_its_neighbour(tmp_path):
 def test_a_field_with_a_point_is_shown_as_a_file_writes_it():
     with pytest.raises(UserError, match=r"unknown field 'train\.epochs': it is written train: \{epochs: …\} here"):
         build_recipe({"model": {"path": "x"}, "train.epochs": 1})
+
+
+def test_a_recipe_without_a_name_trains_into_a_folder_of_its_file_s_name(tmp_path):
+    """Two of them would share the folder of the name that all of them have."""
+    from dual_lora.lab.commands.train import _chosen
+
+    file = tmp_path / "my ü dpo.yaml"
+    file.write_text("model: {path: my-model}\ndata: {train: my.jsonl}\n")
+    assert _chosen(str(file), {}, None, resume=False).name == "my-ü-dpo"
+    assert _chosen(str(file), {"name": "other"}, None, resume=False).name == "other"
+    file.write_text("name: mine\n" + file.read_text())
+    assert _chosen(str(file), {}, None, resume=False).name == "mine"

@@ -64,6 +64,8 @@ def test_ranks(given, ranks):
         (dict(r=8.0), ["whole number", "8.0"]),
         (dict(r="8"), ["whole number", "'8'"]),
         (dict(r=True), ["whole number", "True"]),
+        (dict(target_modules="all_linear"), ["target_modules is 'all_linear'", "target_modules='all-linear'"]),
+        (dict(target_modules=["all-linear"]), ["target_modules is ['all-linear']", "target_modules='all-linear'"]),
         (dict(r1=4), ["r1=4, r2=None", "give both"]),
         (dict(r2=4), ["r1=None, r2=4", "give both"]),
         (dict(r1=0, r2=4), ["at least 1", "r1=0"]),
@@ -108,6 +110,28 @@ def test_one_clear_error(given, words):
         DualLoraConfig(**given)
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("rank", "Did you mean 'r'?"),
+        ("lora_alfa", "Did you mean 'lora_alpha'?"),
+        ("target_module", "Did you mean 'target_modules'?"),
+        ("warmup", "Did you mean 'warmup_steps'?"),
+        ("quite_another", "config.md lists all fields"),
+    ],
+)
+def test_a_field_that_is_none_is_answered_with_the_nearest_one(name, meant):
+    with pytest.raises(TypeError, match=re.escape(f"unexpected keyword argument {name!r}.")) as caught:
+        DualLoraConfig(**{name: 8})
+    assert meant in str(caught.value)
+
+
+def test_a_name_in_place_of_a_list_is_refused():
+    """PEFT would take each letter of it for a name, and so train most of the model."""
+    with pytest.raises(TypeError, match=r"`modules_to_save` must be a list of strings or None.*write \['lm_head'\]"):
+        DualLoraConfig(modules_to_save="lm_head")
 
 
 def test_names_of_lora_are_understood():
@@ -370,6 +394,8 @@ def test_uneven_ranks_have_the_same_budget():
 def test_no_matching_module_and_unsupported_layer():
     with pytest.raises(ValueError, match=r"Target modules.*nothing.*not found in the base model"):
         get_peft_model(llama(), DualLoraConfig(target_modules=["nothing"]))
+    with pytest.raises(ValueError, match=r"linear layers are called q_proj, k_proj, .*regular expression.*as a list"):
+        get_peft_model(llama(), DualLoraConfig(target_modules="q_proj,v_proj"))
     with pytest.raises(ValueError, match=r"(?s)Target module .*is not supported.*torch.nn.Linear.*exclude_modules"):
         get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), DualLoraConfig(target_modules=["1"]))
 

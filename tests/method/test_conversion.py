@@ -183,7 +183,7 @@ def test_layers_that_are_not_linear_are_refused():
         convert_to_lora(model, 2)
 
 
-@pytest.mark.parametrize("rank", [0, -1, 0.0, 1.5, True])
+@pytest.mark.parametrize("rank", [0, -1, 0.0, 1.5, True, "16"])
 def test_ranks_that_cannot_be(rank):
     with pytest.raises(ValueError, match=r"rank is .*whole number of at least 1"):
         convert_to_lora(adapted(llama(), ["q_proj"]), rank)

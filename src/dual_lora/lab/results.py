@@ -210,7 +210,7 @@ def _read(path: str | Path, name: str) -> tuple[Path, dict[str, Any]]:
     try:
         value = read_json(file)
     except FileNotFoundError:
-        raise UserError(f"There is no file {file}.") from None
+        raise UserError(f"There is no file {file}: expected {name}, or a folder that holds it.") from None
     except ValueError as error:
         raise UserError(f"{file} is no JSON: {error}.") from None
     if not isinstance(value, dict):

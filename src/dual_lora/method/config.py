@@ -13,7 +13,7 @@ from peft.utils import PeftType
 
 from ..core.reference import Form, Magnitude, Ste
 from . import lora_fields
-from .config_checks import PAPER_WARMUP, check_frozen, check_share, check_start, upgrade_format_1
+from .config_checks import PAPER_WARMUP, check_frozen, check_names, check_share, check_start, upgrade_format_1
 from .fused_experts import READ
 from .lora_fields import is_positive
 from .ranks import Rank, ranks_of, split_rank
@@ -210,11 +210,7 @@ class DualLoraConfig(PeftConfig):
             raise ValueError(f"dropout (lora_dropout) must be at least 0 and below 1, got {self.dropout!r}.")
         if self.bias not in ("none", "all", "dual_lora_only"):
             raise ValueError(f"Unknown bias {self.bias!r}: choose 'none', 'all' or 'dual_lora_only'.")
-        if isinstance(self.target_parameters, str):
-            raise TypeError(
-                f"`target_parameters` must be a list of strings or None. Got {self.target_parameters!r}: write "
-                f"[{self.target_parameters!r}]."
-            )
+        check_names(self)
         if self.ensure_weight_tying:  # filled in by the model, which knows what is tied
             self.modules_to_tie: set[str] | None = None
             self.target_modules_to_tie: set[str] | None = None
@@ -321,6 +317,7 @@ def _accept_lora_fields(init: Any) -> Any:
     def wrapped(self: Any, *args: Any, **options: Any) -> None:
         if options.get("peft_type") and "format_version" not in options and "init_std" in options:
             options = upgrade_format_1(options)
+        lora_fields.refuse_unknown(options, own)
         init(self, *args, **lora_fields.translate(options, own))
 
     signature = inspect.signature(init)  # from which PEFT takes the fields that a saved configuration may have

@@ -1,5 +1,6 @@
 """Checks of DualLoraConfig that are too long for the file of its fields."""
 
+import re
 from typing import Any
 
 from .lora_fields import LORA_ALPHA, is_positive, scaled
@@ -24,6 +25,17 @@ def check_frozen(config: Any, directions: tuple[str, ...]) -> None:
         raise ValueError(
             f"plain_rank is a part of the rank {config.r1}, 0 or more and below it; got {config.plain_rank}."
         )
+
+
+def check_names(config: Any) -> None:
+    """Raise TypeError for a name in place of a list, of which PEFT takes each letter; ValueError for 'all_linear'."""
+    for name in ("target_parameters", "modules_to_save"):
+        if isinstance(value := getattr(config, name), str):
+            raise TypeError(f"`{name}` must be a list of strings or None. Got {value!r}: write [{value!r}].")
+    targets = config.target_modules
+    (only,) = targets if isinstance(targets, list | set | tuple) and len(targets) == 1 else [targets]
+    if isinstance(only, str) and re.sub("[-_ ]", "", only.lower()) == "alllinear" and targets != "all-linear":
+        raise ValueError(f"target_modules is {targets!r}: all linear layers are target_modules='all-linear'.")
 
 
 def check_share(name: str, share: Any) -> None:

@@ -74,7 +74,8 @@ def convert_to_lora(
     ValueError for a rank that cannot be, for factors that are not finite, and for an adapter that changes biases: merge
     that one instead.
     """
-    if isinstance(rank, bool) or not (rank >= 1 if isinstance(rank, int) else 0 < rank <= 1):
+    number = isinstance(rank, int | float) and not isinstance(rank, bool)
+    if not number or not (rank >= 1 if isinstance(rank, int) else 0 < rank <= 1):
         raise ValueError(
             f"rank is {rank!r}: give a whole number of at least 1 (the rank), or a number above 0 and up to 1.0 (the "
             "share of each update's energy to keep, e.g. 0.9)."

@@ -6,6 +6,7 @@ that means another method raises ValueError: ignoring it would train something e
 
 import copy
 from dataclasses import MISSING, fields
+from difflib import get_close_matches
 from typing import Any
 
 from peft import LoraConfig
@@ -37,6 +38,10 @@ MEANINGS = {
     "megatron_config": "Megatron's parallel layers",
     "runtime_config": "an option of DoRA's and PiSSA's starts",
 }
+
+
+# What other trainers call a field.
+OTHER_NAMES = {"rank": "r", "lora_r": "r", "lora_rank": "r", "lora_target": "target_modules", "warmup": "warmup_steps"}
 
 
 def names() -> set[str]:
@@ -118,6 +123,14 @@ def lora_alpha(config: Any) -> float:
             stacklevel=3,
         )
     return number
+
+
+def refuse_unknown(options: dict[str, Any], own: set[str]) -> None:
+    """Raise TypeError, as Python does, for a name that neither configuration has, with the name that may be meant."""
+    for name in options.keys() - own - _DEFAULTS.keys():
+        like = [OTHER_NAMES[name]] if name in OTHER_NAMES else get_close_matches(name, own | _DEFAULTS.keys(), 1)
+        meant = f" Did you mean {like[0]!r}?" if like else " docs/reference/config.md lists all fields."
+        raise TypeError(f"DualLoraConfig.__init__() got an unexpected keyword argument {name!r}.{meant}")
 
 
 def translate(options: dict[str, Any], own: set[str]) -> dict[str, Any]:

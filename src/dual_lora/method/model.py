@@ -30,7 +30,7 @@ from .layers.experts import ParamWrapper
 from .layers.quantized import dispatch_quantized
 from .layers.quantized_rows import keep_unpacked
 from .layers.read import READ_LAYERS, ReadLayer, is_read, set_fast_paths
-from .patterns import layer_options, token_share
+from .patterns import explained_targets, layer_options, token_share
 from .shared import Shared
 from .watch_training import Watch
 
@@ -103,7 +103,8 @@ class DualLoraModel(BaseTuner):
         is_reference = adapter_name == "ref" and self.peft_config["ref"] is self.peft_config.get("default")
         lora_fields.warn_of_entered(self.peft_config[adapter_name])
         target_fused_experts(self.peft_config[adapter_name], model)
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        with explained_targets(self.peft_config[adapter_name], model):
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
         keep_unpacked(model)
         set_fast_paths(model)
         merge_checks.warn_of_second_names(model)

@@ -1,14 +1,34 @@
 """A layer's options by its name: `rank_pattern`, `alpha_pattern`, `sampling_pattern`."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from peft.utils.other import get_pattern_key
+from torch import nn
 
 from .._warning import warn
 from ..core.tokens import AUTO, EXACT
 from .config import DualLoraConfig
 from .lora_fields import LORA_ALPHA
 from .ranks import ranks_of
+
+MOST_NAMES = 12  # of modules, in a message
+
+
+@contextmanager
+def explained_targets(config: Any, model: nn.Module) -> Iterator[None]:
+    """Add to PEFT's error for target modules that the model does not have which linear layers it has."""
+    try:
+        yield
+    except ValueError as error:
+        if "not found in the base model" not in str(error):
+            raise
+        names = dict.fromkeys(n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear))
+        has = f" Its linear layers are called {', '.join([*names][:MOST_NAMES])}{', …' * (len(names) > MOST_NAMES)}."
+        pattern = " A text is a regular expression for the whole name: give several names as a list."
+        text = isinstance(config.target_modules, str)
+        raise type(error)(f"{error}{has if names else ''}{pattern if text else ''}") from None
 
 
 def layer_options(config: DualLoraConfig, key: str) -> tuple[int, int, float]:

@@ -254,7 +254,11 @@ class Recipe(Section):
 
     model_config = ConfigDict(validate_assignment=True)
 
-    name: str = Field("run", pattern=NAME, description="Name of the recipe and of its default output folder.")
+    name: str = Field(
+        "run",
+        pattern=NAME,
+        description="Name of the recipe and of its default output folder. Without one `train` takes the file's name.",
+    )
     about: str = Field("", description="One sentence on what the recipe shows.")
     model: ModelSection = Field(description="The model to start from.")
     method: dict[str, Any] = Field(
