@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 
+from dual_lora.lab.advise.advise import folder_of
 from dual_lora.lab.commands.parameters import flag_values, flags
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.recipe.read import build_recipe, read_recipe, shipped_recipes
@@ -211,13 +212,12 @@ def test_a_field_with_a_point_is_shown_as_a_file_writes_it():
         build_recipe({"model": {"path": "x"}, "train.epochs": 1})
 
 
-def test_a_recipe_without_a_name_trains_into_a_folder_of_its_file_s_name(tmp_path):
-    """Two of them would share the folder of the name that all of them have."""
-    from dual_lora.lab.commands.train import _chosen
-
+def test_a_recipe_without_a_name_has_that_of_its_file(tmp_path):
+    """Two of them would share the folder of a run, or of an advice."""
     file = tmp_path / "my ü dpo.yaml"
     file.write_text("model: {path: my-model}\ndata: {train: my.jsonl}\n")
-    assert _chosen(str(file), {}, None, resume=False).name == "my-ü-dpo"
-    assert _chosen(str(file), {"name": "other"}, None, resume=False).name == "other"
+    assert read_recipe(file).name == "my-ü-dpo"
+    assert folder_of(file, None).name == "advise-my-ü-dpo"
+    assert read_recipe(file, {"name": "other"}).name == "other"
     file.write_text("name: mine\n" + file.read_text())
-    assert _chosen(str(file), {}, None, resume=False).name == "mine"
+    assert read_recipe(file).name == "mine"

@@ -7,11 +7,11 @@ from typing import Any
 
 from dual_lora.lab.data.guess import guess
 from dual_lora.lab.data.records import read_joined
-from dual_lora.lab.data.starter import as_trained, read_starter, run_name, starter
+from dual_lora.lab.data.starter import as_trained, read_starter, starter
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.files.write import make_folder, write_output
 from dual_lora.lab.read import regular
-from dual_lora.lab.recipe.read import read_recipe
+from dual_lora.lab.recipe.read import read_recipe, run_name
 
 
 def source_of(recipe: str | None, base: str | None, data: str | None, test: str | None, out: Path | None) -> str:

@@ -141,8 +141,9 @@ def init(
     from dual_lora.lab.commands.check_data import meanings
     from dual_lora.lab.data.guess import HEADS, INIT_OPTIONS, guess
     from dual_lora.lab.data.records import read_joined
-    from dual_lora.lab.data.starter import as_trained, read_starter, run_name, starter
+    from dual_lora.lab.data.starter import as_trained, read_starter, starter
     from dual_lora.lab.model.location import check_here
+    from dual_lora.lab.recipe.read import run_name
 
     if to.suffix not in (".yaml", ".yml"):
         raise UserError(f"{to} is the recipe to write: give it a name that ends in .yaml.")

@@ -152,19 +152,9 @@ def _warn_of_dropped(source: str, overrides: dict[str, Any], chosen: Recipe) -> 
         )
 
 
-def _with_name(source: str, overrides: dict[str, Any]) -> dict[str, Any]:
-    """The overrides, with the file's name for a recipe that has none: two of them would share the folder runs/run."""
-    if "name" in overrides or Path(source).suffix not in (".yaml", ".yml"):
-        return overrides
-    from dual_lora.lab.data.starter import run_name
-
-    values, _ = recipe_values(source)
-    return overrides if "name" in values else {"name": run_name(Path(source).stem), **overrides}
-
-
 def _chosen(source: str | None, overrides: dict[str, Any], out: Path | None, resume: bool) -> Recipe:
     if source is not None:
-        return read_recipe(source, _with_name(source, overrides))
+        return read_recipe(source, overrides)
     if resume:
         if out is None:
             raise UserError("--resume needs --out, the folder of the run, or the recipe that it was made with.")

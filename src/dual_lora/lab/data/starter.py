@@ -1,6 +1,5 @@
 """A first recipe for somebody's own records, with a comment where a choice was made."""
 
-import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -37,11 +36,6 @@ ABOUT = {
     "regression": "to predict a number",
     "causal": "to learn answers",
 }
-
-
-def run_name(text: str) -> str:
-    """A name for a run, and so for its folder, out of a file's."""
-    return re.sub(r"[^\w.-]+", "-", text).strip(".-") or "mine"
 
 
 def as_trained(records: list[Record], data: str, found: Guess) -> list[Record]:

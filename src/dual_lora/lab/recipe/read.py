@@ -1,6 +1,7 @@
 """Recipes out of YAML files and plain values; what is wrong with them, in sentences; what makes two runs the same."""
 
 import copy
+import re
 from pathlib import Path
 from shlex import quote
 from typing import Any, get_args
@@ -24,10 +25,17 @@ LISTING = "`dual-lora recipes` lists those that are shipped."
 def read_recipe(source: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:
     """The recipe in a YAML file, or the shipped one of that name, with ``overrides`` laid over it.
 
+    A file that gives no name has that of the file: two of them would share a folder.
+
     Raises UserError for a missing file, broken YAML, and unknown or mistyped fields (nearest name suggested).
     """
     values, where = recipe_values(source)
-    return recipe_with(values, overrides or {}, where)
+    return recipe_with({"name": run_name(Path(source).stem), **values}, overrides or {}, where)
+
+
+def run_name(text: str) -> str:
+    """A name for a run, and so for its folder, out of a file's."""
+    return re.sub(r"[^\w.-]+", "-", text).strip(".-") or "mine"
 
 
 def recipe_with(values: dict[str, Any], overrides: dict[str, Any], where: str) -> Recipe:

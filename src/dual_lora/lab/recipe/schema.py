@@ -257,7 +257,7 @@ class Recipe(Section):
     name: str = Field(
         "run",
         pattern=NAME,
-        description="Name of the recipe and of its default output folder. Without one `train` takes the file's name.",
+        description="Name of the recipe and of its default output folder. Without one it is the file's.",
     )
     about: str = Field("", description="One sentence on what the recipe shows.")
     model: ModelSection = Field(description="The model to start from.")
