@@ -597,8 +597,8 @@ def test_an_odd_rank_is_split_unequally(letters):
         ({"name": "lora", "r": 8, "r1": 3}, "method lora has no field 'r1'"),
         ({"name": "full", "r": 3}, "method full takes no settings"),
         ({"name": "adalora", "init_r": 1}, r"method\.init_r: adalora has rank 1"),
-        ({"name": "dual_lora", "r": 0}, "method dual_lora: r.*positive integer"),
-        ({"name": "dual_lora", "r2": 3}, "method dual_lora: r"),
+        ({"name": "dual_lora", "r": 0}, "method dual_lora: `r` should be a positive integer"),
+        ({"name": "dual_lora", "r2": 3}, "method dual_lora: got r1=None, r2=3: give both"),
         ({"name": "dual_lora", "r": 8, "r1": 3, "r2": 3}, "method dual_lora: r"),
     ],
 )
