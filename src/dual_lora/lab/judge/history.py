@@ -31,10 +31,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import optimize, special, stats
+from scipy import integrate, optimize, special, stats
 
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.files.write import write_output
+from dual_lora.lab.files.write import make_folder, write_output
 from dual_lora.lab.judge.objects import objects_of
 from dual_lora.lab.read import opened, parse_json
 from dual_lora.lab.report.blocks import Axis, Block, Chart, Page, Section, Table, Text, View
@@ -263,7 +263,7 @@ def _quantile_of_range(many: int, nu: float, level: float) -> float:
 
     def above(width: float) -> float:
         inside = np.clip(special.stdtr(nu, at + width) - below, 0.0, 1.0)
-        return 1 - level - many * float(np.trapezoid(density * inside ** (many - 1), at))
+        return 1 - level - many * float(integrate.trapezoid(density * inside ** (many - 1), at))
 
     return float(optimize.brentq(above, 0.0, 400.0, rtol=1e-6))
 
@@ -337,7 +337,7 @@ def write_page(source: Path, out: Path) -> Standing:
     """Read the history, and write its page and its table (results.csv) into `out`."""
     runs = read_history(source)
     found = standing(runs)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     extract(runs, out / "results.csv")
     origin = f"https://github.com/huggingface/peft, {RESULTS}, {len(runs)} results until {max(r.date for r in runs)}"
     write_output(out / "index.html", page_of(found, origin))
