@@ -127,7 +127,9 @@ def lora_alpha(config: Any) -> float:
 
 def refuse_unknown(options: dict[str, Any], own: set[str]) -> None:
     """Raise TypeError, as Python does, for a name that neither configuration has, with the name that may be meant."""
-    for name in options.keys() - own - _DEFAULTS.keys():
+    for name in options:
+        if name in own or name in _DEFAULTS:
+            continue
         like = [OTHER_NAMES[name]] if name in OTHER_NAMES else get_close_matches(name, own | _DEFAULTS.keys(), 1)
         meant = f" Did you mean {like[0]!r}?" if like else " docs/reference/config.md lists all fields."
         raise TypeError(f"DualLoraConfig.__init__() got an unexpected keyword argument {name!r}.{meant}")

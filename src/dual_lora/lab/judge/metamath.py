@@ -14,7 +14,7 @@ from typing import Any
 
 from dual_lora.lab.data.records import Record, data_folder, read_records
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.files.write import write_json
+from dual_lora.lab.files.write import make_folder, write_json
 from dual_lora.lab.module_command import run_module
 
 TRAIN, TEST = "hub:meta-math/MetaMathQA", "hub:openai/gsm8k,main:test"
@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     out = given.out or data_folder() / "metamathqa"
     sets = {"train": (given.train, "query", "response"), "test": (given.test, "question", "answer")}
     made = {name: converted(read_records(source), *fields) for name, (source, *fields) in sets.items()}
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     for name, (records, left) in made.items():
         if not records:
             raise UserError(f"{sets[name][0]} holds no record that ends with an answer.")

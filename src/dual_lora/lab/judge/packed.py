@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.files.write import write_output
+from dual_lora.lab.files.write import make_folder, write_output
 from dual_lora.lab.judge.scores import Score, Scores, number, seed_number
 from dual_lora.lab.module_command import run_module
 from dual_lora.lab.read import parse_json, read_json, unlinked
@@ -41,7 +41,7 @@ def pack(study: Path, out: Path) -> int:
         found = {key: np.round(np.asarray(read_scores(study / "runs", key)), DIGITS).tolist() for key in keys}
     except (OSError, ValueError) as error:
         raise UserError(f"{study} lacks the scores of a run ({error}): they lie in the folder of its runs.") from None
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     text = json.dumps(found, separators=(",", ":"), sort_keys=True)
     write_output(out / PACKED, gzip.compress(text.encode(), mtime=0))
     if out.resolve() != study.resolve():

@@ -20,7 +20,7 @@ from typing import Any
 from dual_lora.lab.data.encode import ALPACA, LLM_ADAPTERS
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.files.folder import RunFolder
-from dual_lora.lab.files.write import text_of_json, write_output
+from dual_lora.lab.files.write import make_folder, text_of_json, write_output
 from dual_lora.lab.judge.scores import WHOLE, Scenario, Score, Scores, number, seed_number
 from dual_lora.lab.read import read_json, read_object, regular, unlinked
 from dual_lora.lab.recipe.schema import Recipe
@@ -241,12 +241,12 @@ def write_peft(study: Path, out: Path) -> dict[str, int]:
             made = _result(f"{family}/{name}", recipe, record, method, run)
             ended = datetime.fromtimestamp(folder.record.stat().st_mtime, UTC).isoformat(timespec="seconds")
             made["run_info"] = {"created_at": ended} | made["run_info"]
-            experiment.mkdir(parents=True, exist_ok=True)
+            make_folder(experiment)
             if made["run_info"]["peft_config"] is not None:
                 write_output(experiment / "adapter_config.json", text_of_json(made["run_info"]["peft_config"]))
             write_output(experiment / "training_params.json", text_of_json(made["run_info"]["train_config"]))
             file = root / "results" / f"{family}--{name}.json"
-            file.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(file.parent)
             write_output(file, text_of_json(made))
             written.add(experiment)
     if not written:

@@ -16,7 +16,7 @@ from dual_lora.lab.data.formats import Example
 from dual_lora.lab.data.records import read_records
 from dual_lora.lab.errors import NotFinite, UserError
 from dual_lora.lab.files.folder import RunFolder
-from dual_lora.lab.files.write import json_text, text_of_json, write_output
+from dual_lora.lab.files.write import json_text, make_folder, text_of_json, write_output
 from dual_lora.lab.model.load import quiet
 from dual_lora.lab.model.opened import Tuned, open_tuned
 from dual_lora.lab.model.weights import folder_digest
@@ -198,7 +198,7 @@ def _changed_model(tuned: Tuned) -> dict[str, str]:
 
 def write_result(result: EvalResult, folder: Path) -> Path:
     """Write items.jsonl with every item and result.json with the figures; returns the latter's path."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     lines = "".join(json_text(item) + "\n" for item in result.items)
     write_output(folder / "items.jsonl", lines)
     result.file = str(folder / "result.json")

@@ -198,15 +198,15 @@ class _StandIn:
 
     def _local(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [..., I or this part's columns] -> [..., this part's rows or O]."""
-        weight = self.weight.to_local()
+        weight = whole = None
         if self.with_base:
+            weight, whole = self.weight.to_local(), self.weight
             x = in_dtype_of(weight, x)
         adapters = [self.layer.adapter(name) for name in self.names]
         if torch.is_grad_enabled():
             group = self.weight.device_mesh.get_group(self.part.mesh_dim)
             adapters = with_factors(adapters, _SumGradients.apply(group, *(f for a in adapters for f in a.factors)))
         mine = {name: self.part.of(a) for name, a in zip(self.names, adapters, strict=True)}
-        weight, whole = (weight, self.weight) if self.with_base else (None, None)
         return self.layer.product(x, weight, bias, mine, whole)
 
 
