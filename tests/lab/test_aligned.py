@@ -9,11 +9,13 @@ from safetensors.torch import load_file
 
 pytest.importorskip("trl")
 
+from dual_lora._warning import DualLoraWarning
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.opened import open_tuned
 from dual_lora.lab.recipe.read import build_recipe, read_recipe
 from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.run.evaluate import evaluate
+from dual_lora.lab.run.prepare import prepare
 from dual_lora.lab.run.record import read_metrics
 from dual_lora.lab.run.rewards import rewards_of
 from dual_lora.lab.run.train import run
@@ -104,6 +106,33 @@ def test_grpo_by_a_reward_that_a_recipe_names(lm_values, tmp_path, write_recipe,
 def test_what_they_cannot_do(change, said, preferences, tmp_path):
     with pytest.raises(UserError, match=said):
         run(build_recipe(Recipe.merged(preferences, change)), tmp_path / "run")
+
+
+def test_a_pair_with_a_longer_answer_than_fits_is_left_out_whole(preferences, tmp_path, call):
+    """TRL would cut the rejected answer, and its end is what tells it from the chosen one."""
+    file = tmp_path / "pairs.jsonl"
+    long = {"prompt": "is the sea red ?", "chosen": "true", "rejected": "false " * 60}
+    file.write_text(file.read_text() + json.dumps(long) + "\n")
+    values = Recipe.merged(preferences, {"train": {"steps": 1}})
+    assert run(build_recipe(values), tmp_path / "run").left_out == 1
+    learned = Recipe.merged(values, {"objective": {"name": "sft"}})
+    assert run(build_recipe(learned), tmp_path / "learned").left_out == 0
+    code, out, err = call("check-data", file, "--base", values["model"]["path"], "--data.max-length", "32", "--json")
+    assert code == 0, err
+    (said,) = [w for s in json.loads(out)["sets"] for w in s["warnings"] if "max_length" in w]
+    assert "1 records (5.9%)" in said
+    assert "either answer" in said
+
+
+def test_a_validation_pair_with_a_longer_answer_is_left_out_too(preferences, tmp_path):
+    rows = (tmp_path / "pairs.jsonl").read_text().splitlines()[:3]
+    long = {"prompt": "is the sea red ?", "chosen": "true", "rejected": "false " * 60}
+    (tmp_path / "held.jsonl").write_text("\n".join([*rows, json.dumps(long)]))
+    change = {"data": {"validation": str(tmp_path / "held.jsonl")}, "train": {"steps": 1, "validate_every": 1}}
+    recipe = build_recipe(Recipe.merged(preferences, change))
+    with pytest.warns(DualLoraWarning, match="leaves out 1 of 4 validation records"):
+        ready = prepare(recipe)
+    assert len(ready.held) == len(ready.validation) == 3
 
 
 def test_records_without_a_rejected_answer(lm_values, tmp_path):

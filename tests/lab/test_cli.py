@@ -194,6 +194,7 @@ def test_recipes(call, tmp_path, monkeypatch):
         (["train", "boolq-smollm2", "--target-modules", "q_proj"], "Did you mean --method.target_modules"),
         (["train", "boolq-smollm2", "--model", "./x"], "or as a flag --model.path ./x"),
         (["train", "boolq-smollm2", "--train.steps", "x"], "train.steps is 'x'"),
+        (["serve", "runs/mine"], "give the folder to a server"),
         (["train", "boolq-smollm2", "--method.rr", "4", "--out", "OUT"], "has no field 'rr'"),
         (["train", "boolq-smollm2", "--train.optimizer", "adamw_tosrch", "--out", "OUT"], "Did you mean 'adamw_torch'"),
         (["train", "boolq-smollm2", "--train.arguments.use_gpu", "1", "--out", "OUT"], "Did you mean 'use_cpu'"),

@@ -94,6 +94,7 @@ def test_a_full_recipe_s_others_have_the_rank_and_the_modules_that_were_asked_fo
         (["gpt2", "--rank", 0], "--rank is 0"),
         (["gpt2", "--target-modules", "qq", "--length", 8, "--batch", 1], "Target modules {'qq'} not found"),
         (["gpt2", "--fits", "much", "--methods", "lora", "--length", 8, "--batch", 1], "expected a size such as 24GB"),
+        (["gpt2", "--fits", "24", "--methods", "lora", "--length", 8], "24 bytes: write the unit, as in --fits 24GB"),
     ],
 )
 def test_wrong_input_is_one_sentence(call, arguments, message):
@@ -168,7 +169,9 @@ class TestFits:
     def test_bisection(self, answer):
         assert _last(lambda k: k <= answer, 100) == answer
 
-    @pytest.mark.parametrize(("text", "size"), [("24GB", 24e9), ("80 GiB", 80 * 2**30), ("1.5tb", 1.5e12), ("7", 7)])
+    @pytest.mark.parametrize(
+        ("text", "size"), [("24GB", 24e9), ("80 GiB", 80 * 2**30), ("1.5tb", 1.5e12), ("7000000", 7e6)]
+    )
     def test_sizes(self, text, size):
         assert parse_size(text) == size
 

@@ -62,6 +62,12 @@ PANELS = {
     "info": "This machine",
 }
 
+# Commands that people look for, and what does it.
+INSTEAD = {
+    "serve": "Merge the run (`dual-lora merge RUN OUT`) and give the folder to a server, as in `vllm serve OUT`: "
+    "docs/how-to/merge-and-serve.md shows which server takes what.",
+}
+
 # What people of other trainers type, and where a recipe has it.
 ELSEWHERE = {
     "--lr": "--train.learning-rate",
@@ -150,7 +156,8 @@ def main(arguments: list[str] | None = None) -> None:
     names = [name for name, _, _ in COMMANDS]
     try:
         if wanted is not None and wanted not in names:
-            raise UserError(f"There is no command {wanted!r}.{suggest(wanted, names)}")
+            instead = f" {INSTEAD[wanted]}" if wanted in INSTEAD else suggest(wanted, names)
+            raise UserError(f"There is no command {wanted!r}.{instead}")
         _check_text(given)
         for module in modules:
             allow(module)

@@ -12,6 +12,7 @@ from dual_lora.lab.cost.simulate import Step, simulate
 from dual_lora.lab.errors import UserError
 
 _UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+LEAST_DEVICE = 1e6  # bytes; less was meant in another unit
 LENGTH_STEP = 64  # tokens
 LARGEST_BATCH, LARGEST_LENGTH, LARGEST_RANK = 1024, 1 << 17, 512
 
@@ -91,7 +92,10 @@ def parse_size(text: str) -> float:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B?)\s*", text.upper())
     if not found or found[2] not in _UNITS:
         raise UserError(f"--fits is {text!r}, expected a size such as 24GB or 16GiB.")
-    return float(found[1]) * _UNITS[found[2]]
+    size = float(found[1]) * _UNITS[found[2]]
+    if size < LEAST_DEVICE:
+        raise UserError(f"--fits is {text!r}, which is {size:,.0f} bytes: write the unit, as in --fits {found[1]}GB.")
+    return size
 
 
 def largest(

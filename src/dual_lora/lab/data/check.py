@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dual_lora.lab.data.classes import fit_head
-from dual_lora.lab.data.encode import Prompter, class_names
+from dual_lora.lab.data.encode import Prompter, class_names, rejected_length
 from dual_lora.lab.data.examples import item_of, read_examples, records_of
 from dual_lora.lab.data.formats import Example, format_of
 from dual_lora.lab.data.overlap import Shared, shared_by, undeclared
@@ -180,6 +180,7 @@ def _lengths(result: Checked, data: DataSection, head: str, tokenizer: Any) -> N
         )
     elif result.too_long:
         fate = "is left out" if head == "causal" else "is cut"
+        fate += ", by objective dpo for either answer" if any(example.rejected for example in result.examples) else ""
         result.warnings.append(
             f"{result.too_long:,} records ({result.too_long / len(lengths):.1%}) are longer than data.max_length = "
             f"{data.max_length} tokens: each {fate}."
@@ -193,7 +194,8 @@ def _row_lengths(examples: list[Example], data: DataSection, head: str, tokenize
     elif head == "causal":
         prompter = Prompter(tokenizer, data.template, data.learn_prompt)
         for example in examples:
-            yield from (len(row.input_ids) for row in prompter.pieces(example, data.max_length))
+            worse = rejected_length(example, prompter)  # of a pair the longer answer counts
+            yield from (max(len(row.input_ids), worse) for row in prompter.pieces(example, data.max_length))
     else:
         for example in examples:
             yield len(tokenizer(*example.text).input_ids)

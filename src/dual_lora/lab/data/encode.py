@@ -192,21 +192,34 @@ class Prompter:
         return [Encoded(example.where, part, [IGNORED, *part[1:]]) for part in kept]
 
 
-def encode_all(examples: list[Example], prompter: Prompter, max_length: int) -> tuple[list[Encoded], int]:
+def encode_all(
+    examples: list[Example], prompter: Prompter, max_length: int, pairs: bool = False
+) -> tuple[list[Encoded], int]:
     """Encoded training examples and how many were longer than ``max_length`` tokens and left out.
 
-    Texts without a prompt are cut into rows instead.
+    Texts without a prompt are cut into rows instead. pairs: both answers are trained on, so the longer one counts.
     Raises UserError if none is left.
     """
-    encoded = [row for example in examples for row in prompter.pieces(example, max_length)]
-    kept = [e for e in encoded if len(e.input_ids) <= max_length]
+    encoded = [
+        (row, max(len(row.input_ids), rejected_length(example, prompter) if pairs else 0))
+        for example in examples
+        for row in prompter.pieces(example, max_length)
+    ]
+    kept = [row for row, length in encoded if length <= max_length]
     if not kept:
-        shortest = min(encoded, key=lambda e: len(e.input_ids))
+        shortest, length = min(encoded, key=lambda pair: pair[1])
         raise UserError(
             f"All {len(encoded)} examples are longer than data.max_length = {max_length} tokens; "
-            f"the shortest, {shortest.where}, has {len(shortest.input_ids)}."
+            f"the shortest, {shortest.where}, has {length}."
         )
     return kept, len(encoded) - len(kept)
+
+
+def rejected_length(example: Example, prompter: Prompter) -> int:
+    """Tokens of a record's prompt with its worse answer; 0 where it has none."""
+    if not example.rejected:
+        return 0
+    return len(prompter.prompt_ids(example.prompt, example.tools)) + len(prompter.answer_ids(example.rejected))
 
 
 VALUE = "(value)"  # in place of classes: the label is a number, and so is what the model tells

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,7 +61,7 @@ def method_config(method: dict[str, Any], head: str, steps: int, fresh: list[str
     known = method_fields(str(method["name"]))
     for key in map(str, settings):
         if key not in known:
-            raise UserError(f"method {method['name']} has no field {key!r}.{suggest(key, known)}")
+            raise UserError(f"method {method['name']} has no field {key!r}.{suggest(key, [*known, 'name'])}")
     fused = settings.pop("fused", False)
     if not isinstance(fused, bool):
         raise UserError(f"method {method['name']}: fused is true or false, got {fused!r}.")
@@ -136,7 +137,8 @@ def apply_method(loaded: Loaded, config: PeftConfig | None, base: ModelSection, 
     except Exception as error:
         if memory_full(error):
             raise
-        reason = described(error, ValueError, NotImplementedError)
+        asked = getattr(config, "target_modules", None)
+        reason = _nothing_targeted(loaded.model, asked) or described(error, ValueError, NotImplementedError)
         raise UserError(f"The method does not fit the model: {reason}") from error
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError("The method left no trainable parameters: check method.target_modules.")
@@ -148,6 +150,29 @@ def missing_targets(asked: Any, names: list[str]) -> list[str]:
     """Return the target modules, of a list of names or of their ends, that no module of these names is."""
     wanted = asked if isinstance(asked, list) else sorted(asked) if isinstance(asked, set) else []
     return [target for target in wanted if not any(f".{name}".endswith(f".{target}") for name in names)]
+
+
+def _nothing_targeted(model: Any, asked: Any) -> str:
+    """Return what to name instead, where the target modules are none of the model's; "" where the failure is another's.
+
+    PEFT says that nothing was targeted, and not what there is.
+    """
+    here = [name for name, _ in model.named_modules()]
+    if isinstance(asked, str):  # one pattern for the whole of a module's name
+        names = [] if asked == "all-linear" or any(re.fullmatch(asked, name) for name in here) else [asked]
+    else:
+        names = missing_targets(asked, here)
+        names = names if len(names) == len(asked or ()) else []
+    if not names:
+        return ""
+    linear = (name for name, module in model.named_modules() if getattr(module, "out_features", None))
+    ends = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
+    several = isinstance(asked, str) and "," in asked
+    as_list = f" Several names are a list: [{', '.join(asked.replace(' ', '').split(','))}]." if several else ""
+    return (
+        f"method.target_modules is {', '.join(names)}, which no module is. The model's linear layers end in {ends}: "
+        f"name some of these, or all-linear.{as_list}"
+    )
 
 
 def _warn_of_missing(model: Any, asked: Any) -> None:

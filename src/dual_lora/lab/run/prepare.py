@@ -86,9 +86,9 @@ def prepare(recipe: Recipe, progress: bool = False, ends: Sequence[int] = ()) ->
         ordered = in_order(recipe, examples, loaded.tokenizer, classes, process_count(), ends)
     _warn_of_positions(loaded.model.config, max(len(row.input_ids) for row in ordered.rows))
     validation = _validation_rows(recipe, held, loaded.tokenizer, classes) if held else []
-    kept = {row.where for row in ordered.rows}
-    own = [example for example in examples if example.where in kept]
-    return Prepared(**vars(ordered), loaded=loaded, validation=validation, classes=classes, examples=own, held=held)
+    kept = {row.where for row in [*ordered.rows, *validation]}
+    own, also = ([example for example in each if example.where in kept] for each in (examples, held))
+    return Prepared(**vars(ordered), loaded=loaded, validation=validation, classes=classes, examples=own, held=also)
 
 
 def check_examples(recipe: Recipe, examples: Sequence[Example]) -> None:
@@ -150,7 +150,7 @@ def _encode(recipe: Recipe, examples: list[Example], tokenizer: Any, classes: li
     if classes:
         return encode_texts(examples, tokenizer, recipe.data.max_length, classes)
     prompter = Prompter(tokenizer, recipe.data.template, recipe.data.learn_prompt)
-    return encode_all(examples, prompter, recipe.data.max_length)
+    return encode_all(examples, prompter, recipe.data.max_length, pairs=recipe.objective.name == "dpo")
 
 
 def _validation_rows(recipe: Recipe, examples: list[Example], tokenizer: Any, classes: list[str]) -> list[Encoded]:

@@ -55,17 +55,17 @@ def planned_steps(recipe: Recipe, fetch: bool = False) -> int:
     here = fetch or is_here(model.path) or folder_here(model.path, model.revision) is not None
     by, records = model.model_dump_json() if here and model.head == "causal" else "", recipe.data.model_dump_json()
     try:
-        rows = _rows(by, records, held)
+        rows = _rows(by, records, held, recipe.objective.name == "dpo")
     except UserError:  # of a model on the hub its configuration may be all that is here
         rows = _rows("", records, held)
     return math.ceil(rows * part.epochs / (part.batch_size * part.accumulate))
 
 
 @functools.lru_cache(maxsize=64)
-def _rows(model: str, data: str, held: tuple[tuple[str, str], ...]) -> int:
+def _rows(model: str, data: str, held: tuple[tuple[str, str], ...], pairs: bool = False) -> int:
     """Count the training records that are not left out as too long; without a model, all of them.
 
-    held: what the files hold, so that changed ones are read again.
+    held: what the files hold, so that changed ones are read again. pairs: as for `encode_all`.
     """
     from dual_lora.lab.data.encode import Prompter, encode_all
     from dual_lora.lab.data.examples import load_split
@@ -78,7 +78,8 @@ def _rows(model: str, data: str, held: tuple[tuple[str, str], ...]) -> int:
         return len(examples)
     part = ModelSection.model_validate_json(model)
     tokenizer = load_tokenizer(part.path, locate(part.path, part.revision))
-    return len(encode_all(examples, Prompter(tokenizer, records.template, records.learn_prompt), records.max_length)[0])
+    prompter = Prompter(tokenizer, records.template, records.learn_prompt)
+    return len(encode_all(examples, prompter, records.max_length, pairs)[0])
 
 
 class Scale:
