@@ -412,8 +412,8 @@ def test_ramp_is_a_tenth_of_the_steps_when_left_out():
         ({"name": "dual_lorra"}, "no method 'dual_lorra'. Did you mean 'dual_lora'"),
         ({"name": "lora", "lora_alfa": 2}, "no field 'lora_alfa'. Did you mean 'lora_alpha'"),
         ({"name": "lora", "r": 0}, "positive integer.* 0"),
-        ({"name": "lora", "target_modules": ["nowhere"]}, r"is nowhere, which no module is\. .* end in .*, q_proj, .*"),
-        ({"name": "dual_lora", "target_modules": "kproj,v_proj"}, r"Several names are a list: \[kproj, v_proj\]"),
+        ({"name": "lora", "target_modules": ["nowhere"]}, r"nowhere.*Its linear layers are called q_proj, .*"),
+        ({"name": "dual_lora", "target_modules": "kproj,v_proj"}, "called q_proj, .* give several names as a list"),
         ({"name": "full", "r": 3}, "full takes no settings"),
         ({"name": "lora", "init_lora_weights": "eva"}, "EVA's start needs a pass over the data"),
     ],
@@ -422,6 +422,17 @@ def test_wrong_methods(method, message, lm_values, tmp_path):
     lm_values["method"] = method
     with pytest.raises(UserError, match=message):
         run(build_recipe(lm_values), tmp_path / "run", progress=False)
+
+
+@pytest.mark.parametrize("name", ["lora", "dual_lora", "loha"])
+def test_targets_of_which_an_encoder_has_none(name, encoder_values, tmp_path):
+    """Its new head is left out besides, and PEFT then says that nothing was targeted."""
+    encoder_values["method"] = {"name": name, "r": 4, "target_modules": ["nowhere"]}
+    with pytest.raises(
+        UserError, match=r"No modules were targeted.*Its linear layers are called query, key, value"
+    ) as e:
+        run(build_recipe(encoder_values), tmp_path / "run", progress=False)
+    assert str(e.value).count("Its linear layers") == 1
 
 
 @pytest.mark.parametrize("name", ["lora", "dual_lora", "loha"])

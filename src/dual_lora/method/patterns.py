@@ -6,6 +6,7 @@ from typing import Any
 
 from peft.utils.other import get_pattern_key
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from .._warning import warn
 from ..core.tokens import AUTO, EXACT
@@ -14,20 +15,24 @@ from .lora_fields import LORA_ALPHA
 from .ranks import ranks_of
 
 MOST_NAMES = 12  # of modules, in a message
+# PEFT's words; it says the second where a module was left out besides, such as a new head.
+NOTHING_TARGETED = "not found in the base model", "No modules were targeted"
+HAS = " Its linear layers are called"
 
 
 @contextmanager
 def explained_targets(config: Any, model: nn.Module) -> Iterator[None]:
-    """Add to PEFT's error for target modules that the model does not have which linear layers it has."""
+    """Add to PEFT's error for target modules that the model does not have which linear layers it has, of any method."""
     try:
         yield
     except ValueError as error:
-        if "not found in the base model" not in str(error):
+        if not any(part in str(error) for part in NOTHING_TARGETED) or HAS in str(error):
             raise
-        names = dict.fromkeys(n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear))
-        has = f" Its linear layers are called {', '.join([*names][:MOST_NAMES])}{', …' * (len(names) > MOST_NAMES)}."
+        kinds = (nn.Linear, Conv1D)
+        names = dict.fromkeys(n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, kinds))
+        has = f"{HAS} {', '.join([*names][:MOST_NAMES])}{', …' * (len(names) > MOST_NAMES)}."
         pattern = " A text is a regular expression for the whole name: give several names as a list."
-        text = isinstance(config.target_modules, str)
+        text = isinstance(getattr(config, "target_modules", None), str)
         raise type(error)(f"{error}{has if names else ''}{pattern if text else ''}") from None
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +16,7 @@ from dual_lora.lab.model.names import ALIASES, FUSED, OURS
 from dual_lora.lab.permission import import_allowed
 from dual_lora.lab.recipe.schema import normalised_name
 from dual_lora.method import lora_fields
+from dual_lora.method.patterns import explained_targets
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -133,12 +133,13 @@ def apply_method(loaded: Loaded, config: PeftConfig | None, base: ModelSection, 
     if getattr(config, "one_group", False) and not config.direction_seed:  # type: ignore[attr-defined]
         config.direction_seed = seed  # type: ignore[attr-defined]
     try:
-        model = fuse_if_requested(get_peft_model(loaded.model, config, revision=base.revision), config)
+        with explained_targets(config, loaded.model):
+            model = get_peft_model(loaded.model, config, revision=base.revision)
+        model = fuse_if_requested(model, config)
     except Exception as error:
         if memory_full(error):
             raise
-        asked = getattr(config, "target_modules", None)
-        reason = _nothing_targeted(loaded.model, asked) or described(error, ValueError, NotImplementedError)
+        reason = described(error, ValueError, NotImplementedError)
         raise UserError(f"The method does not fit the model: {reason}") from error
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError("The method left no trainable parameters: check method.target_modules.")
@@ -150,29 +151,6 @@ def missing_targets(asked: Any, names: list[str]) -> list[str]:
     """Return the target modules, of a list of names or of their ends, that no module of these names is."""
     wanted = asked if isinstance(asked, list) else sorted(asked) if isinstance(asked, set) else []
     return [target for target in wanted if not any(f".{name}".endswith(f".{target}") for name in names)]
-
-
-def _nothing_targeted(model: Any, asked: Any) -> str:
-    """Return what to name instead, where the target modules are none of the model's; "" where the failure is another's.
-
-    PEFT says that nothing was targeted, and not what there is.
-    """
-    here = [name for name, _ in model.named_modules()]
-    if isinstance(asked, str):  # one pattern for the whole of a module's name
-        names = [] if asked == "all-linear" or any(re.fullmatch(asked, name) for name in here) else [asked]
-    else:
-        names = missing_targets(asked, here)
-        names = names if len(names) == len(asked or ()) else []
-    if not names:
-        return ""
-    linear = (name for name, module in model.named_modules() if getattr(module, "out_features", None))
-    ends = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
-    several = isinstance(asked, str) and "," in asked
-    as_list = f" Several names are a list: [{', '.join(asked.replace(' ', '').split(','))}]." if several else ""
-    return (
-        f"method.target_modules is {', '.join(names)}, which no module is. The model's linear layers end in {ends}: "
-        f"name some of these, or all-linear.{as_list}"
-    )
 
 
 def _warn_of_missing(model: Any, asked: Any) -> None:
