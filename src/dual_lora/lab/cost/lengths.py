@@ -76,14 +76,10 @@ def lengths_of(recipe: Recipe) -> Lengths | str:
 
 def _some(examples: list[Example]) -> list[Example]:
     """The longest ones first, then others."""
-    order = sorted(range(len(examples)), key=lambda i: -_characters(examples[i]))
+    order = sorted(range(len(examples)), key=lambda i: -examples[i].characters)
     rest = order[LONGEST:]
     chosen = order[:LONGEST] + random.Random(0).sample(rest, min(DRAWN, len(rest)))
     return [examples[i] for i in chosen]
-
-
-def _characters(example: Example) -> int:
-    return sum(map(len, example.text)) or sum(len(str(message["content"])) for message in example.messages)
 
 
 def _rows(recipe: Recipe, examples: list[Example], tokenizer: Any) -> list[Encoded]:

@@ -189,8 +189,7 @@ def _lengths(result: Checked, data: DataSection, head: str, tokenizer: Any) -> N
 
 def _row_lengths(examples: list[Example], data: DataSection, head: str, tokenizer: Any) -> Iterator[int]:
     if tokenizer is None:
-        for example in examples:
-            yield sum(map(len, example.text)) or sum(len(str(message["content"])) for message in example.messages)
+        yield from (example.characters for example in examples)
     elif head == "causal":
         prompter = Prompter(tokenizer, data.template, data.learn_prompt)
         for example in examples:

@@ -36,6 +36,11 @@ class Example:
         """The conversation up to the last answer."""
         return self.messages[:-1]
 
+    @property
+    def characters(self) -> int:
+        """Characters of its texts or messages."""
+        return sum(map(len, self.text)) or sum(len(str(message["content"])) for message in self.messages)
+
     def answer_with(self, choice: str) -> str:
         """The answer if ``choice`` were right: the target in it replaced where it stands last, not within a word."""
         words = list(re.finditer(rf"(?<!\w){re.escape(self.target)}(?!\w)", self.answer))
