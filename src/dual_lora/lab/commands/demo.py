@@ -57,7 +57,7 @@ def demo(
     if ask is None or overwrite or work.read_result(folder) is None:
         result = work.run(folder, seed=seed, overwrite=overwrite)
         if ask is None:
-            finish(vars(result), Group(_before_after(result), _scores(result), _facts(result)), json)
+            finish(vars(result), _card(result), json)
             return
     answer = work.ask(folder, ask)
     finish({"request": ask, "answer": answer}, Text(_readable(answer)), json)
@@ -69,6 +69,10 @@ def _readable(answer: str) -> str:
         return json_module.dumps(json_module.loads(answer), indent=2, ensure_ascii=False)
     except json_module.JSONDecodeError:
         return answer
+
+
+def _card(result: DemoResult) -> Group:
+    return Group(_before_after(result), _scores(result), _facts(result))
 
 
 def _before_after(result: DemoResult) -> Table:
