@@ -338,7 +338,7 @@ def test_another_method_has_the_same_layers():
 def test_model_that_does_not_run_in_a_precision_says_so(monkeypatch):
     """Some models mix fp32 into a step in bf16, as DeBERTa did before transformers 5.25."""
     forward = LlamaMLP.forward
-    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: forward(self, x @ x.float().mT @ x))
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: forward(self, torch.baddbmm(x, x @ x.mT, x.float())))
     options = tiny(dtype="bfloat16")
     with pytest.raises(UserError, match=r"tiny does not run in bfloat16.*Try --dtype float32"):
         simulate(options)

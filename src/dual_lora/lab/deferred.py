@@ -161,6 +161,8 @@ class _DeferredObject:
         return bool(holder._owner not in holder._finder.names)
 
     def __getattr__(self, name: str) -> Any:
+        if name in ("__typing_subst__", "__parameters__"):  # `Optional[DTensor]` asks whether it is generic
+            raise AttributeError(name)
         if name.startswith("__") or self._is_there():
             return getattr(self._real(), name)
         return _DeferredObject(self, name)

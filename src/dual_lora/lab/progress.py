@@ -110,13 +110,15 @@ class Bar:
 
     def __enter__(self) -> Bar:
         self._began = time.monotonic()
-        self._bar.start()
+        if not self._bar.disable:
+            self._bar.start()
         self._lines.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._lines.__exit__(*error)
-        self._bar.stop()
+        if not self._bar.disable:  # before rich 14 a bar that is not shown ends with an empty line
+            self._bar.stop()
         if self.shown and not console.is_terminal and error[0] is None and not self._also:
             print(self._line(), file=sys.stderr, flush=True)
 
