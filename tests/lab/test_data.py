@@ -107,6 +107,7 @@ def test_lines_end_at_line_feeds_alone(tmp_path):
         ("a.json", '[{"prompt": "sky ?", "answer": "blue"}]'),
         ("a.csv", "prompt,answer\nsky ?,blue\n"),
         ("a.csv", '"prompt";"answer"\nsky ?;blue\n'),
+        ("a.csv", '\ufeff"prompt","answer"\nsky ?,blue\n'),  # joined from a file that had one and was empty
         ("a.tsv", "prompt\tanswer\nsky ?\tblue\n"),
         ("a.txt", "sky ?||blue\n"),
     ],
@@ -214,6 +215,7 @@ CHAT = '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "c
         ("a.csv", 'prompt,answer\n"x\nx",y\nx\n', r"a\.csv, line 4: 1 columns"),
         ("a.csv", 'prompt;answer\n"x"x;y\n', "line 2: .* followed by a semicolon"),
         ("a.csv", "prompt,answer\nx,y\nprompt, answer\nx,z\n", r"line 3 holds the names of the columns once more"),
+        ("a.csv", '"text",b\nx,y\n\ufeff"text",b\nx,z\n', r"line 3 holds the names of the columns once more"),
         ("a.tsv", "text\tlabel\nx\ty\ntext\tlabel\n", r"line 3 holds the names of the columns once more"),
         ("a.csv", "prompt,answer\n,y\n", r"a\.csv, line 2: the cell 'prompt' is empty"),
         ("a.csv", "text,label\n,1\n", r"a\.csv, line 2: the cell 'text' is empty"),

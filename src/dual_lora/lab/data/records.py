@@ -166,7 +166,7 @@ def _table(path: Path, columns: list[str] | None) -> Iterator[Record]:
             rows = ((number, line.rstrip("\r\n").split("\t")) for number, line in enumerate(file, 1))
         else:
             rows = _quoted(file, path, columns)
-        names = columns or next(rows, (0, []))[1]
+        names = columns or [_unmarked(name) for name in next(rows, (0, []))[1]]
         if names and not columns and not names[-1].strip():
             names, rows = _without_margin(names, list(rows))
         twice = repeated(name for name in names if not (columns and name == "_"))
@@ -177,7 +177,7 @@ def _table(path: Path, columns: list[str] | None) -> Iterator[Record]:
         for number, row in rows:
             if row == columns:
                 raise UserError(f"{path}, line {number} holds the names of data.columns: leave data.columns out.")
-            if [cell.strip() for cell in row] == [name.strip() for name in names]:
+            if [_unmarked(cell).strip() for cell in row] == [name.strip() for name in names]:
                 raise UserError(
                     f"{path}, line {number} holds the names of the columns once more: were several files joined? Take "
                     "that line out."
@@ -189,6 +189,11 @@ def _table(path: Path, columns: list[str] | None) -> Iterator[Record]:
                     f"{path}, line {number}: {len(row)} columns, expected {len(names)} ({', '.join(names)})."
                 )
             yield Record(dict(zip(names, row, strict=True)), f"{path}, line {number}", cells=True)
+
+
+def _unmarked(cell: str) -> str:
+    """A column's name without byte order marks: a file that was joined from several has one before each part."""
+    return cell.lstrip("\ufeff").strip('"') if cell.startswith("\ufeff") else cell
 
 
 def _without_margin(
