@@ -380,8 +380,9 @@ def test_over_all_tasks_a_better_method_is_better_more_often():
     assert rows["lora|x"]["chance"] < 0.5
     ranks = [row["method"] for row in blocks["Mean ranks"].rows]
     assert ranks[-1] == "lora|x"
-    curves = {p["series"] for p in blocks["Performance profile"].views[0].points}
-    assert curves == {"lora", *rows}
+    points = blocks["Performance profile"].views[0].points
+    assert {p["series"] for p in points} == {"lora", *rows}
+    assert len({(p["series"], p["x"]) for p in points}) == len(points), "each point is said once"
 
 
 def test_over_all_tasks_less_may_be_better_and_a_lost_run_counts_as_the_worst():

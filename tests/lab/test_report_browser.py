@@ -41,7 +41,7 @@ def test_parts_of_a_kind_unfold_in_the_bar(tmp_path, browser):
     assert [text.partition(": ")[2] for text in texts(browser, ".answers .about")] == [
         "against lora, 3 seeds; not complete"
     ] * 2
-    menu = browser.find_element(By.CSS_SELECTOR, "nav details")
+    menu = browser.find_element(By.XPATH, "//nav//details[.//a[starts-with(@href, '#verdicts')]]")
     menu.find_element(By.TAG_NAME, "summary").click()
     choice = menu.find_elements(By.TAG_NAME, "a")[1]
     assert choice.is_displayed()

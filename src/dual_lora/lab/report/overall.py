@@ -101,7 +101,7 @@ def _profiles(tasks: list[_Task], methods: list[str], reference: str) -> list[Bl
         mean = sum(task.scores[reference]) / len(task.scores[reference])
         scaled[task.name] = {name: [(s - mean) / (task.margin or 1.0) for s in task.scores[name]] for name in methods}
     every = sorted(s for own in scaled.values() for name in methods for s in own[name])
-    at = [every[round(i * (len(every) - 1) / MOST_POINTS)] for i in range(MOST_POINTS + 1)]
+    at = sorted({every[round(i * (len(every) - 1) / MOST_POINTS)] for i in range(MOST_POINTS + 1)})
     points = [
         {"series": name, "x": x, "y": share.value, "low": share.low, "high": share.high}
         for name in methods
