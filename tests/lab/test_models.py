@@ -64,6 +64,15 @@ def test_hub_model_without_network_is_one_sentence():
         load_tokenizer("no-owner/no-model")
 
 
+def test_a_model_without_a_tokenizer_is_told_how_to_get_one(tiny_lm, tmp_path):
+    """Such a folder is what `model.save_pretrained` leaves, as in the README."""
+    shutil.copytree(tiny_lm, tmp_path / "m", ignore=shutil.ignore_patterns("token*", "special*"))
+    with pytest.raises(
+        UserError, match=r"has no tokenizer that can be read, expected tokenizer\.json.*save_pretrained"
+    ):
+        load_tokenizer(str(tmp_path / "m"))
+
+
 def test_a_long_text_gets_no_warning_of_transformers(tiny_encoder, tmp_path, capfd):
     """The laboratory cuts such texts and counts them."""
     folder = tmp_path / "short"

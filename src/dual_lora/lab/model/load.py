@@ -68,7 +68,8 @@ def load_tokenizer(path: str, location: Location | None = None) -> PreTrainedTok
     with _clear_errors(path), quick_reading(location):
         check_tokenizer_arguments(location.name, location.revision)
         check_tokenizer_rules(location.name, location.revision)
-        tokenizer = AutoTokenizer.from_pretrained(location.name, **location.arguments())
+        with _explain_missing_tokenizer(path):
+            tokenizer = AutoTokenizer.from_pretrained(location.name, **location.arguments())
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise UserError(f"The model {path!r} has a {type(tokenizer).__name__}, which is no tokenizer of one model.")
         check_tokenizer_rules(location.name, location.revision, tokenizer)
@@ -269,6 +270,21 @@ def quiet() -> Any:
         yield
     finally:
         logging.set_verbosity(before)
+
+
+@contextlib.contextmanager
+def _explain_missing_tokenizer(path: str) -> Any:
+    """Say that a tokenizer is missing: the first line of transformers' own error ends before it says anything."""
+    try:
+        yield
+    except ValueError as error:
+        if "instantiate the backend tokenizer" not in str(error):
+            raise
+        raise UserError(
+            f"The model {path!r} has no tokenizer that can be read, expected tokenizer.json next to config.json. "
+            "Save one into the model's folder: AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER). "
+            "If it has a tokenizer.model, `pip install sentencepiece tiktoken` may be enough."
+        ) from error
 
 
 @contextlib.contextmanager
