@@ -139,6 +139,7 @@ COLA = [
     ("surrogate-cola", "lora", "LoRA", "0.001"),
     ("frozen-sum-cola", "lora", "LoRA", "0.001"),
     ("strength-cola", "lora", "LoRA", "0.001"),
+    ("sampled-gradient-cola", "lora", "LoRA", "0.001"),
     ("confirm-cola", "dual_lora", "Dual LoRA", "0.001"),
     ("longer-cola", "dual_lora", "Dual LoRA", "0.001"),
     ("surrogate-cola", "clip", "Dual LoRA", "0.001"),
