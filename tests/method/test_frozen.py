@@ -5,11 +5,13 @@ import re
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.hotswap import hotswap_adapter
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 from dual_lora import DualLoraConfig, convert_to_lora
+from dual_lora._warning import DualLoraWarning
 from dual_lora.core.frozen import seed_of
 
 KINDS = {
@@ -122,8 +124,6 @@ def test_the_seed_is_in_the_file_so_that_other_names_change_nothing(tmp_path):
     renamed = get_peft_model(Renamed(base()), config())
     assert not torch.allclose(renamed(X), want)
     moved = {name.replace("base_model.model.", "base_model.model.outer."): value for name, value in state.items()}
-    from peft import set_peft_model_state_dict
-
     set_peft_model_state_dict(renamed, moved)
     assert torch.equal(renamed(X), want)
 
@@ -135,6 +135,34 @@ def test_copies_and_moves():
     assert torch.allclose(copy.deepcopy(model).double()(X.double()).float(), want, atol=1e-6)
     emptied = copy.deepcopy(model).to("meta").to_empty(device="cpu")
     assert int(emptied.base_model.model.first.dual_lora_seed["default"]) == seed_of(0, "first")
+
+
+@pytest.mark.parametrize("cast", [torch.Tensor.float, torch.Tensor.double, lambda t: 0.5 * t + 0.5 * t])
+def test_a_state_whose_seeds_were_averaged_or_cast_is_refused(cast):
+    model = adapted()
+    state = {name: cast(value) for name, value in get_peft_model_state_dict(adapted(direction_seed=1)).items()}
+    with pytest.raises(ValueError, match=r"expected torch\.int64"):
+        set_peft_model_state_dict(model, state)
+
+
+def test_an_average_that_rounds_the_seeds_is_warned_of():
+    model = adapted()
+    model(X)
+    average = AveragedModel(model, use_buffers=True, avg_fn=get_ema_avg_fn(0.9))
+    for _ in range(2):
+        average.update_parameters(model)
+    with pytest.warns(DualLoraWarning, match="use_buffers"):
+        average(X)
+
+
+def test_other_seeds_are_loaded_without_a_warning(recwarn):
+    model, other = adapted(), adapted(direction_seed=1)
+    model(X)
+    set_peft_model_state_dict(model, get_peft_model_state_dict(other))
+    assert torch.equal(model(X), other(X))
+    model.load_state_dict(adapted().state_dict())
+    assert torch.equal(copy.deepcopy(model)(X), adapted()(X))
+    assert not [w for w in recwarn if issubclass(w.category, DualLoraWarning)]
 
 
 def test_an_adapter_made_anew_under_its_name_may_have_another_form():

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..core.frozen import keys, seed_of
 from ..core.traced import version
 from .parallel import offloaded
+from .shared import Shared
 
 
 class Keys(NamedTuple):
@@ -35,6 +36,7 @@ class Seeds:
 
     dual_lora_seed: BufferDict  # int64, 0-dim or, of experts, [E]
     dual_lora_keys: dict[str, Keys]
+    shared: Shared
     tied: dict[str, Any]
     out_features: int
     in_features: int
@@ -73,5 +75,11 @@ class Seeds:
             with torch.inference_mode(False), torch.no_grad():
                 seed_there = seed.clone() if seed.is_inference() else seed
                 C, D = keys(seed_there.to(device), owner.out_features, owner.in_features)
+            if made is not None and made.seed is seed and made.C.device == C.device and not torch.equal(made.C, C):
+                owner.shared.warn_once(
+                    f"The seed of adapter {adapter!r}'s frozen signs was overwritten, and its signs are others now. "
+                    "An average that takes buffers in (AveragedModel(use_buffers=True), an EMA of a state_dict) does "
+                    "that, as it rounds the seed: average floating-point tensors alone. load_state_dict() is safe."
+                )
             made = owner.dual_lora_keys[adapter] = Keys(C, D, seed, version(seed))
         return made.C, made.D

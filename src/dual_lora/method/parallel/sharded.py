@@ -260,11 +260,19 @@ def remove_counts(layer: Any, state: dict[str, Any], prefix: str, metadata: Any)
 def restore_counts(layer: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Before load_state_dict() of factors without a count: add one. A missing seed is the layer's own.
 
-    Of sharded factors `remove_counts` took it out.
+    Of sharded factors `remove_counts` took it out. Raises ValueError for a seed that is no whole number any more.
     """
+    layer.dual_lora_keys.clear()  # which are derived again from the seeds that are loaded
     for adapter, seed in layer.dual_lora_seed.items():
+        name = f"{prefix}dual_lora_seed.{adapter}"
         if f"{prefix}dual_lora_B.{adapter}" in state:  # a file without the seed has it by the layer's name
-            state.setdefault(f"{prefix}dual_lora_seed.{adapter}", seed.clone())
+            state.setdefault(name, seed.clone())
+        if name in state and state[name].is_floating_point():
+            raise ValueError(
+                f"{name} is {state[name].dtype}, expected torch.int64: a cast or an average has rounded the seed, and "
+                "the frozen signs would be others. Cast or average floating-point tensors alone, and take the seeds "
+                "from one of the states as they are."
+            )
     for adapter in layer.dual_lora_left:
         B = state.get(f"{prefix}dual_lora_B.{adapter}")
         if B is not None:
