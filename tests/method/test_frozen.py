@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.utils.hotswap import hotswap_adapter
+from peft.utils.hotswap import hotswap_adapter, hotswap_adapter_from_state_dict
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
@@ -141,8 +141,12 @@ def test_copies_and_moves():
 def test_a_state_whose_seeds_were_averaged_or_cast_is_refused(cast):
     model = adapted()
     state = {name: cast(value) for name, value in get_peft_model_state_dict(adapted(direction_seed=1)).items()}
+    before = model(X)
     with pytest.raises(ValueError, match=r"expected torch\.int64"):
         set_peft_model_state_dict(model, state)
+    with pytest.raises(ValueError, match=r"expected torch\.int64"):
+        hotswap_adapter_from_state_dict(model, state, "default", model.peft_config["default"])
+    assert torch.equal(model(X), before)
 
 
 def test_an_average_that_rounds_the_seeds_is_warned_of():

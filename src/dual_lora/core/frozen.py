@@ -19,6 +19,16 @@ def seed_of(number: int, name: str) -> int:
     return int.from_bytes(hashlib.blake2b(f"{number} {name}".encode(), digest_size=8).digest(), "little", signed=True)
 
 
+def check_seed(seed: Tensor, name: str) -> None:
+    """Raise ValueError for a seed that is no integer any more. name: of the tensor, for the message."""
+    if seed.is_floating_point():
+        raise ValueError(
+            f"{name} is {seed.dtype}, expected torch.int64: a cast or an average has rounded the seed, and the frozen "
+            "signs would be others. Cast or average floating-point tensors alone, and take the seeds from one of the "
+            "states as they are."
+        )
+
+
 def keys(seed: Tensor, O: int, I: int) -> tuple[Tensor, Tensor]:
     """Derive C [1, I] and D [O, 1], int32, from a seed (int64, 0-dim); from seeds [E], with that leading dimension."""
     low, high = ((seed << 32) >> 32).to(torch.int32), (seed >> 32).to(torch.int32)

@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from .._warning import warn
+from ..core.frozen import check_seed
 from ..core.reference import scaling
 from .cache import composed_weights
 from .config import DualLoraConfig
@@ -148,6 +149,8 @@ def _check_fits(layers: dict[str, DualLoraLayer], new: dict[str, Tensor], adapte
                 f"Hot swapping the adapter did not succeed: the seed of frozen signs, {seed}, is missing. Save the "
                 "adapter with `save_pretrained`."
             )
+        if seed in new:
+            check_seed(new[seed], seed)
         for (letter, dimension), factors in zip(RANK_DIMENSION.items(), layer.factor_dicts(adapter), strict=False):
             key = f"{name}.dual_lora_{letter}"
             old = list(factors[adapter].shape)

@@ -75,7 +75,8 @@ class Seeds:
             with torch.inference_mode(False), torch.no_grad():
                 seed_there = seed.clone() if seed.is_inference() else seed
                 C, D = keys(seed_there.to(device), owner.out_features, owner.in_features)
-            if made is not None and made.seed is seed and made.C.device == C.device and not torch.equal(made.C, C):
+            overwritten = made is not None and made.seed is seed and made.C.device == C.device
+            if overwritten and not (torch.equal(made.C, C) and torch.equal(made.D, D)):
                 owner.shared.warn_once(
                     f"The seed of adapter {adapter!r}'s frozen signs was overwritten, and its signs are others now. "
                     "An average that takes buffers in (AveragedModel(use_buffers=True), an EMA of a state_dict) does "

@@ -22,6 +22,7 @@ from torch.nn.functional import linear
 
 from ...core import dispatch
 from ...core.dispatch import in_dtype_of
+from ...core.frozen import check_seed
 from ...core.reference import Adapter, Factors, with_factors
 from ..replaced import replaced
 
@@ -267,12 +268,8 @@ def restore_counts(layer: Any, state: dict[str, Any], prefix: str, *_: Any) -> N
         name = f"{prefix}dual_lora_seed.{adapter}"
         if f"{prefix}dual_lora_B.{adapter}" in state:  # a file without the seed has it by the layer's name
             state.setdefault(name, seed.clone())
-        if name in state and state[name].is_floating_point():
-            raise ValueError(
-                f"{name} is {state[name].dtype}, expected torch.int64: a cast or an average has rounded the seed, and "
-                "the frozen signs would be others. Cast or average floating-point tensors alone, and take the seeds "
-                "from one of the states as they are."
-            )
+        if name in state:
+            check_seed(state[name], name)
     for adapter in layer.dual_lora_left:
         B = state.get(f"{prefix}dual_lora_B.{adapter}")
         if B is not None:
